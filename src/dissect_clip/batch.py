@@ -1,0 +1,70 @@
+"""The tensors that travel from the loaders to the step.
+
+Shapes: N pairs of this rank, M images, T captions, L tokens, W bytes of the longest key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.to(device=device, dtype=dtype, non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Image-caption pairs to train on.
+
+    ``sample_id`` is the pair's number in the data set, the same in every epoch and on every rank. It is -1 where
+    no numbering was asked for (neither selection nor record reads it).
+    """
+
+    image: Tensor  # [N, 3, H, W] float
+    text: Tensor  # [N, L] int64
+    sample_id: Tensor  # [N] int64, 0 <= id < num_samples
+    key: Tensor | None = None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
+
+    def __len__(self) -> int:
+        return len(self.sample_id)
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
+        """The batch on a device, without waiting for the copy; ``dtype`` is the image's. Keys stay where they are."""
+        return Batch(
+            _move(self.image, device, dtype), _move(self.text, device), _move(self.sample_id, device), self.key
+        )
+
+    def take(self, index: Tensor) -> Batch:
+        """The pairs at ``index`` [K] int64, in that order, without their keys."""
+        return Batch(self.image[index], self.text[index], self.sample_id[index])
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalBatch:
+    """Images of a validation set with one or more captions each."""
+
+    image: Tensor  # [M, 3, H, W] float
+    text: Tensor  # [T, L] int64, T >= M; captions of one image stand together, in the order of the images
+    captions: Tensor  # [M] int64, how many captions each image has, at least 1; sums to T
+    order: Tensor  # [M] int64, the images' place in the data set; unique, rising within a shard
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> RetrievalBatch:
+        """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""
+        return RetrievalBatch(
+            _move(self.image, device, dtype), _move(self.text, device), self.captions, self.order
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledBatch:
+    """Images of a classification set."""
+
+    image: Tensor  # [M, 3, H, W] float
+    label: Tensor  # [M] int64, a place in the set's class names
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LabelledBatch:
+        """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""
+        return LabelledBatch(_move(self.image, device, dtype), _move(self.label, device))
