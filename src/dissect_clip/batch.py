@@ -26,7 +26,9 @@ class Batch:
     image: Tensor  # [N, 3, H, W] float
     text: Tensor  # [N, L] int64
     sample_id: Tensor  # [N] int64, 0 <= id < num_samples
-    key: Tensor | None = None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
+    key: Tensor | None = (
+        None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
+    )
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -34,7 +36,10 @@ class Batch:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's. Keys stay where they are."""
         return Batch(
-            _move(self.image, device, dtype), _move(self.text, device), _move(self.sample_id, device), self.key
+            _move(self.image, device, dtype),
+            _move(self.text, device),
+            _move(self.sample_id, device),
+            self.key,
         )
 
     def take(self, index: Tensor) -> Batch:

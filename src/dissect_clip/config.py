@@ -1,0 +1,596 @@
+"""Every setting of a run, declared once: type, default, help and range. The command line is derived from here.
+
+Names and defaults are those of OpenCLIP 3.3.0, so that its command lines work unchanged; the selection flags and the
+few others that OpenCLIP lacks are listed in ``ADDED``. Flags of OpenCLIP that mean nothing here stand in
+``UNSUPPORTED`` with the reason and the replacement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Union
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers a setting may take; an open end is None."""
+
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.above is None or value > self.above)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        ends = [("above", self.above), ("at least", self.at_least), ("at most", self.at_most)]
+        return " and ".join(f"{name} {end:g}" for name, end in ends if end is not None)
+
+
+POSITIVE = Range(above=0)
+NOT_NEGATIVE = Range(at_least=0)
+COUNT = Range(at_least=1)
+FRACTION = Range(above=0, at_most=1)
+
+
+def setting(
+    default: Any,
+    help: str,  # noqa: A002 - argparse's own name for it
+    *,
+    choices: Sequence[str] | None = None,
+    within: Range | None = None,
+    aliases: tuple[str, ...] = (),
+    metavar: str | None = None,
+) -> Any:
+    """One setting: its default, the line for ``--help``, and what it may be."""
+    facts = {"help": help, "choices": choices, "within": within, "aliases": aliases, "metavar": metavar}
+    factory = {"default_factory": dict} if default == {} else {"default": default}
+    return dataclasses.field(metadata=facts, **factory)
+
+
+def section(title: str, default: Any, help: str, **facts: Any) -> Any:  # noqa: A002
+    """A setting that opens a section of ``--help``."""
+    field = setting(default, help, **facts)
+    field.metadata = types.MappingProxyType({**field.metadata, "section": title})
+    return field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run's settings. Built by :func:`parse_args`; frozen, and saved as JSON in the run folder."""
+
+    # ---- data
+    train_data: str | None = section(
+        "data",
+        None,
+        "training data: shards as a path, brace or glob pattern or URL, several sources joined by `::`; or a csv/tsv file",
+    )
+    train_data_upsampling_factors: str | None = setting(
+        None, "with several sources and --dataset-resampled: how often to draw from each, as 1::2::0.5"
+    )
+    val_data: str | None = setting(None, "validation data for retrieval, in the same forms as --train-data")
+    train_num_samples: int | None = setting(
+        None,
+        "samples in the training data; needed only where nothing else tells, or as the epoch's length with --dataset-resampled",
+        within=COUNT,
+    )
+    val_num_samples: int | None = setting(
+        None, "samples in the validation data; informative only, the whole set is always read", within=COUNT
+    )
+    dataset_type: str = setting(
+        "auto",
+        "type of the data; auto goes by the file name",
+        choices=("webdataset", "csv", "synthetic", "auto"),
+    )
+    dataset_resampled: bool = setting(
+        False, "draw shards with replacement instead of reading each once an epoch"
+    )
+    json_caption_key: str | None = setting(
+        None, "webdataset: the field of KEY.json that holds the caption, where it is not in KEY.txt"
+    )
+    val_captions: str = setting(
+        "lines",
+        "validation captions: each line of KEY.txt is one caption of the image, or the whole file is",
+        choices=("lines", "whole"),
+    )
+    csv_separator: str = setting("\t", "csv data: what separates the columns")
+    csv_img_key: str = setting("filepath", "csv data: the column with the image paths")
+    csv_caption_key: str = setting("title", "csv data: the column with the captions")
+    imagenet_val: str | None = setting(
+        None,
+        "zero-shot classification: ImageNet's validation set, an ImageFolder or a CLIP_benchmark webdataset",
+    )
+    imagenet_v2: str | None = setting(None, "zero-shot classification: ImageNet-V2, in the same forms")
+    zeroshot_data: str | None = setting(
+        None,
+        "zero-shot classification on any set: an ImageFolder, or a CLIP_benchmark webdataset with classnames.txt; several joined by `::`",
+    )
+    workers: int = setting(
+        4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE
+    )
+
+    # ---- model
+    model: str = section("model", "RN50", "name of an OpenCLIP model, or of one in --model-config")
+    model_config: str | None = setting(
+        None, "a JSON file, or a folder of them, with model configurations of your own"
+    )
+    pretrained: str = setting("", "start from these weights: a tag that OpenCLIP knows, or a file")
+    pretrained_image: bool = setting(
+        False, "start from ImageNet weights in the image tower where there are any"
+    )
+    cache_dir: str | None = setting(None, "where downloaded models and tokenizers are kept")
+    lock_image: bool = setting(False, "lock the image tower (LiT)")
+    lock_image_unlocked_groups: int = setting(
+        0, "with --lock-image: leave the last n layer groups unlocked", within=NOT_NEGATIVE
+    )
+    lock_image_freeze_bn_stats: bool = setting(
+        False, "with --lock-image: freeze BatchNorm's running statistics in the locked layers"
+    )
+    lock_text: bool = setting(False, "lock the text tower")
+    lock_text_unlocked_layers: int = setting(
+        0, "with --lock-text: leave the last n layers unlocked", within=NOT_NEGATIVE
+    )
+    lock_text_freeze_layer_norm: bool = setting(
+        False, "with --lock-text: freeze LayerNorm in the locked layers"
+    )
+    image_mean: tuple[float, ...] | None = setting(None, "override the mean the images are normalised with")
+    image_std: tuple[float, ...] | None = setting(
+        None, "override the standard deviation the images are normalised with"
+    )
+    image_interpolation: str | None = setting(
+        None, "override the resize interpolation", choices=("bicubic", "bilinear", "random")
+    )
+    image_resize_mode: str | None = setting(
+        None,
+        "override how images are resized and cropped at evaluation",
+        choices=("shortest", "longest", "squash"),
+    )
+    aug_cfg: dict[str, Any] = setting(
+        {}, "augmentation of training images, as key=value ...", metavar="KEY=VALUE"
+    )
+    force_context_length: int | None = setting(None, "override the text's length in tokens", within=COUNT)
+    force_image_size: tuple[int, ...] | None = setting(
+        None, "override the image size: one number, or height and width", within=COUNT
+    )
+    force_quick_gelu: bool = setting(False, "use QuickGELU where the model's configuration does not")
+    force_patch_dropout: float | None = setting(
+        None, "override the share of patches dropped in training", within=Range(at_least=0, at_most=0.999)
+    )
+    force_custom_text: bool = setting(False, "build the model with a separate text tower (CustomTextCLIP)")
+    grad_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    siglip: bool = setting(False, "train with SigLIP's sigmoid loss")
+    loss_dist_impl: str | None = setting(
+        None, "SigLIP: how the ranks exchange features", choices=("bidir", "shift", "reduce", "gather")
+    )
+    coca_caption_loss_weight: float = setting(2.0, "CoCa: weight of the captioning loss", within=NOT_NEGATIVE)
+    coca_contrastive_loss_weight: float = setting(
+        1.0, "CoCa: weight of the contrastive loss", within=NOT_NEGATIVE
+    )
+    distill_model: str | None = setting(None, "distil from this model, with --distill-pretrained")
+    distill_pretrained: str | None = setting(None, "the weights to distil from")
+
+    # ---- training
+    batch_size: int = section(
+        "training",
+        64,
+        "samples per GPU and step; with --select the oversampled batch that is scored",
+        within=COUNT,
+    )
+    epochs: int = setting(32, "epochs to train for", within=NOT_NEGATIVE)
+    epochs_cooldown: int | None = setting(
+        None, "const-cooldown: the last n epochs cool down", within=NOT_NEGATIVE
+    )
+    lr: float | None = setting(
+        None, "learning rate (default 5e-4, or the optimizer's own with timm/...)", within=NOT_NEGATIVE
+    )
+    beta1: float | None = setting(None, "Adam's beta 1 (default 0.9)", within=Range(at_least=0, at_most=1))
+    beta2: float | None = setting(
+        None, "Adam's beta 2 (default 0.98 for ViT, 0.999 otherwise)", within=Range(at_least=0, at_most=1)
+    )
+    eps: float | None = setting(
+        None, "Adam's epsilon (default 1e-6 for ViT, 1e-8 otherwise)", within=NOT_NEGATIVE
+    )
+    wd: float = setting(0.2, "weight decay", within=NOT_NEGATIVE)
+    momentum: float | None = setting(None, "momentum of timm optimizers", within=Range(at_least=0, at_most=1))
+    opt: str = setting("adamw", "optimizer: adamw, or timm/NAME")
+    warmup: int = setting(10000, "steps in which the learning rate warms up", within=NOT_NEGATIVE)
+    lr_scheduler: str = setting(
+        "cosine", "schedule of the learning rate", choices=("cosine", "const", "const-cooldown")
+    )
+    lr_cooldown_end: float = setting(0.0, "const-cooldown: the learning rate at the end", within=NOT_NEGATIVE)
+    lr_cooldown_power: float = setting(
+        1.0, "const-cooldown: power of the polynomial, 1 is linear", within=POSITIVE
+    )
+    skip_scheduler: bool = setting(False, "keep the learning rate constant, without warm-up")
+    grad_clip_norm: float | None = setting(None, "clip the gradient at this norm", within=POSITIVE)
+    accum_freq: int = setting(1, "batches accumulated for one optimizer step", within=COUNT)
+    precision: str = setting(
+        "amp",
+        "floating point precision; amp is fp16 with a gradient scaler on a GPU, bf16 on a CPU",
+        choices=("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32"),
+    )
+    local_loss: bool = setting(False, "compute each rank's rows of the loss only")
+    gather_with_grad: bool = setting(False, "let the gradient flow through the gathered features")
+    use_bn_sync: bool = setting(False, "synchronise BatchNorm over the ranks")
+    torchcompile: bool = setting(False, "compile the model with torch.compile")
+    seed: int = setting(0, "seed of every random choice", within=NOT_NEGATIVE)
+
+    # ---- selection
+    select: bool = section("online sample selection", False, "train on the best part of every batch only")
+    select_strategy: str = setting("warmup_base_sampling", "how samples are ranked")
+    select_rate: float = setting(0.3, "share of every batch that is trained on", within=FRACTION)
+    warmup_point: int = setting(
+        10,
+        "warmup_base_sampling: epochs of uniform sampling before selection starts; the scores of the last one are the "
+        "reference. End it where captions that fit score clearly higher than captions that do not, after some 3 to 6 "
+        "passes of samples really trained on: too early ranks backwards",
+        within=NOT_NEGATIVE,
+    )
+    warmup_select_rate: float | None = setting(
+        None,
+        "warmup_base_sampling: share of every batch trained on during those epochs (default: --select-rate; 1.0 trains on "
+        "all of it, costs more and often selects better)",
+        within=FRACTION,
+    )
+    select_momentum: float = setting(
+        0.9,
+        "historical_base_sampling: weight of the remembered score in its moving average",
+        within=Range(at_least=0, at_most=1),
+    )
+    select_score_mode: str = setting(
+        "eval",
+        "mode of the model while it scores; train keeps dropout and batch statistics on",
+        choices=("eval", "train"),
+    )
+    record: bool = setting(
+        False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch"
+    )
+
+    # ---- evaluation, logs, checkpoints
+    val_frequency: int = section(
+        "evaluation, logs and checkpoints",
+        1,
+        "evaluate on --val-data every n epochs; 0 is never",
+        within=NOT_NEGATIVE,
+    )
+    zeroshot_frequency: int = setting(2, "classify zero-shot every n epochs; 0 is never", within=NOT_NEGATIVE)
+    logs: str = setting(
+        "./logs/",
+        "folder of the run folders; none writes nothing. Under torchrun use --output-dir, or put -- before the script",
+        aliases=("--output-dir",),
+    )
+    log_local: bool = setting(False, "write a log file on every node, not on the first only")
+    name: str | None = setting(None, "name of the run and its folder (default: time and main settings)")
+    log_every_n_steps: int = setting(100, "log every n steps", within=COUNT)
+    report_to: str = setting(
+        "", "where to report besides the console: tensorboard, wandb, or both with a comma"
+    )
+    wandb_notes: str = setting("", "notes for wandb")
+    wandb_project_name: str = setting("open-clip", "project name for wandb")
+    debug: bool = setting(False, "log more")
+    copy_codebase: bool = setting(False, "copy the package's source into the run folder")
+    resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run")
+    save_frequency: int = setting(
+        1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE
+    )
+    save_most_recent: bool = setting(False, "also keep the newest checkpoint as epoch_latest.pt")
+    delete_previous_checkpoint: bool = setting(False, "delete the checkpoint before after storing a new one")
+    remote_sync: str | None = setting(None, "copy the run folder to this remote path as training goes on")
+    remote_sync_frequency: int = setting(300, "seconds between two copies", within=COUNT)
+    remote_sync_protocol: str = setting("s3", "how to copy", choices=("s3", "fsspec"))
+
+    # ---- distributed
+    device: str = section(
+        "distributed training", "cuda", "accelerator to use; falls back to the CPU where there is none"
+    )
+    dist_url: str | None = setting(None, "URL to set up the process group with")
+    dist_backend: str | None = setting(
+        None, "backend of the process group (default: nccl on a GPU, gloo on a CPU)"
+    )
+    no_set_device_rank: bool = setting(
+        False, "leave the device index alone, where CUDA_VISIBLE_DEVICES gives each process one GPU"
+    )
+    ddp_static_graph: bool = setting(False, "DistributedDataParallel with a static graph")
+
+    @property
+    def distill(self) -> bool:
+        """Whether a teacher is distilled from."""
+        return self.distill_model is not None and self.distill_pretrained is not None
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train on; otherwise the run only evaluates."""
+        return self.train_data is not None or self.dataset_type == "synthetic"
+
+    @property
+    def writes_logs(self) -> bool:
+        """Whether the run has a folder."""
+        return self.logs.lower() != "none"
+
+    @property
+    def image_size(self) -> int | tuple[int, ...] | None:
+        """``--force-image-size`` as open_clip takes it."""
+        size = self.force_image_size
+        return size[0] if size is not None and len(size) == 1 else size
+
+    def to_json(self) -> str:
+        """All settings as indented JSON, sorted by name."""
+        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Unsupported:
+    """A flag of OpenCLIP that is refused, and what to do instead."""
+
+    reason: str
+    instead: str
+    takes_value: bool = False
+
+
+ADDED: dict[str, str] = {
+    "json_caption_key": "captions inside KEY.json",
+    "val_captions": "retrieval sets with several captions an image",
+    "zeroshot_data": "zero-shot classification on sets other than ImageNet",
+    "model_config": "model configurations without changing open_clip",
+    "select": "online sample selection",
+    "select_strategy": "online sample selection",
+    "select_rate": "online sample selection",
+    "warmup_point": "online sample selection",
+    "warmup_select_rate": "online sample selection",
+    "select_momentum": "online sample selection",
+    "select_score_mode": "online sample selection",
+    "record": "online sample selection",
+}
+"""Our own settings, which OpenCLIP does not have, and what each is for."""
+
+UNSUPPORTED: dict[str, Unsupported] = {
+    "--torchscript": Unsupported(
+        "a scripted model cannot be scored without gradients and trained in one run, and TorchScript is deprecated in torch",
+        "leave it out, or use --torchcompile",
+    ),
+    "--trace": Unsupported(
+        "a traced model has a fixed batch size, and selection changes it",
+        "leave it out; evaluation needs no tracing",
+    ),
+    "--horovod": Unsupported(
+        "horovod is no longer maintained, and its collectives are not those of torch",
+        "start with torchrun, which uses DistributedDataParallel",
+    ),
+    "--use-bnb-linear": Unsupported(
+        "it needs modules of an old bitsandbytes that do not work with the torch this project needs",
+        "use --precision amp_bf16 or bf16",
+        takes_value=True,
+    ),
+}
+"""OpenCLIP's training flags that are refused."""
+
+_ONLY_WITH_SELECT = (
+    "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
+    "record",
+)  # fmt: skip
+
+
+def default_adam(model: str) -> dict[str, float]:
+    """AdamW's defaults for a model name, as in the CLIP paper (Radford et al., 2021, tables 18 to 20)."""
+    if "vit" in model.lower():
+        return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
+    return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1.0e-8}
+
+
+class _KeyValues(argparse.Action):
+    """``key=value ...`` into a dict, values as Python literals where they are some."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        pairs = {}
+        for item in values:
+            key, equals, text = item.partition("=")
+            if not equals or not key:
+                parser.error(f"argument {option}: {item!r} is not of the form key=value")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                pairs[key] = text
+        setattr(namespace, self.dest, pairs)
+
+
+class _Refuse(argparse.Action):
+    """Ends the run with the reason why a flag of OpenCLIP is not supported."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        entry = UNSUPPORTED[str(option)]
+        parser.error(f"{option} is not supported: {entry.reason}. Instead: {entry.instead}.")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was probably meant when a flag is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        for word in message.partition("unrecognized arguments:")[2].split():
+            known = difflib.get_close_matches(word.split("=")[0], list(self._option_string_actions), n=1)
+            if known:
+                message += f" (did you mean {known[0]}?)"
+        self.exit(2, f"error: {message}\nSee --help for all flags.\n")
+
+
+def _strip_none(hint: Any) -> Any:
+    """``int | None`` -> ``int``."""
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
+    return hint
+
+
+def _ranged(kind: Callable[[str], Any], within: Range) -> Callable[[str], Any]:
+    """A converter for argparse that also checks the range."""
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if value not in within:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {within}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it in "invalid int value"
+    return convert
+
+
+def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+    facts = field.metadata
+    names = ["--" + field.name.replace("_", "-"), *facts["aliases"]]
+    kind = _strip_none(hint)
+    has_default = field.default is not dataclasses.MISSING
+    options: dict[str, Any] = {"dest": field.name, "default": field.default if has_default else {}}
+    text = facts["help"]
+    if kind is bool:
+        options["action"] = "store_true"
+    elif typing.get_origin(kind) is dict:
+        options |= {"nargs": "*", "action": _KeyValues}
+    else:
+        if typing.get_origin(kind) is tuple:
+            options["nargs"] = "+"
+            kind = typing.get_args(kind)[0]
+        options["type"] = kind if facts["within"] is None else _ranged(kind, facts["within"])
+        options["choices"] = facts["choices"]
+        if facts["within"] is not None:
+            text += f" [{facts['within']}]"
+        if field.default not in (None, ""):
+            text += " (default: %(default)r)"
+    if kind is not bool and facts["metavar"] is not None:
+        options["metavar"] = facts["metavar"]
+    group.add_argument(*names, help=text, **options)
+
+
+def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
+    """The command line. ``strategies`` maps each strategy's name to one line about it."""
+    lines = "\n".join(f"  {name:<26}{line}" for name, line in strategies.items())
+    refused = "\n".join(
+        f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items()
+    )
+    parser = _Parser(
+        prog="dissect-clip",
+        description="Train CLIP with OpenCLIP's flags and, with --select, on the best part of every batch.",
+        epilog=f"strategies:\n{lines}\n\nflags of OpenCLIP that are not supported:\n{refused}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    hints = typing.get_type_hints(Config)
+    group: Any = parser
+    for field in dataclasses.fields(Config):
+        if "section" in field.metadata:
+            group = parser.add_argument_group(field.metadata["section"])
+        if field.name == "select_strategy":
+            field.metadata = types.MappingProxyType({**field.metadata, "choices": tuple(strategies)})
+        _add_argument(group, field, hints[field.name])
+    for flag, entry in UNSUPPORTED.items():
+        parser.add_argument(flag, action=_Refuse, nargs=1 if entry.takes_value else 0, help=argparse.SUPPRESS)
+    return parser
+
+
+def contradictions(config: Config) -> Iterator[str]:
+    """What cannot mean anything in a combination of settings, a line each; each names the flags and a way out."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    if not config.select:
+        for name in _ONLY_WITH_SELECT:
+            if getattr(config, name) != defaults[name]:
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} needs --select (with --select-rate 1.0 every sample is trained on)"
+    elif not config.trains:
+        yield "--select needs training data: give --train-data"
+    elif config.select_strategy == "warmup_base_sampling" and 0 < config.epochs <= config.warmup_point:
+        yield (
+            f"--warmup-point {config.warmup_point} leaves no epoch of --epochs {config.epochs} for selection: "
+            "make it smaller, or train longer"
+        )
+    elif config.select_strategy == "warmup_base_sampling" and config.warmup_point == 0:
+        yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
+    if config.warmup_select_rate is not None and config.select_strategy != "warmup_base_sampling":
+        yield f"--warmup-select-rate has no meaning with --select-strategy {config.select_strategy}: leave it out"
+    if not config.trains and config.val_data is None and not _zeroshot(config):
+        yield (
+            "nothing to do: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
+            "--imagenet-v2 or --zeroshot-data to evaluate"
+        )
+    if config.dataset_type == "synthetic" and config.train_num_samples is None:
+        yield "--dataset-type synthetic needs --train-num-samples"
+    if config.train_data_upsampling_factors is not None and not config.dataset_resampled:
+        yield "--train-data-upsampling-factors needs --dataset-resampled"
+    if (config.distill_model is None) != (config.distill_pretrained is None):
+        yield "--distill-model and --distill-pretrained go together: give both or none"
+    if config.distill and config.accum_freq > 1:
+        yield "--distill-model cannot be combined with --accum-freq above 1: give --accum-freq 1"
+    if config.distill and ("coca" in config.model.lower() or config.siglip):
+        yield "--distill-model works with the CLIP loss only: use another --model, or leave --siglip out"
+    if config.siglip and "coca" in config.model.lower():
+        yield "--siglip cannot be combined with a CoCa model, whose loss is its own: leave it out"
+    if config.siglip and (config.local_loss or config.gather_with_grad):
+        yield "--siglip exchanges features in its own way: leave --local-loss and --gather-with-grad out"
+    if config.loss_dist_impl is not None and not config.siglip:
+        yield "--loss-dist-impl needs --siglip"
+    if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
+        yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
+    if config.opt != "adamw" and not config.opt.startswith("timm/"):
+        yield f"--opt {config.opt} is unknown: give adamw, or timm/NAME"
+    if config.opt.startswith("timm/") and (config.beta1 is None) != (config.beta2 is None):
+        yield "with a timm optimizer give both --beta1 and --beta2, or none"
+    if config.precision == "fp16" and config.device == "cpu":
+        yield "--precision fp16 does not train on a CPU: use amp, bf16 or fp32"
+    if config.lock_text and not config.lock_text_freeze_layer_norm:
+        # open_clip's own text towers cannot leave LayerNorm free, and assert so deep inside.
+        pass
+    for name in config.report_to.replace(",", " ").split():
+        if name not in ("tensorboard", "wandb", "all"):
+            yield f"--report-to {name} is unknown: give tensorboard, wandb or both with a comma"
+    for name in ("save_most_recent", "remote_sync", "record", "copy_codebase"):
+        if getattr(config, name) and not config.writes_logs:
+            yield f"--{name.replace('_', '-')} needs a run folder: leave --logs none out"
+
+
+def _zeroshot(config: Config) -> bool:
+    return any((config.imagenet_val, config.imagenet_v2, config.zeroshot_data))
+
+
+def _complete(config: Config) -> Config:
+    """Fill in the defaults that depend on other settings."""
+    filled: dict[str, Any] = {}
+    if not config.opt.startswith("timm/"):
+        filled = {k: v for k, v in default_adam(config.model).items() if getattr(config, k) is None}
+    if config.warmup_select_rate is None:
+        filled["warmup_select_rate"] = config.select_rate
+    return dataclasses.replace(config, **filled)
+
+
+def parse_args(argv: Sequence[str], strategies: Mapping[str, str]) -> Config:
+    """Settings from a command line.
+
+    Raises:
+        SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
+    """
+    parser = build_parser(strategies)
+    values = vars(parser.parse_args(argv))
+    names = {field.name for field in dataclasses.fields(Config)}
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
+    config = Config(**values)
+    for line in contradictions(config):
+        parser.error(line)
+    return _complete(config)
