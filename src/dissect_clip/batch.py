@@ -26,9 +26,7 @@ class Batch:
     image: Tensor  # [N, 3, H, W] float
     text: Tensor  # [N, L] int64
     sample_id: Tensor  # [N] int64, 0 <= id < num_samples
-    key: Tensor | None = (
-        None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
-    )
+    key: Tensor | None = None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -58,9 +56,7 @@ class RetrievalBatch:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> RetrievalBatch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""
-        return RetrievalBatch(
-            _move(self.image, device, dtype), _move(self.text, device), self.captions, self.order
-        )
+        return RetrievalBatch(_move(self.image, device, dtype), _move(self.text, device), self.captions, self.order)
 
 
 @dataclass(frozen=True, slots=True)

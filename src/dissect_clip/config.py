@@ -75,7 +75,7 @@ class Config:
     train_data: str | None = section(
         "data",
         None,
-        "training data: shards as a path, brace or glob pattern or URL, several sources joined by `::`; or a csv/tsv file",
+        "training data: shards as path, brace or glob pattern, or URL, sources joined by `::`; or a csv/tsv file",
     )
     train_data_upsampling_factors: str | None = setting(
         None, "with several sources and --dataset-resampled: how often to draw from each, as 1::2::0.5"
@@ -83,7 +83,7 @@ class Config:
     val_data: str | None = setting(None, "validation data for retrieval, in the same forms as --train-data")
     train_num_samples: int | None = setting(
         None,
-        "samples in the training data; needed only where nothing else tells, or as the epoch's length with --dataset-resampled",
+        "samples in the training data; needed only where nothing else tells, or as epoch length if resampled",
         within=COUNT,
     )
     val_num_samples: int | None = setting(
@@ -94,9 +94,7 @@ class Config:
         "type of the data; auto goes by the file name",
         choices=("webdataset", "csv", "synthetic", "auto"),
     )
-    dataset_resampled: bool = setting(
-        False, "draw shards with replacement instead of reading each once an epoch"
-    )
+    dataset_resampled: bool = setting(False, "draw shards with replacement instead of reading each once an epoch")
     json_caption_key: str | None = setting(
         None, "webdataset: the field of KEY.json that holds the caption, where it is not in KEY.txt"
     )
@@ -115,21 +113,15 @@ class Config:
     imagenet_v2: str | None = setting(None, "zero-shot classification: ImageNet-V2, in the same forms")
     zeroshot_data: str | None = setting(
         None,
-        "zero-shot classification on any set: an ImageFolder, or a CLIP_benchmark webdataset with classnames.txt; several joined by `::`",
+        "zero-shot classification on any set: an ImageFolder or a CLIP_benchmark webdataset; several joined by `::`",
     )
-    workers: int = setting(
-        4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE
-    )
+    workers: int = setting(4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE)
 
     # ---- model
     model: str = section("model", "RN50", "name of an OpenCLIP model, or of one in --model-config")
-    model_config: str | None = setting(
-        None, "a JSON file, or a folder of them, with model configurations of your own"
-    )
+    model_config: str | None = setting(None, "a JSON file, or a folder of them, with model configurations of your own")
     pretrained: str = setting("", "start from these weights: a tag that OpenCLIP knows, or a file")
-    pretrained_image: bool = setting(
-        False, "start from ImageNet weights in the image tower where there are any"
-    )
+    pretrained_image: bool = setting(False, "start from ImageNet weights in the image tower where there are any")
     cache_dir: str | None = setting(None, "where downloaded models and tokenizers are kept")
     lock_image: bool = setting(False, "lock the image tower (LiT)")
     lock_image_unlocked_groups: int = setting(
@@ -142,9 +134,7 @@ class Config:
     lock_text_unlocked_layers: int = setting(
         0, "with --lock-text: leave the last n layers unlocked", within=NOT_NEGATIVE
     )
-    lock_text_freeze_layer_norm: bool = setting(
-        False, "with --lock-text: freeze LayerNorm in the locked layers"
-    )
+    lock_text_freeze_layer_norm: bool = setting(False, "with --lock-text: freeze LayerNorm in the locked layers")
     image_mean: tuple[float, ...] | None = setting(None, "override the mean the images are normalised with")
     image_std: tuple[float, ...] | None = setting(
         None, "override the standard deviation the images are normalised with"
@@ -157,9 +147,7 @@ class Config:
         "override how images are resized and cropped at evaluation",
         choices=("shortest", "longest", "squash"),
     )
-    aug_cfg: dict[str, Any] = setting(
-        {}, "augmentation of training images, as key=value ...", metavar="KEY=VALUE"
-    )
+    aug_cfg: dict[str, Any] = setting({}, "augmentation of training images, as key=value ...", metavar="KEY=VALUE")
     force_context_length: int | None = setting(None, "override the text's length in tokens", within=COUNT)
     force_image_size: tuple[int, ...] | None = setting(
         None, "override the image size: one number, or height and width", within=COUNT
@@ -175,9 +163,7 @@ class Config:
         None, "SigLIP: how the ranks exchange features", choices=("bidir", "shift", "reduce", "gather")
     )
     coca_caption_loss_weight: float = setting(2.0, "CoCa: weight of the captioning loss", within=NOT_NEGATIVE)
-    coca_contrastive_loss_weight: float = setting(
-        1.0, "CoCa: weight of the contrastive loss", within=NOT_NEGATIVE
-    )
+    coca_contrastive_loss_weight: float = setting(1.0, "CoCa: weight of the contrastive loss", within=NOT_NEGATIVE)
     distill_model: str | None = setting(None, "distil from this model, with --distill-pretrained")
     distill_pretrained: str | None = setting(None, "the weights to distil from")
 
@@ -189,9 +175,7 @@ class Config:
         within=COUNT,
     )
     epochs: int = setting(32, "epochs to train for", within=NOT_NEGATIVE)
-    epochs_cooldown: int | None = setting(
-        None, "const-cooldown: the last n epochs cool down", within=NOT_NEGATIVE
-    )
+    epochs_cooldown: int | None = setting(None, "const-cooldown: the last n epochs cool down", within=NOT_NEGATIVE)
     lr: float | None = setting(
         None, "learning rate (default 5e-4, or the optimizer's own with timm/...)", within=NOT_NEGATIVE
     )
@@ -199,9 +183,7 @@ class Config:
     beta2: float | None = setting(
         None, "Adam's beta 2 (default 0.98 for ViT, 0.999 otherwise)", within=Range(at_least=0, at_most=1)
     )
-    eps: float | None = setting(
-        None, "Adam's epsilon (default 1e-6 for ViT, 1e-8 otherwise)", within=NOT_NEGATIVE
-    )
+    eps: float | None = setting(None, "Adam's epsilon (default 1e-6 for ViT, 1e-8 otherwise)", within=NOT_NEGATIVE)
     wd: float = setting(0.2, "weight decay", within=NOT_NEGATIVE)
     momentum: float | None = setting(None, "momentum of timm optimizers", within=Range(at_least=0, at_most=1))
     opt: str = setting("adamw", "optimizer: adamw, or timm/NAME")
@@ -210,9 +192,7 @@ class Config:
         "cosine", "schedule of the learning rate", choices=("cosine", "const", "const-cooldown")
     )
     lr_cooldown_end: float = setting(0.0, "const-cooldown: the learning rate at the end", within=NOT_NEGATIVE)
-    lr_cooldown_power: float = setting(
-        1.0, "const-cooldown: power of the polynomial, 1 is linear", within=POSITIVE
-    )
+    lr_cooldown_power: float = setting(1.0, "const-cooldown: power of the polynomial, 1 is linear", within=POSITIVE)
     skip_scheduler: bool = setting(False, "keep the learning rate constant, without warm-up")
     grad_clip_norm: float | None = setting(None, "clip the gradient at this norm", within=POSITIVE)
     accum_freq: int = setting(1, "batches accumulated for one optimizer step", within=COUNT)
@@ -240,8 +220,8 @@ class Config:
     )
     warmup_select_rate: float | None = setting(
         None,
-        "warmup_base_sampling: share of every batch trained on during those epochs (default: --select-rate; 1.0 trains on "
-        "all of it, costs more and often selects better)",
+        "warmup_base_sampling: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
+        "trains on all of it, costs more and often selects better)",
         within=FRACTION,
     )
     select_momentum: float = setting(
@@ -254,9 +234,7 @@ class Config:
         "mode of the model while it scores; train keeps dropout and batch statistics on",
         choices=("eval", "train"),
     )
-    record: bool = setting(
-        False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch"
-    )
+    record: bool = setting(False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch")
 
     # ---- evaluation, logs, checkpoints
     val_frequency: int = section(
@@ -274,17 +252,13 @@ class Config:
     log_local: bool = setting(False, "write a log file on every node, not on the first only")
     name: str | None = setting(None, "name of the run and its folder (default: time and main settings)")
     log_every_n_steps: int = setting(100, "log every n steps", within=COUNT)
-    report_to: str = setting(
-        "", "where to report besides the console: tensorboard, wandb, or both with a comma"
-    )
+    report_to: str = setting("", "where to report besides the console: tensorboard, wandb, or both with a comma")
     wandb_notes: str = setting("", "notes for wandb")
     wandb_project_name: str = setting("open-clip", "project name for wandb")
     debug: bool = setting(False, "log more")
     copy_codebase: bool = setting(False, "copy the package's source into the run folder")
     resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run")
-    save_frequency: int = setting(
-        1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE
-    )
+    save_frequency: int = setting(1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE)
     save_most_recent: bool = setting(False, "also keep the newest checkpoint as epoch_latest.pt")
     delete_previous_checkpoint: bool = setting(False, "delete the checkpoint before after storing a new one")
     remote_sync: str | None = setting(None, "copy the run folder to this remote path as training goes on")
@@ -296,9 +270,7 @@ class Config:
         "distributed training", "cuda", "accelerator to use; falls back to the CPU where there is none"
     )
     dist_url: str | None = setting(None, "URL to set up the process group with")
-    dist_backend: str | None = setting(
-        None, "backend of the process group (default: nccl on a GPU, gloo on a CPU)"
-    )
+    dist_backend: str | None = setting(None, "backend of the process group (default: nccl on a GPU, gloo on a CPU)")
     no_set_device_rank: bool = setting(
         False, "leave the device index alone, where CUDA_VISIBLE_DEVICES gives each process one GPU"
     )
@@ -456,7 +428,7 @@ def _ranged(kind: Callable[[str], Any], within: Range) -> Callable[[str], Any]:
     return convert
 
 
-def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
+def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any, choices: Sequence[str] | None) -> None:
     facts = field.metadata
     names = ["--" + field.name.replace("_", "-"), *facts["aliases"]]
     kind = _strip_none(hint)
@@ -472,7 +444,7 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
             options["nargs"] = "+"
             kind = typing.get_args(kind)[0]
         options["type"] = kind if facts["within"] is None else _ranged(kind, facts["within"])
-        options["choices"] = facts["choices"]
+        options["choices"] = choices
         if facts["within"] is not None:
             text += f" [{facts['within']}]"
         if field.default not in (None, ""):
@@ -485,9 +457,7 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any) -> None:
 def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
     """The command line. ``strategies`` maps each strategy's name to one line about it."""
     lines = "\n".join(f"  {name:<26}{line}" for name, line in strategies.items())
-    refused = "\n".join(
-        f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items()
-    )
+    refused = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items())
     parser = _Parser(
         prog="dissect-clip",
         description="Train CLIP with OpenCLIP's flags and, with --select, on the best part of every batch.",
@@ -499,9 +469,8 @@ def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
     for field in dataclasses.fields(Config):
         if "section" in field.metadata:
             group = parser.add_argument_group(field.metadata["section"])
-        if field.name == "select_strategy":
-            field.metadata = types.MappingProxyType({**field.metadata, "choices": tuple(strategies)})
-        _add_argument(group, field, hints[field.name])
+        choices = tuple(strategies) if field.name == "select_strategy" else field.metadata["choices"]
+        _add_argument(group, field, hints[field.name], choices)
     for flag, entry in UNSUPPORTED.items():
         parser.add_argument(flag, action=_Refuse, nargs=1 if entry.takes_value else 0, help=argparse.SUPPRESS)
     return parser
@@ -555,9 +524,6 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "with a timm optimizer give both --beta1 and --beta2, or none"
     if config.precision == "fp16" and config.device == "cpu":
         yield "--precision fp16 does not train on a CPU: use amp, bf16 or fp32"
-    if config.lock_text and not config.lock_text_freeze_layer_norm:
-        # open_clip's own text towers cannot leave LayerNorm free, and assert so deep inside.
-        pass
     for name in config.report_to.replace(",", " ").split():
         if name not in ("tensorboard", "wandb", "all"):
             yield f"--report-to {name} is unknown: give tensorboard, wandb or both with a comma"

@@ -60,8 +60,8 @@ class World:
         counts = self.all_gather(torch.tensor([rows.shape[0]], device=rows.device)).tolist()
         padded = rows.new_zeros((max(counts), *rows.shape[1:]))
         padded[: rows.shape[0]] = rows
-        blocks = self.all_gather(padded).split(max(counts)) if max(counts) else [padded]
-        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=False)])
+        blocks = self.all_gather(padded).reshape(self.size, *padded.shape)
+        return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over all ranks, elementwise; any shape, equal on all ranks."""
@@ -110,9 +110,7 @@ class World:
         return value
 
 
-def init_world(
-    device: str, backend: str | None = None, url: str | None = None, set_device_rank: bool = True
-) -> World:
+def init_world(device: str, backend: str | None = None, url: str | None = None, set_device_rank: bool = True) -> World:
     """Join the process group that torchrun or Slurm describe in the environment; a single process joins none.
 
     Falls back to the CPU with a warning where ``device`` is not available, as OpenCLIP does.

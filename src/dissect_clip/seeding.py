@@ -52,7 +52,7 @@ def seeded(seed: int) -> Iterator[None]:
     """Run a block with the CPU generators seeded, then put their state back."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # noqa: NPY002
         random.seed(seed)
         try:

@@ -1,0 +1,86 @@
+"""The training loss of open_clip, and the same loss sample by sample for the strategies.
+
+Shapes: N pairs of this rank, G pairs of all ranks, D features.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dissect_clip.config import Config
+from dissect_clip.dist import World
+
+
+def build_loss(config: Config, world: World) -> nn.Module:
+    """open_clip's loss module for these settings: CLIP, SigLIP, CoCa or distillation."""
+    loss: nn.Module = open_clip.create_loss(
+        Namespace(
+            model=config.model,
+            distill=config.distill,
+            siglip=config.siglip,
+            loss_dist_impl=config.loss_dist_impl,
+            local_loss=config.local_loss,
+            gather_with_grad=config.gather_with_grad,
+            coca_caption_loss_weight=config.coca_caption_loss_weight,
+            coca_contrastive_loss_weight=config.coca_contrastive_loss_weight,
+            rank=world.rank,
+            world_size=world.size,
+            horovod=False,
+        )
+    )
+    return loss
+
+
+def infonce_by_sample(
+    image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, offset: int, logit_scale: Tensor
+) -> Tensor:
+    """Symmetric InfoNCE of each pair [N] in nats, against the pairs of all ranks (Radford et al., 2021, figure 3).
+
+    ``image``, ``text`` [N, D] are rows ``offset`` to ``offset + N`` of ``all_image``, ``all_text`` [G, D]. The mean
+    over all ranks is the CLIP loss of the global batch.
+    """
+    target = torch.arange(len(image), device=image.device) + offset
+    image_to_text = F.cross_entropy(logit_scale * image @ all_text.T, target, reduction="none")
+    text_to_image = F.cross_entropy(logit_scale * text @ all_image.T, target, reduction="none")
+    return (image_to_text + text_to_image) / 2
+
+
+def sigmoid_by_sample(
+    image: Tensor, text: Tensor, all_image: Tensor, all_text: Tensor, offset: int, logit_scale: Tensor, bias: Tensor
+) -> Tensor:
+    """Sigmoid loss of each pair [N] in nats, the mean of its row and its column (Zhai et al., 2023, equation 1).
+
+    Arguments as in :func:`infonce_by_sample`. The mean over all ranks is the SigLIP loss of the global batch.
+    """
+    sign = -torch.ones(len(image), len(all_text), device=image.device)
+    own = torch.arange(len(image), device=image.device)
+    sign[own, own + offset] = 1
+    row = -F.logsigmoid(sign * (logit_scale * image @ all_text.T + bias)).sum(dim=1)
+    column = -F.logsigmoid(sign * (logit_scale * text @ all_image.T + bias)).sum(dim=1)
+    return (row + column) / 2
+
+
+class SampleLoss:
+    """The contrastive part of the training loss, by sample.
+
+    ``sample_loss(image [N, D], text [N, D], logit_scale, logit_bias) -> [N]`` in nats. Collective: one all_gather of
+    the features.
+    """
+
+    def __init__(self, world: World, siglip: bool) -> None:
+        self.world = world
+        self.siglip = siglip
+
+    def __call__(self, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
+        both = self.world.all_gather(torch.cat([image, text], dim=1))
+        all_image, all_text = both.split(image.shape[1], dim=1)  # type: ignore[no-untyped-call]
+        offset = self.world.rank * len(image)
+        if self.siglip:
+            assert logit_bias is not None, "models for SigLIP are built with a bias"
+            return sigmoid_by_sample(image, text, all_image, all_text, offset, logit_scale, logit_bias)
+        return infonce_by_sample(image, text, all_image, all_text, offset, logit_scale)

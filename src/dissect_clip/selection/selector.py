@@ -1,0 +1,119 @@
+"""The one place where samples are chosen: scoring pass, ranking, top-k and store.
+
+Shapes: N pairs of this rank, G pairs of all ranks, K kept, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dissect_clip.batch import Batch
+from dissect_clip.dist import World
+from dissect_clip.seeding import Stream, derive_seed
+from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
+from dissect_clip.selection.store import ScoreStore
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """What the scoring pass gives, without gradient."""
+
+    image_features: Tensor  # [N, D] float32, unit norm
+    text_features: Tensor  # [N, D] float32, unit norm
+    logit_scale: Tensor  # scalar, the factor itself and not its logarithm
+    logit_bias: Tensor | None = None  # scalar, SigLIP only
+
+
+Encode = Callable[[Batch], Encoded]
+SampleLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def kept(rate: float, size: int) -> int:
+    """K, how many of ``size`` samples a rate in (0, 1] keeps: rounded, at least 1."""
+    return max(1, round(rate * size))
+
+
+def top_k(rank: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Places [K] of the k largest of ``rank`` [N], rising. Ties are broken at random, what is not finite comes last."""
+    shuffled = torch.randperm(len(rank), generator=generator, device=rank.device)
+    rank = torch.where(rank.isfinite(), rank.float(), -torch.inf)
+    order = rank[shuffled].argsort(descending=True, stable=True)
+    return shuffled[order[:k]].sort().values
+
+
+class Selector:
+    """Chooses the part of each batch to train on, with one strategy, and keeps what the strategy remembers.
+
+    Args:
+        always_score: score in epochs that keep every sample, too, where the record wants the scores.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        store: ScoreStore,
+        sample_loss: SampleLoss,
+        world: World,
+        seed: int,
+        always_score: bool = False,
+    ) -> None:
+        self.strategy = strategy
+        self.store = store
+        self.sample_loss = sample_loss
+        self.world = world
+        self.seed = seed
+        self.always_score = always_score
+
+    def _scores(self, epoch: int) -> bool:
+        """Whether this epoch needs a scoring pass: not when everything is kept and nothing will be read back."""
+        if self.strategy.needs is Needs.NOTHING:
+            return False
+        if self.strategy.rate(epoch) < 1 or self.always_score:
+            return True
+        return bool(self.strategy.remembers) and self.strategy.config.select_rate < 1
+
+    def _score(self, batch: Batch, encode: Encode, epoch: int, generator: torch.Generator) -> Candidates:
+        """The scoring pass, and what the strategy needs of it."""
+        needs = self.strategy.needs
+        with torch.no_grad():
+            encoded = encode(batch)
+            image, text = encoded.image_features, encoded.text_features
+            return Candidates(
+                epoch=epoch,
+                generator=generator,
+                memory=self.store.read(batch.sample_id),
+                similarity=(image * text).sum(dim=1),
+                loss=self.sample_loss(image, text, encoded.logit_scale, encoded.logit_bias)
+                if Needs.LOSS in needs
+                else None,
+                image_features=image if Needs.FEATURES in needs else None,
+                text_features=text if Needs.FEATURES in needs else None,
+            )
+
+    def select(self, batch: Batch, encode: Encode, epoch: int, step: int) -> Selection:
+        """The K pairs of this rank's batch to train on.
+
+        No device sync. Collective where the strategy remembers (the store is written) or needs the loss (features
+        are gathered). ``step`` counts the batches of the whole run; with seed and rank it decides every random choice.
+        """
+        device = batch.sample_id.device
+        generator = torch.Generator(device)
+        generator.manual_seed(derive_seed(self.seed, Stream.SELECT, step, self.world.rank))
+        k = kept(self.strategy.rate(epoch), len(batch))
+        if not self._scores(epoch):
+            return Selection(self._choose(torch.zeros(len(batch), device=device), k, generator), None)
+        candidates = self._score(batch, encode, epoch, generator)
+        index = self._choose(self.strategy.rank(candidates), k, generator)
+        values = self.strategy.remember(candidates)
+        if values is not None:
+            self.store.write(batch.sample_id, values)
+        return Selection(index, candidates)
+
+    @staticmethod
+    def _choose(rank: Tensor, k: int, generator: torch.Generator) -> Tensor:
+        # Keeping all must keep the order, too: it is then bit for bit the batch that was loaded.
+        return torch.arange(k, device=rank.device) if k == len(rank) else top_k(rank, k, generator)

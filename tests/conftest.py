@@ -1,0 +1,26 @@
+"""Fixtures for all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are written for the CPU; `-m gpu` sets it
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _two_threads() -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def emoji() -> Path:
+    """The folder of the real image-caption set, where it is present."""
+    folder = Path(os.environ.get("DISSECT_EMOJI", ROOT.parent / "shared" / "data" / "emoji"))
+    if not (folder / "train-000000.tar").exists():
+        pytest.skip(f"the emoji set is not at {folder}; DISSECT_EMOJI names its folder")
+    return folder
