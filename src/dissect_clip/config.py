@@ -329,7 +329,7 @@ ADDED: dict[str, str] = {
 
 UNSUPPORTED: dict[str, Unsupported] = {
     "--torchscript": Unsupported(
-        "a scripted model cannot be scored without gradients and trained in one run, and TorchScript is deprecated in torch",
+        "a scripted model cannot be scored without gradients and trained in one run, and torch deprecates TorchScript",
         "leave it out, or use --torchcompile",
     ),
     "--trace": Unsupported(
@@ -352,6 +352,9 @@ _ONLY_WITH_SELECT = (
     "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
     "record",
 )  # fmt: skip
+
+_LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
+"""How many numbers a setting may hold: one for all, or one for each channel or side."""
 
 
 def default_adam(model: str) -> dict[str, float]:
@@ -524,6 +527,11 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "with a timm optimizer give both --beta1 and --beta2, or none"
     if config.precision == "fp16" and config.device == "cpu":
         yield "--precision fp16 does not train on a CPU: use amp, bf16 or fp32"
+    for name, lengths in _LENGTHS.items():
+        numbers = getattr(config, name)
+        if numbers is not None and len(numbers) not in lengths:
+            allowed = " or ".join(map(str, lengths))
+            yield f"--{name.replace('_', '-')} takes {allowed} numbers: {len(numbers)} given"
     for name in config.report_to.replace(",", " ").split():
         if name not in ("tensorboard", "wandb", "all"):
             yield f"--report-to {name} is unknown: give tensorboard, wandb or both with a comma"
