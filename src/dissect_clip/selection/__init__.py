@@ -13,11 +13,11 @@ from dissect_clip.dist import World
 from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLoss
 from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
-from dissect_clip.selection.selector import Encoded, SampleLoss, Selector
+from dissect_clip.selection.selector import SampleLoss, Selector
 from dissect_clip.selection.store import ScoreStore
 
 __all__ = [
-    "STRATEGIES", "Candidates", "Encoded", "Needs", "ScoreStore", "Selection", "Selector", "Strategy", "build_selector",
+    "STRATEGIES", "Candidates", "Needs", "ScoreStore", "Selection", "Selector", "Strategy", "build_selector",
     "summaries",
 ]  # fmt: skip
 

@@ -6,26 +6,16 @@ Shapes: N pairs of this rank, G pairs of all ranks, K kept, D features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
+from dissect_clip.model import Encoded
 from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.store import ScoreStore
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """What the scoring pass gives, without gradient."""
-
-    image_features: Tensor  # [N, D] float32, unit norm
-    text_features: Tensor  # [N, D] float32, unit norm
-    logit_scale: Tensor  # scalar, the factor itself and not its logarithm
-    logit_bias: Tensor | None = None  # scalar, SigLIP only
 
 
 Encode = Callable[[Batch], Encoded]

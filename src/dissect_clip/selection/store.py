@@ -41,9 +41,9 @@ class ScoreStore:
         Collective: one all_gather of N * (2 + C) int32. Where an id occurs more than once, the last occurrence on the
         last rank wins.
         """
-        packed = torch.cat([ids[:, None].view(torch.int32), values.float().view(torch.int32)], dim=1)
+        packed = torch.cat([ids.view(torch.int32).reshape(-1, 2), values.float().view(torch.int32)], dim=1)
         gathered = self.world.all_gather(packed)
-        all_ids = gathered[:, :2].contiguous().view(torch.int64)[:, 0]
+        all_ids = gathered[:, :2].reshape(-1).view(torch.int64)
         all_values = gathered[:, 2:].contiguous().view(torch.float32)
         self.scores[all_ids] = all_values[last_occurrence(all_ids)]
 

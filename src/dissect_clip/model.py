@@ -1,0 +1,235 @@
+"""Models, transforms and tokenizers of open_clip, built from the settings, and the forward pass that scores.
+
+Shapes: N pairs, D features.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip_train.precision import get_autocast
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from dissect_clip.batch import Batch
+from dissect_clip.config import Config
+from dissect_clip.dist import World
+from dissect_clip.errors import SetupError
+from dissect_clip.seeding import seed_everything
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """An open_clip model with what belongs to it."""
+
+    module: nn.Module  # CLIP, CustomTextCLIP or CoCa on the device; neither wrapped nor compiled
+    preprocess_train: Callable[[Any], Tensor]  # PIL image -> [3, H, W]
+    preprocess_eval: Callable[[Any], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]  # N captions -> [N, L] int64
+    teacher: nn.Module | None  # distillation only; in eval mode, without gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The features of a batch."""
+
+    image_features: Tensor  # [N, D] float32, unit norm
+    text_features: Tensor  # [N, D] float32, unit norm
+    logit_scale: Tensor  # scalar, the factor itself and not its logarithm
+    logit_bias: Tensor | None  # scalar, SigLIP only
+
+
+def register_model_configs(extra: str | None) -> None:
+    """Make the package's small models, and those of ``--model-config``, known to open_clip by their file names.
+
+    Raises:
+        SetupError: if ``extra`` is neither a file nor a folder.
+    """
+    with importlib.resources.as_file(importlib.resources.files("dissect_clip") / "model_configs") as folder:
+        open_clip.add_model_config(folder)
+    if extra is not None:
+        if not Path(extra).exists():
+            raise SetupError(f"--model-config {extra} does not exist: give a JSON file, or a folder of them")
+        open_clip.add_model_config(Path(extra))
+
+
+def check_model_name(name: str) -> None:
+    """Raises:
+    SetupError: naming similar models, if open_clip does not know this one.
+    """
+    known = open_clip.list_models()
+    if ":" not in name and name.replace("/", "-") not in known:
+        near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:10]
+        raise SetupError(
+            f"--model {name} is unknown: did you mean one of {', '.join(near)}? "
+            "A configuration of your own goes in with --model-config FILE"
+        )
+
+
+def _create(name: str, pretrained: str | None, config: Config, world: World, **options: Any) -> tuple[Any, Any, Any]:
+    check_model_name(name)
+    try:
+        created: tuple[Any, Any, Any] = open_clip.create_model_and_transforms(
+            name,
+            pretrained,
+            precision=config.precision,
+            device=world.device,
+            output_dict=True,
+            cache_dir=config.cache_dir,
+            **options,
+        )
+    except (RuntimeError, OSError, ImportError, ValueError) as error:
+        raise SetupError(f"--model {name} (weights {pretrained or 'random'}) cannot be built: {error}") from error
+    return created
+
+
+def build_model(config: Config, world: World) -> Model:
+    """The model that the settings ask for, with the same random weights on every rank and locked where asked.
+
+    Raises:
+        SetupError: if open_clip does not know it or cannot build it.
+    """
+    register_model_configs(config.model_config)
+    seed_everything(config.seed)
+    siglip = {"init_logit_scale": math.log(10), "init_logit_bias": -10} if config.siglip else {}
+    module, preprocess_train, preprocess_eval = _create(
+        config.model,
+        config.pretrained or None,
+        config,
+        world,
+        force_quick_gelu=config.force_quick_gelu,
+        force_custom_text=config.force_custom_text,
+        force_patch_dropout=config.force_patch_dropout,
+        force_image_size=config.image_size,
+        force_context_length=config.force_context_length,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        image_interpolation=config.image_interpolation,
+        image_resize_mode=config.image_resize_mode,
+        aug_cfg=config.aug_cfg,
+        pretrained_image=config.pretrained_image,
+        **siglip,
+    )
+    tokenizer = open_clip.get_tokenizer(
+        config.model, cache_dir=config.cache_dir, context_length=config.force_context_length
+    )
+    _lock(module, config)
+    if config.grad_checkpointing:
+        module.set_grad_checkpointing()
+    return Model(module, preprocess_train, preprocess_eval, tokenizer, _build_teacher(config, world))
+
+
+def _lock(module: nn.Module, config: Config) -> None:
+    try:
+        if config.lock_image:
+            module.lock_image_tower(
+                unlocked_groups=config.lock_image_unlocked_groups, freeze_bn_stats=config.lock_image_freeze_bn_stats
+            )
+        if config.lock_text:
+            # The text towers of CLIP itself know no other way than to lock LayerNorm with the layers it belongs to.
+            freeze = config.lock_text_freeze_layer_norm or isinstance(module, open_clip.CLIP)
+            module.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers, freeze_layer_norm=freeze)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise SetupError(f"--lock-image or --lock-text is not possible with --model {config.model}: {error}") from error
+
+
+def _build_teacher(config: Config, world: World) -> nn.Module | None:
+    if not config.distill:
+        return None
+    assert config.distill_model is not None
+    teacher: nn.Module = _create(config.distill_model, config.distill_pretrained, config, world)[0]
+    return teacher.eval().requires_grad_(False)
+
+
+def autocast_for(precision: str, device: torch.device) -> Autocast:
+    """The autocast context of a precision. On a CPU ``amp`` is bf16: fp16 needs a gradient scaler there is none for."""
+    if precision == "amp" and device.type == "cpu":
+        precision = "amp_bf16"
+    autocast: Autocast = get_autocast(precision, device_type=device.type)
+    return autocast
+
+
+def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Module, nn.Module]:
+    """(the module itself, what to call in training): with synchronised BatchNorm, DDP and compilation as asked.
+
+    The first shares its weights with the second, and its state dict has no prefixes.
+    """
+    if world.size > 1 and config.use_bn_sync:
+        if world.device.type == "cpu":
+            raise SetupError("--use-bn-sync needs GPUs: torch has no synchronised BatchNorm for the CPU")
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    model: nn.Module = module
+    if world.size > 1:
+        model = DistributedDataParallel(
+            module,
+            device_ids=None if world.device.type == "cpu" else [world.device],
+            static_graph=config.ddp_static_graph,
+        )
+    if config.torchcompile:
+        if config.grad_checkpointing and world.size > 1:
+            # DDP's graph splitting does not work with checkpointed activations (as in OpenCLIP).
+            torch._dynamo.config.optimize_ddp = False
+        for name in ("torch._dynamo", "torch._inductor", "torch._functorch"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        model = torch.compile(model)  # type: ignore[assignment]
+    return module, model
+
+
+class Scorer:
+    """The scoring pass: one forward without gradients through the unwrapped module.
+
+    In the training run's autocast and, by default, in eval mode. BatchNorm statistics and the generators that
+    training draws from stay untouched in both modes.
+    """
+
+    def __init__(self, module: nn.Module, autocast: Autocast, mode: str, compiled: bool) -> None:
+        self.module = module
+        self.autocast = autocast
+        self.mode = mode
+        self.batch_norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        self.forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = (
+            torch.compile(self._features) if compiled else self._features
+        )
+
+    def _features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self.module.encode_image(image, normalize=True), self.module.encode_text(text, normalize=True)
+
+    @contextmanager
+    def _eval_mode(self) -> Iterator[None]:
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train()
+
+    @contextmanager
+    def _train_mode(self) -> Iterator[None]:
+        for norm in self.batch_norms:
+            norm.track_running_stats = False  # normalise with the batch's statistics, and leave the running ones
+        devices = [self.module.logit_scale.device] if self.module.logit_scale.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices):  # else dropout here would change dropout in training
+                yield
+        finally:
+            for norm in self.batch_norms:
+                norm.track_running_stats = True
+
+    def __call__(self, batch: Batch) -> Encoded:
+        mode = self._eval_mode() if self.mode == "eval" else self._train_mode()
+        with torch.no_grad(), mode, self.autocast():
+            image, text = self.forward(batch.image, batch.text)
+            scale, bias = self.module.logit_scale.exp(), self.module.logit_bias
+        return Encoded(image.float(), text.float(), scale.float(), None if bias is None else bias.float())

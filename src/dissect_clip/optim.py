@@ -1,0 +1,90 @@
+"""Optimizer and gradient scaler, as OpenCLIP sets them up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dissect_clip.config import Config
+from dissect_clip.errors import SetupError
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: not to vectors and scalars, norms, biases and the logit scale."""
+    return parameter.ndim >= 2 and not any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def build_optimizer(config: Config, module: nn.Module) -> Optimizer:
+    """AdamW with two groups (without and with weight decay), or a timm optimizer.
+
+    Raises:
+        SetupError: if nothing is left to train, or timm does not know the optimizer.
+    """
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    if not named:
+        raise SetupError("every parameter is locked: unlock some layers, or evaluate without --train-data")
+    if config.opt.startswith("timm/"):
+        return _timm_optimizer(config, module)
+    assert config.lr is not None
+    assert config.beta1 is not None
+    assert config.beta2 is not None
+    assert config.eps is not None
+    return torch.optim.AdamW(
+        [
+            {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
+            {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.wd},
+        ],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+    )
+
+
+def _timm_optimizer(config: Config, module: nn.Module) -> Optimizer:
+    from timm.optim import create_optimizer_v2
+
+    options: dict[str, object] = {"eps": config.eps, "momentum": config.momentum, "lr": config.lr}
+    if config.beta1 is not None:
+        options["betas"] = (config.beta1, config.beta2)
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        optimizer: Optimizer = create_optimizer_v2(
+            module, config.opt.removeprefix("timm/"), weight_decay=config.wd, **given
+        )
+    except (ValueError, AssertionError, TypeError) as error:
+        raise SetupError(f"--opt {config.opt}: {error}") from error
+    return optimizer
+
+
+def build_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler | None:
+    """A gradient scaler for fp16 autocast on a GPU; None elsewhere."""
+    if config.precision == "amp" and device.type == "cuda":
+        return torch.amp.GradScaler(device=device.type)
+    return None
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """One learning rate for all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def optimizer_step(
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    parameters: Iterable[nn.Parameter],
+    clip_norm: float | None,
+) -> None:
+    """Clip if asked, and step; through the scaler where there is one."""
+    if clip_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()

@@ -1,0 +1,150 @@
+"""The selector: how many, which, at what cost, and the same on any number of ranks."""
+
+import pytest
+import torch
+from distributed import run_on_ranks
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dissect_clip.batch import Batch
+from dissect_clip.config import Config
+from dissect_clip.dist import World
+from dissect_clip.loss import SampleLoss
+from dissect_clip.model import Encoded
+from dissect_clip.selection import STRATEGIES, Selector, build_selector
+from dissect_clip.selection.selector import kept, top_k
+
+SAMPLES, N = 40, 10
+
+
+def make_selector(name: str, world: World | None = None, rate: float = 0.3, **changes: object) -> Selector:
+    settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate} | changes
+    config = Config(select=True, select_strategy=name, select_rate=rate, **settings)  # type: ignore[arg-type]
+    world = world or World()
+    selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
+    assert selector is not None
+    return selector
+
+
+def make_batch(ids: Tensor) -> Batch:
+    """A batch whose features follow from the ids alone."""
+    return Batch(ids[:, None, None, None].float().expand(-1, 3, 2, 2), ids[:, None], ids)
+
+
+def encode(batch: Batch) -> Encoded:
+    phase = batch.sample_id[:, None].float() * torch.tensor([0.7, 1.1, 1.9])
+    return Encoded(normalize(phase.sin(), dim=1), normalize((phase * 1.3).cos(), dim=1), torch.tensor(10.0), None)
+
+
+def never(batch: Batch) -> Encoded:
+    raise AssertionError("there should be no scoring pass here")
+
+
+@pytest.mark.parametrize(
+    ("rate", "size", "expected"), [(0.3, 10, 3), (1.0, 7, 7), (0.01, 10, 1), (0.5, 1, 1), (0.35, 10, 4)]
+)
+def test_kept(rate, size, expected):
+    assert kept(rate, size) == expected
+
+
+def test_top_k_takes_the_largest_and_keeps_their_order():
+    generator = torch.Generator().manual_seed(0)
+    assert top_k(torch.tensor([1.0, 9.0, 3.0, 7.0]), 2, generator).tolist() == [1, 3]
+
+
+def test_top_k_breaks_ties_uniformly():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(6)
+    for _ in range(3000):
+        counts[top_k(torch.zeros(6), 2, generator)] += 1
+    assert counts.min() > 900
+    assert counts.max() < 1100
+
+
+def test_top_k_takes_what_is_not_finite_last():
+    rank = torch.tensor([torch.nan, -5.0, torch.inf, -6.0])
+    assert top_k(rank, 2, torch.Generator().manual_seed(0)).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("size", [1, N])
+def test_keeps_k_distinct_places(name, size):
+    selector = make_selector(name)
+    for epoch in (0, 1):
+        index = selector.select(make_batch(torch.arange(size)), encode, epoch, epoch).index
+        assert len(index) == kept(0.3, size)
+        assert index.unique().numel() == len(index)
+        assert (index.diff() > 0).all()
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_same_place_in_training_gives_the_same_choice(name):
+    first, second = make_selector(name), make_selector(name)
+    batch = make_batch(torch.arange(N))
+    for step in range(3):
+        assert torch.equal(
+            first.select(batch, encode, step, step).index, second.select(batch, encode, step, step).index
+        )
+
+
+def test_random_choices_differ_between_steps_and_ranks():
+    batch = make_batch(torch.arange(N))
+    choices = [
+        tuple(make_selector("random", World(rank=rank, size=1)).select(batch, never, 0, step).index.tolist())
+        for rank in range(4)
+        for step in range(4)
+    ]
+    assert len(set(choices)) > 8
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_rate_one_keeps_the_batch_as_it_is_without_scoring(name):
+    selection = make_selector(name, rate=1.0).select(make_batch(torch.arange(N)), never, 0, 0)
+    assert selection.index.tolist() == list(range(N))
+
+
+def test_warmup_on_all_data_still_takes_scores():
+    selector = make_selector("warmup_base_sampling", warmup_select_rate=1.0)
+    selection = selector.select(make_batch(torch.arange(N)), encode, 0, 0)
+    assert selection.index.tolist() == list(range(N))
+    assert selector.store.scores[:N].isfinite().all()
+
+
+def test_record_scores_also_where_all_is_kept():
+    selection = make_selector("clipscore", rate=1.0, record=True).select(make_batch(torch.arange(N)), encode, 0, 0)
+    assert selection.candidates is not None
+
+
+def test_loss_is_the_clip_loss_of_the_batch_by_sample():
+    selector = make_selector("small_loss")
+    batch = make_batch(torch.arange(N))
+    candidates = selector.select(batch, encode, 0, 0).candidates
+    encoded = encode(batch)
+    logits = 10 * encoded.image_features @ encoded.text_features.T
+    expected = [-(logits[i].log_softmax(0)[i] + logits[:, i].log_softmax(0)[i]).item() / 2 for i in range(N)]
+    assert candidates.loss.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def _select_on_rank(world: World, name: str) -> tuple[list[list[float]], list[float]]:
+    selector = make_selector(name, world)
+    losses: list[float] = []
+    for step in range(4):
+        ids = torch.arange(N) + N * ((world.rank + step) % world.size)
+        candidates = selector.select(make_batch(ids), encode, step, step).candidates
+        if candidates is not None and candidates.loss is not None:
+            losses = candidates.loss.tolist()
+    return selector.store.scores.nan_to_num(-1).tolist(), losses
+
+
+@pytest.mark.dist
+def test_two_ranks_share_scores_and_losses():
+    for name in ("historical_base_sampling", "small_loss"):
+        (store0, losses0), (store1, losses1) = run_on_ranks(2, _select_on_rank, name)
+        assert store0 == store1
+        whole = (
+            make_selector("small_loss").select(make_batch(torch.arange(2 * N)), encode, 0, 0).candidates.loss.tolist()
+        )
+        if losses0:
+            assert losses1 + losses0 == pytest.approx(whole, rel=1e-5)  # in the last step rank 1 has the first ids
+        else:
+            assert sum(row != [-1.0] for row in store0) == 2 * N

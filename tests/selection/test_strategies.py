@@ -1,0 +1,146 @@
+"""Every strategy through the same contract, then each against its own definition."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from dissect_clip.config import Config
+from dissect_clip.selection import STRATEGIES, Candidates, Needs
+from dissect_clip.selection.differential import differential
+
+N = 8
+
+
+def make_config(**changes: object) -> Config:
+    return Config(select=True, warmup_select_rate=changes.pop("warmup_select_rate", 0.5), select_rate=0.5, **changes)  # type: ignore[arg-type]
+
+
+def make_candidates(epoch: int = 20, columns: int = 1, seed: int = 0, **parts: object) -> Candidates:
+    random = torch.Generator().manual_seed(seed)
+    features = torch.nn.functional.normalize(torch.randn(2, N, 4, generator=random), dim=-1)
+    defaults: dict[str, object] = {
+        "epoch": epoch,
+        "generator": torch.Generator().manual_seed(seed),
+        "memory": torch.full((N, columns), torch.nan),
+        "similarity": (features[0] * features[1]).sum(dim=1),
+        "loss": torch.rand(N, generator=random),
+        "image_features": features[0],
+        "text_features": features[1],
+    }
+    return Candidates(**(defaults | parts))  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=STRATEGIES)
+def strategy(request: pytest.FixtureRequest):
+    return STRATEGIES[request.param](make_config())
+
+
+@pytest.mark.parametrize("epoch", [0, 20])
+def test_rank_gives_one_number_a_sample(strategy, epoch):
+    rank = strategy.rank(make_candidates(epoch, len(strategy.remembers)))
+    assert rank.shape == (N,)
+    assert rank.isfinite().all()
+
+
+@pytest.mark.parametrize("epoch", [0, 20])
+def test_remembers_as_many_columns_as_it_names(strategy, epoch):
+    values = strategy.remember(make_candidates(epoch, len(strategy.remembers)))
+    assert values is None or values.shape == (N, len(strategy.remembers))
+    if not strategy.remembers:
+        assert values is None
+
+
+def test_looks_only_at_what_it_needs(strategy):
+    everything = make_candidates(columns=len(strategy.remembers))
+    needs = strategy.needs
+    bare = dataclasses.replace(
+        everything,
+        similarity=everything.similarity if Needs.SIMILARITY in needs else None,
+        loss=everything.loss if Needs.LOSS in needs else None,
+        image_features=everything.image_features if Needs.FEATURES in needs else None,
+        text_features=everything.text_features if Needs.FEATURES in needs else None,
+    )
+    assert torch.equal(strategy.rank(everything), strategy.rank(bare))
+
+
+def test_is_pure(strategy):
+    candidates = make_candidates(columns=len(strategy.remembers))
+    before = {
+        name: value.clone()
+        for name in ("memory", "similarity", "loss")
+        if (value := getattr(candidates, name)) is not None
+    }
+    assert torch.equal(strategy.rank(candidates), strategy.rank(candidates))
+    strategy.remember(candidates)
+    for name, value in before.items():
+        assert torch.equal(getattr(candidates, name).nan_to_num(7), value.nan_to_num(7))
+
+
+@pytest.mark.parametrize("epoch", [0, 9, 10, 11])
+def test_rate_is_a_share(strategy, epoch):
+    assert 0 < strategy.rate(epoch) <= 1
+
+
+def test_has_a_line_for_help(strategy):
+    assert len((type(strategy).__doc__ or "").strip()) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("small_loss", {"loss": 100.0}),
+        ("clipscore", {"similarity": -1.0}),
+        ("warmup_base_sampling", {"similarity": 1.0}),  # memorised: it scores far above its history
+        ("historical_base_sampling", {"similarity": 1.0}),
+    ],
+)
+def test_drops_a_known_bad_sample(name, bad):
+    strategy = STRATEGIES[name](make_config())
+    candidates = make_candidates(memory=torch.full((N, 1), 30.0), similarity=torch.linspace(0.2, 0.4, N))
+    ((part, value),) = bad.items()
+    changed = getattr(candidates, part).clone()
+    changed[3] = value
+    rank = strategy.rank(dataclasses.replace(candidates, **{part: changed}))
+    assert rank.argmin() == 3
+
+
+def test_big_loss_is_small_loss_reversed():
+    candidates = make_candidates()
+    small, big = (STRATEGIES[name](make_config()).rank(candidates) for name in ("small_loss", "big_loss"))
+    assert torch.equal(small.argsort(), big.argsort(descending=True))
+
+
+def test_clip_score_is_clamped_at_zero():
+    rank = STRATEGIES["clipscore"](make_config()).rank(make_candidates(similarity=torch.tensor([0.5, -0.5, 0.0])))
+    assert rank.tolist() == [50.0, 0.0, 0.0]
+
+
+def test_differential_by_hand():
+    history = torch.tensor([30.0, 10.0, torch.nan, 20.0])
+    current = torch.tensor([20.0, 30.0, 99.0, 21.0])
+    expected = [10.0, -20.0, (10 - 20 - 1) / 3, -1.0]
+    assert differential(history, current).tolist() == pytest.approx(expected)
+
+
+def test_without_any_history_all_are_tied():
+    assert differential(torch.full((4,), torch.nan), torch.arange(4.0)).tolist() == [0.0] * 4
+
+
+def test_warmup_scores_are_frozen_when_selection_starts():
+    strategy = STRATEGIES["warmup_base_sampling"](make_config(warmup_point=3))
+    last, first = make_candidates(epoch=2), make_candidates(epoch=3)
+    assert torch.equal(strategy.remember(last)[:, 0], (100 * last.similarity).clamp(min=0))
+    assert strategy.remember(first) is None
+
+
+def test_warmup_is_uniform_at_its_own_rate():
+    strategy = STRATEGIES["warmup_base_sampling"](make_config(warmup_point=3, warmup_select_rate=0.9))
+    assert [strategy.rate(epoch) for epoch in (0, 2, 3)] == [0.9, 0.9, 0.5]
+    assert strategy.rank(make_candidates(epoch=2)).unique().numel() == 1
+
+
+def test_momentum_moves_the_history():
+    strategy = STRATEGIES["historical_base_sampling"](make_config(select_momentum=0.75))
+    candidates = make_candidates(memory=torch.tensor([[40.0], [torch.nan]]), similarity=torch.tensor([0.2, 0.6]))
+    assert strategy.remember(candidates)[:, 0].tolist() == pytest.approx([0.75 * 40 + 0.25 * 20, 60.0])
