@@ -175,7 +175,7 @@ def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[
             group = []
 
 
-def train_epoch(state: TrainState, data: TrainData, reporter: Reporter, progress: Progress) -> None:
+def train_epoch(state: TrainState, data: TrainData, reporter: Reporter) -> None:
     """Train one epoch; logs every ``--log-every-n-steps`` steps and at the end.
 
     Raises:
@@ -187,14 +187,15 @@ def train_epoch(state: TrainState, data: TrainData, reporter: Reporter, progress
     steps = data.num_batches // state.config.accum_freq
     clock = PhaseClock(state.world.device)
     window = Window(state, steps, clock)
-    for done, batches in enumerate(_batches(state, data, clock), start=1):
-        outputs = train_step(state, batches, clock)
-        window.add(outputs)
-        progress.update()
-        if (done - 1) % state.config.log_every_n_steps == 0 or done == steps:
-            metrics = window.close(done, outputs)
-            progress.show(loss=metrics["loss"])
-            reporter.train(state.counters.step, metrics)
+    with Progress(state.world, steps, f"Epoch {state.counters.epoch}") as progress:
+        for done, batches in enumerate(_batches(state, data, clock), start=1):
+            outputs = train_step(state, batches, clock)
+            window.add(outputs)
+            progress.advance()
+            if (done - 1) % state.config.log_every_n_steps == 0 or done == steps:
+                metrics = window.close(done, outputs)
+                progress.show(loss=metrics["loss"])
+                reporter.train(state.counters.step, metrics)
     state.recorder.end()
     state.counters.epoch += 1
     _report_skipped(state, data)

@@ -1,0 +1,129 @@
+"""Models from settings, and the scoring pass."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from toy import make_config, make_module, random_pairs
+
+from dissect_clip.batch import Batch
+from dissect_clip.dist import World
+from dissect_clip.errors import SetupError
+from dissect_clip.model import Scorer, autocast_for, build_model, wrap_model
+
+CPU = torch.device("cpu")
+
+
+def make_batch(size: int = 6, image_size: int = 16) -> Batch:
+    return Batch(*random_pairs(size, image_size), torch.arange(size))
+
+
+def make_scorer(module: torch.nn.Module, mode: str = "eval", precision: str = "fp32") -> Scorer:
+    return Scorer(module, autocast_for(precision, CPU), mode, compiled=False)
+
+
+@pytest.mark.parametrize("model", ["toy-vit", "toy-rn", "toy-timm", "toy-coca"])
+def test_every_kind_of_model_scores_without_gradient(tmp_path: Path, model: str):
+    size = 16 if model in ("toy-vit", "toy-coca") else 32
+    encoded = make_scorer(make_module(tmp_path, model=model))(make_batch(image_size=size))
+    for features in (encoded.image_features, encoded.text_features):
+        assert features.shape == (6, 16)
+        assert features.dtype is torch.float32
+        assert not features.requires_grad
+        assert torch.allclose(features.norm(dim=1), torch.ones(6), atol=1e-5)
+
+
+def test_scores_are_those_of_the_model_in_eval_mode(tmp_path: Path):
+    module = make_module(tmp_path, force_patch_dropout=0.5)
+    batch = make_batch()
+    encoded = make_scorer(module.train())(batch)
+    assert module.training
+    with torch.no_grad():
+        out = module.eval()(batch.image, batch.text)
+    assert torch.equal(encoded.image_features, out["image_features"])
+    assert torch.equal(encoded.logit_scale, out["logit_scale"])
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_scoring_leaves_buffers_and_generators_alone(tmp_path: Path, mode: str):
+    module = make_module(tmp_path, model="toy-rn").train()
+    before, state = copy.deepcopy(module.state_dict()), torch.random.get_rng_state()
+    make_scorer(module, mode)(make_batch(image_size=32))
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(part.training for part in module.modules())
+
+
+def test_train_mode_keeps_patch_dropout_on(tmp_path: Path):
+    module = make_module(tmp_path, force_patch_dropout=0.5).train()
+    scorer, batch = make_scorer(module, "train"), make_batch()
+    torch.manual_seed(0)
+    first = scorer(batch).image_features
+    torch.manual_seed(1)
+    assert not torch.equal(first, scorer(batch).image_features)
+
+
+def test_amp_on_a_cpu_is_bf16():
+    with autocast_for("amp", CPU)():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is torch.bfloat16
+
+
+def test_the_same_seed_gives_the_same_weights(tmp_path: Path):
+    first, second = (make_module(tmp_path, seed=seed).state_dict() for seed in (3, 3))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["text_projection"], make_module(tmp_path, seed=4).state_dict()["text_projection"])
+
+
+def test_siglip_models_have_a_bias(tmp_path: Path):
+    module = make_module(tmp_path, siglip=True)
+    assert module.logit_bias.item() == -10
+    assert make_scorer(module)(make_batch()).logit_bias is not None
+
+
+def test_locked_towers_have_no_gradient(tmp_path: Path):
+    module = make_module(tmp_path, lock_image=True, lock_text=True, model="toy-timm")
+    assert not any(p.requires_grad for p in module.visual.trunk.parameters())
+    assert not any(p.requires_grad for p in module.transformer.parameters())
+
+
+def test_locking_what_cannot_be_locked_says_so(tmp_path: Path):
+    with pytest.raises(SetupError, match="--lock-image"):
+        make_module(tmp_path, model="toy-coca", lock_image=True)
+
+
+def test_an_unknown_model_names_similar_ones(tmp_path: Path):
+    with pytest.raises(SetupError, match="ViT-B-32"):
+        make_module(tmp_path, model="ViT-B-23")
+
+
+def test_weights_that_are_not_there_say_so(tmp_path: Path):
+    with pytest.raises(SetupError, match="nowhere"):
+        make_module(tmp_path, pretrained="nowhere.pt")
+
+
+def test_model_config_that_is_not_there_says_so():
+    with pytest.raises(SetupError, match="--model-config"):
+        build_model(make_config(Path("/tmp"), model_config="/nowhere/x.json"), World())
+
+
+def test_distillation_brings_a_teacher_that_does_not_learn(tmp_path: Path):
+    torch.save(make_module(tmp_path, seed=5).state_dict(), tmp_path / "teacher.pt")
+    config = make_config(tmp_path, distill_model="toy-vit", distill_pretrained=str(tmp_path / "teacher.pt"))
+    teacher = build_model(config, World()).teacher
+    assert teacher is not None
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_scores_agree(tmp_path: Path):
+    module, batch = make_module(tmp_path), make_batch()
+    compiled = Scorer(module, autocast_for("fp32", CPU), "eval", compiled=True)(batch)
+    assert torch.allclose(compiled.image_features, make_scorer(module)(batch).image_features, atol=1e-5)
+
+
+def test_one_process_is_not_wrapped(tmp_path: Path):
+    module = make_module(tmp_path)
+    assert wrap_model(module, make_config(tmp_path), World()) == (module, module)
