@@ -1,0 +1,263 @@
+"""What a run says: log lines, a progress bar, and metrics to JSON lines, TensorBoard and wandb.
+
+The console shows this project's lines and everybody's warnings; the log file holds what other libraries say, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from dissect_clip.config import Config
+from dissect_clip.dist import World
+from dissect_clip.errors import SetupError
+from dissect_clip.runfolder import RunFolder, automatic_name
+
+_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
+_TIME = "%Y-%m-%d,%H:%M:%S"
+_HANDLERS = ("dissect_clip.console", "dissect_clip.file")
+
+
+class _Console(logging.Handler):
+    """Lines on stderr that leave a progress bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _is_for_the_console(record: logging.LogRecord) -> bool:
+    # open_clip describes each model it builds on the root logger, and other libraries are as talkative.
+    return record.levelno >= logging.WARNING or record.name.startswith("dissect_clip")
+
+
+def close_logging() -> None:
+    """Take away what :func:`setup_logging` added."""
+    for handler in [handler for handler in logging.root.handlers if handler.get_name() in _HANDLERS]:
+        logging.root.removeHandler(handler)
+        handler.close()
+
+
+def _add(handler: logging.Handler, name: str, line_format: str, level: int) -> None:
+    handler.set_name(name)
+    handler.setFormatter(logging.Formatter(line_format, datefmt=_TIME))
+    handler.setLevel(level)
+    logging.root.addHandler(handler)
+
+
+def setup_logging(path: Path | None, level: int, world: World) -> None:
+    """Log to stderr, and to ``path`` where it is given; a second call replaces the first. Not collective.
+
+    Rank 0 shows lines from ``level`` on, other ranks only warnings, with their rank before them. At DEBUG the console
+    shows the lines of all libraries.
+    """
+    close_logging()
+    console = _Console()
+    if world.is_main and level > logging.DEBUG:
+        console.addFilter(_is_for_the_console)
+    prefix = "" if world.is_main else f"[rank {world.rank}] "
+    _add(console, _HANDLERS[0], prefix + _FORMAT, level if world.is_main else logging.WARNING)
+    if path is not None:
+        _add(logging.FileHandler(path, encoding="utf-8"), _HANDLERS[1], _FORMAT, level)
+    logging.root.setLevel(level if world.is_main or path is not None else logging.WARNING)
+
+
+class Progress:
+    """A bar over the steps of an epoch on the terminal of rank 0; nothing elsewhere. A context manager."""
+
+    def __init__(self, world: World, total: int, description: str) -> None:
+        # tqdm takes None for "only on a terminal".
+        self._bar = tqdm(
+            total=total,
+            desc=description,
+            unit="step",
+            leave=False,
+            dynamic_ncols=True,
+            disable=None if world.is_main else True,
+        )
+
+    def advance(self) -> None:
+        """One step is done."""
+        self._bar.update()
+
+    def show(self, **values: float | str) -> None:
+        """Show these values beside the bar. Called when something is logged, not in every step."""
+        self._bar.set_postfix(values, refresh=False)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+
+
+class Reporter(Protocol):
+    """Takes the metrics of a run somewhere. Not collective; metrics are plain numbers."""
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report metrics of training after ``step`` optimizer steps of the run."""
+
+    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Report metrics of an evaluation after ``epoch`` complete epochs and ``step`` optimizer steps."""
+
+    def close(self) -> None:
+        """Write out what is waiting."""
+
+
+def _json_number(value: float) -> float | None:
+    """A number that JSON can hold: what is not finite is null."""
+    if isinstance(value, int):
+        return value
+    return float(value) if math.isfinite(value) else None
+
+
+class JsonLines:
+    """One JSON object a line: training to ``train``, evaluations to ``results`` as OpenCLIP writes them."""
+
+    def __init__(self, train: Path, results: Path) -> None:
+        self._train = train.open("a", encoding="utf-8")
+        self._results = results.open("a", encoding="utf-8")
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append ``{"step": ..., ...}``."""
+        self._append(self._train, {"step": step, **metrics})
+
+    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics with their ``epoch``."""
+        self._append(self._results, {**metrics, "epoch": epoch})
+
+    @staticmethod
+    def _append(file: Any, metrics: Mapping[str, float]) -> None:
+        plain = {name: _json_number(value) for name, value in metrics.items()}
+        file.write(json.dumps(plain, allow_nan=False) + "\n")
+        file.flush()
+
+    def close(self) -> None:
+        """Close both files."""
+        self._train.close()
+        self._results.close()
+
+
+def _optional(module: str, package: str) -> ModuleType:
+    """Import what only ``--report-to`` needs.
+
+    Raises:
+        SetupError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SetupError(f"--report-to {package} needs the package {package}: pip install {package}") from error
+
+
+class TensorBoard:
+    """Scalars for TensorBoard: ``train/...`` over steps, ``val/...`` over epochs, as in OpenCLIP."""
+
+    def __init__(self, folder: Path) -> None:
+        self._writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add scalars at ``step``."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Add scalars at ``epoch``."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"val/{name}", value, epoch)
+
+    def close(self) -> None:
+        """Write out the events."""
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases, with the keys that OpenCLIP logs."""
+
+    def __init__(self, config: Config, name: str) -> None:
+        self._run = _optional("wandb", "wandb").init(
+            project=config.wandb_project_name,
+            name=name,
+            id=name,
+            notes=config.wandb_notes,
+            resume="auto" if config.resume == "latest" else None,
+            config=dataclasses.asdict(config),
+        )
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log at ``step``, which is a value of its own, too."""
+        values = {f"train/{name}": value for name, value in metrics.items()}
+        self._run.log({**values, "step": step}, step=step)
+
+    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Log at ``step`` with the ``epoch``."""
+        values = {f"val/{name}": value for name, value in metrics.items()}
+        self._run.log({**values, "epoch": epoch}, step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+class Reporters:
+    """Several reporters as one; of none, it is the null object."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Pass on to each."""
+        for reporter in self.reporters:
+            reporter.train(step, metrics)
+
+    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Pass on to each."""
+        for reporter in self.reporters:
+            reporter.evaluation(epoch, step, metrics)
+
+    def close(self) -> None:
+        """Close each."""
+        for reporter in self.reporters:
+            reporter.close()
+
+
+def _wanted(config: Config, run: RunFolder | None) -> list[Reporter]:
+    asked = set(config.report_to.replace(",", " ").split())
+    asked |= {"tensorboard", "wandb"} if "all" in asked else set()
+    reporters: list[Reporter] = []
+    if run is not None:
+        reporters.append(JsonLines(run.train_log, run.results))
+    if "tensorboard" in asked:
+        if run is None:
+            raise SetupError("--report-to tensorboard writes to the run folder: leave --logs none out")
+        reporters.append(TensorBoard(run.tensorboard))
+    if "wandb" in asked:
+        name = run.name if run is not None else config.name or automatic_name(config, datetime.now())
+        reporters.append(Wandb(config, name))
+    return reporters
+
+
+def make_reporter(config: Config, run: RunFolder | None, world: World) -> Reporter:
+    """All that ``--report-to`` asks for, and JSON lines where there is a run folder; on rank 0 only. Collective.
+
+    Raises:
+        SetupError: if a package is missing, or there is no folder for TensorBoard.
+    """
+    reporters: list[Reporter] = []
+    world.on_main(lambda: reporters.extend(_wanted(config, run)))
+    return Reporters(*reporters)
