@@ -1,0 +1,40 @@
+# make demo | test | lint | bench: each sets up .venv by itself, from pyproject.toml.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PYTEST_FLAGS ?=
+
+.PHONY: demo test lint bench clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo   make a data set, train three small CLIP models on it, compare them (CPU, minutes)"
+	@echo "make test   run the tests"
+	@echo "make lint   style and types"
+	@echo "make bench  run the benchmarks"
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10; set PYTHON=python3.x" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	$(RUN) scripts/demo.py
+
+test: $(VENV)/.installed
+	$(RUN) -m pytest $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check src tests scripts benchmarks
+	$(RUN) -m ruff format --check src tests scripts benchmarks
+	$(RUN) -m mypy
+
+bench: $(VENV)/.installed
+	$(RUN) benchmarks/step_cost.py
+
+clean:
+	rm -rf $(VENV) demo logs .mypy_cache .ruff_cache .pytest_cache

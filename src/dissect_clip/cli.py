@@ -1,0 +1,382 @@
+"""The composition root: from a command line to a run. Nothing here computes; it puts the parts together."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+
+import open_clip
+import torch
+
+from dissect_clip.checkpoint import (
+    Checkpoint,
+    RunState,
+    changed_settings,
+    check_fits,
+    checkpoint_content,
+    find_resume,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dissect_clip.config import Config, parse_args
+from dissect_clip.data import (
+    ClassificationData,
+    RetrievalData,
+    TrainData,
+    build_classification,
+    build_retrieval,
+    build_train,
+)
+from dissect_clip.dist import World, init_world, shutdown_world
+from dissect_clip.errors import SetupError, TrainingError
+from dissect_clip.evaluation import evaluate
+from dissect_clip.logs import Reporter, close_logging, make_reporter, setup_logging
+from dissect_clip.loss import SampleLoss, build_loss
+from dissect_clip.model import Autocast, Model, Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.optim import build_optimizer, build_scaler
+from dissect_clip.record import NullRecorder, Recorder
+from dissect_clip.runfolder import RunFolder, make_sync, open_run
+from dissect_clip.schedule import learning_rate
+from dissect_clip.selection import build_selector, summaries
+from dissect_clip.train import TrainState, train_epoch
+
+log = logging.getLogger(__name__)
+
+EXIT_SETUP = 2
+"""Exit status where flags, data or files are wrong: nothing was trained."""
+
+EXIT_TRAINING = 1
+"""Exit status where training could not go on."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train or evaluate as the command line says; returns the exit status.
+
+    0 when done, 2 for what the user can mend before training, 1 when training could not go on.
+    """
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    with contextlib.nullcontext() if first else _silent():
+        config = parse_args(sys.argv[1:] if argv is None else argv, summaries())
+    try:
+        with warnings.catch_warnings():
+            if not first:
+                warnings.simplefilter("ignore")  # one rank's word is enough on a device that is not there
+            world = init_world(config.device, config.dist_backend, config.dist_url, not config.no_set_device_rank)
+        run(config, world)
+    except SetupError as error:
+        return _fail(error, EXIT_SETUP, first)
+    except TrainingError as error:
+        return _fail(error, EXIT_TRAINING, first)
+    finally:
+        close_logging()
+        shutdown_world()
+    return 0
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _fail(error: Exception, status: int, first: bool) -> int:
+    logging.getLogger().error("%s", error) if logging.getLogger().handlers else None
+    prefix = "error: " if first else f"error on rank {os.environ.get('RANK', '?')}: "
+    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+    return status
+
+
+def run(config: Config, world: World) -> None:
+    """One run in a world that is set up. Collective.
+
+    Raises:
+        SetupError: if anything is wrong with flags, data or files.
+        TrainingError: if training cannot go on.
+    """
+    folder = open_run(config, world)
+    if folder is not None:
+        config = dataclasses.replace(config, name=folder.name)
+    setup_logging(folder.log_file if folder else None, logging.DEBUG if config.debug else logging.INFO, world)
+    _introduce(config, world, folder)
+    _allow_tf32(world)
+    sync = make_sync(config, folder, world)
+    world.on_main(sync.start)
+    model = build_model(config, world)
+    train_data = (
+        build_train(config, world, model.preprocess_train, model.tokenizer, folder.path if folder else None)
+        if config.trains
+        else None
+    )
+    eval_data = EvalData(
+        build_retrieval(config, world, model.preprocess_eval, model.tokenizer),
+        build_classification(config, world, model.preprocess_eval),
+    )
+    resume = find_resume(config, folder, world)
+    checkpoint = None if resume is None else load_checkpoint(resume)
+    reporter = make_reporter(config, folder, world)
+    try:
+        if train_data is None:
+            _evaluate_only(config, world, model, eval_data, checkpoint, reporter)
+        else:
+            _train(config, world, model, train_data, eval_data, checkpoint, reporter, folder)
+    finally:
+        reporter.close()
+    world.on_main(sync.finish)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EvalData:
+    """This rank's share of what the model is evaluated on."""
+
+    retrieval: RetrievalData | None
+    classification: list[ClassificationData]
+
+    def due(self, config: Config, epoch: int) -> EvalData:
+        """What is evaluated after ``epoch`` complete epochs: all after the last, else by frequency."""
+
+        def now(frequency: int) -> bool:
+            return frequency > 0 and (epoch % frequency == 0 or epoch == config.epochs)
+
+        return EvalData(
+            self.retrieval if now(config.val_frequency) else None,
+            self.classification if now(config.zeroshot_frequency) else [],
+        )
+
+
+def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
+    log.info("Run %s in %s", config.name or "without a folder", folder.path if folder else "no folder")
+    log.info(
+        "%d process%s, device %s, precision %s", world.size, "es" * (world.size > 1), world.device, config.precision
+    )
+    if config.precision == "fp16":
+        log.warning("--precision fp16 trains without a gradient scaler: amp is the safer choice")
+    for name, value in sorted(dataclasses.asdict(config).items()):
+        log.debug("  %s: %s", name, value)
+
+
+def _allow_tf32(world: World) -> None:
+    if world.device.type == "cuda":  # as in OpenCLIP
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+# ---- training
+
+
+def _train(
+    config: Config,
+    world: World,
+    model: Model,
+    train_data: TrainData,
+    eval_data: EvalData,
+    checkpoint: Checkpoint | None,
+    reporter: Reporter,
+    folder: RunFolder | None,
+) -> None:
+    steps_per_epoch = train_data.num_batches // config.accum_freq
+    state = _build_state(config, world, model, train_data, folder, steps_per_epoch)
+    if checkpoint is not None:
+        _resume(state, checkpoint, train_data, steps_per_epoch)
+    _announce(state, train_data, steps_per_epoch)
+    if state.counters.epoch >= config.epochs:
+        log.info("All %d epochs are done already; give a larger --epochs to train on", config.epochs)
+    while state.counters.epoch < config.epochs:
+        train_epoch(state, train_data, reporter)
+        epoch = state.counters.epoch
+        counters = {"seen": state.counters.seen, "trained": state.counters.trained} | {
+            f"{phase}_seconds": seconds for phase, seconds in state.counters.seconds.items()
+        }
+        _evaluate(
+            config,
+            world,
+            model,
+            state.module,
+            eval_data.due(config, epoch),
+            epoch,
+            state.counters.step,
+            counters,
+            reporter,
+        )
+        _save(state, train_data, folder)
+
+
+def _build_state(
+    config: Config,
+    world: World,
+    model: Model,
+    train_data: TrainData,
+    folder: RunFolder | None,
+    steps_per_epoch: int,
+) -> TrainState:
+    module, wrapped = wrap_model(model.module, config, world)
+    optimizer = build_optimizer(config, module)
+    autocast = autocast_for(config.precision, world.device)
+    selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
+    recorder: Recorder | NullRecorder = NullRecorder()
+    if config.record and selector is not None and folder is not None:
+        recorder = Recorder(
+            folder.record, world, train_data.shard_names, train_data.locate, selector.strategy.remembers
+        )
+    return TrainState(
+        config=config,
+        world=world,
+        module=module,
+        model=wrapped,
+        teacher=model.teacher,
+        loss=build_loss(config, world),
+        optimizer=optimizer,
+        scaler=build_scaler(config, world.device),
+        schedule=learning_rate(config, optimizer.param_groups[0]["lr"], steps_per_epoch),
+        autocast=autocast,
+        input_dtype=open_clip.get_input_dtype(config.precision),
+        selector=selector,
+        scorer=Scorer(module, autocast, config.select_score_mode, config.torchcompile),
+        recorder=recorder,
+    )
+
+
+def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
+    config = state.config
+    trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+    log.info("Model %s, %.1f M parameters to train", config.model, trainable / 1e6)
+    log.info(
+        "Training data: %d samples in %d shards; %d steps an epoch of %d samples",
+        data.num_samples, len(data.shard_names), steps_per_epoch,
+        config.batch_size * config.accum_freq * state.world.size,
+    )  # fmt: skip
+    if state.selector is not None:
+        log.info("Selection: %s, keeping %g of every batch", config.select_strategy, config.select_rate)
+
+
+def _run_state(state: TrainState, data: TrainData) -> RunState:
+    config, counters, selector = state.config, state.counters, state.selector
+    return RunState(
+        step=counters.step,
+        batch=counters.batch,
+        seen=counters.seen,
+        trained=counters.trained,
+        seconds=dict(counters.seconds),
+        seed=config.seed,
+        model=config.model,
+        strategy=None if selector is None else config.select_strategy,
+        select_rate=config.select_rate,
+        num_samples=data.num_samples,
+        fingerprint=data.fingerprint,
+        world_size=state.world.size,
+        columns=() if selector is None else selector.strategy.remembers,
+    )
+
+
+def _resume(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
+    """Put a run where the checkpoint left it; of bare weights or OpenCLIP's checkpoints what there is."""
+    now = _run_state(state, data)
+    check_fits(
+        checkpoint,
+        model_name=now.model,
+        model_state_dict=state.module.state_dict(),
+        num_samples=now.num_samples,
+        fingerprint=now.fingerprint,
+        strategy=now.strategy,
+        columns=now.columns,
+    )
+    state.module.load_state_dict(checkpoint.state_dict)
+    if checkpoint.optimizer is not None:
+        state.optimizer.load_state_dict(checkpoint.optimizer)
+    if state.scaler is not None and checkpoint.scaler is not None:
+        state.scaler.load_state_dict(checkpoint.scaler)
+    if state.selector is not None and checkpoint.scores is not None:
+        state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
+    counters, then = state.counters, checkpoint.state
+    counters.epoch = checkpoint.epoch
+    counters.step = checkpoint.epoch * steps_per_epoch
+    counters.batch = counters.step * state.config.accum_freq
+    if then is not None:
+        counters.seen, counters.trained, counters.seconds = then.seen, then.trained, dict(then.seconds)
+        changes = changed_settings(then, now)
+        if then.step != counters.step:
+            changes.append(f"the steps of {checkpoint.epoch} epochs are {counters.step}, were {then.step}")
+        if changes:
+            log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
+    log.info("Resumed from %s after %d epochs", checkpoint.path, counters.epoch)
+
+
+def _save(state: TrainState, data: TrainData, folder: RunFolder | None) -> None:
+    if folder is None:
+        return
+
+    def save() -> None:
+        content = checkpoint_content(
+            name=folder.name,
+            model=state.module.state_dict(),
+            optimizer=state.optimizer.state_dict(),
+            scaler=None if state.scaler is None else state.scaler.state_dict(),
+            state=_run_state(state, data),
+        )
+        store = None if state.selector is None else state.selector.store
+        path = save_checkpoint(folder.checkpoints, state.counters.epoch, content, store, config=state.config)
+        if path is not None:
+            log.info("Saved %s", path)
+
+    state.world.on_main(save)
+
+
+# ---- evaluation
+
+
+def _evaluate(
+    config: Config,
+    world: World,
+    model: Model,
+    module: torch.nn.Module,
+    data: EvalData,
+    epoch: int,
+    step: int,
+    counters: dict[str, float],
+    reporter: Reporter,
+) -> None:
+    autocast: Autocast = autocast_for(config.precision, world.device)
+    metrics = evaluate(
+        module,
+        data.retrieval,
+        data.classification,
+        world=world,
+        autocast=autocast,
+        input_dtype=open_clip.get_input_dtype(config.precision),
+        tokenizer=model.tokenizer,
+        batch_size=config.batch_size,
+    )
+    if metrics:
+        log.info("Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
+        reporter.evaluation(epoch, step, {**metrics, **counters})
+
+
+def _evaluate_only(
+    config: Config,
+    world: World,
+    model: Model,
+    data: EvalData,
+    checkpoint: Checkpoint | None,
+    reporter: Reporter,
+) -> None:
+    if checkpoint is not None:
+        check_fits(
+            checkpoint,
+            model_name=config.model,
+            model_state_dict=model.module.state_dict(),
+            num_samples=None,
+            fingerprint=None,
+            strategy=None,
+            columns=(),
+        )
+        model.module.load_state_dict(checkpoint.state_dict)
+    elif not config.pretrained:
+        log.warning("Evaluating random weights: give --resume or --pretrained to load some")
+    epoch = 0 if checkpoint is None else checkpoint.epoch
+    step = 0 if checkpoint is None or checkpoint.state is None else checkpoint.state.step
+    _evaluate(config, world, model, model.module, data, epoch, step, {}, reporter)
