@@ -133,7 +133,8 @@ def test_without_scores_the_choice_is_still_recorded(tmp_path: Path) -> None:
 def test_the_columns_follow_what_is_remembered(tmp_path: Path) -> None:
     one_step(tmp_path, make_batch([0]), Selection(torch.tensor([0]), None), columns=("loss", "step_of"))
     assert pq.read_schema(tmp_path / "epoch_00000.parquet").names == [
-        "sample_id", "shard", "key", "score", "loss", "remembered_loss", "remembered_step_of", "selected", "step", "rank",
+        "sample_id", "shard", "key", "score", "loss", "remembered_loss", "remembered_step_of", "selected", "step",
+        "rank",
     ]  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def test_epochs_follow_each_other(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match="epoch_00000.parquet"):
+    with pytest.raises(TrainingError, match=r"epoch_00000\.parquet"):
         make_recorder(tmp_path / "file" / "record").begin(0)
 
 
@@ -214,6 +215,30 @@ def test_the_memory_recorded_is_not_that_of_later_steps(tmp_path: Path) -> None:
     selection.candidates.memory.fill_(9.0)
     recorder.end()
     assert read(tmp_path / "epoch_00000.parquet")[0]["remembered_clip_score"] == 5.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_appending_does_not_wait_for_the_device(tmp_path: Path) -> None:
+    world = World(device=torch.device("cuda"))
+    recorder = make_recorder(tmp_path, world)
+    recorder.begin(0)
+    batch = make_batch([0, 11]).to(world.device)
+    candidates = Candidates(
+        epoch=0,
+        generator=torch.Generator(),
+        memory=torch.tensor([[1.0], [2.0]], device=world.device),
+        similarity=torch.tensor([0.25, 0.5], device=world.device),
+    )
+    selection = Selection(torch.tensor([1], device=world.device), candidates)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        recorder.append(batch, selection)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    recorder.end()
+    rows = read(tmp_path / "epoch_00000.parquet")
+    assert [(row["score"], row["selected"]) for row in rows] == [(25.0, False), (50.0, True)]
 
 
 def test_null_recorder_writes_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType, TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from tqdm import tqdm
 
@@ -127,11 +127,14 @@ def _json_number(value: float) -> float | None:
 
 
 class JsonLines:
-    """One JSON object a line: training to ``train``, evaluations to ``results`` as OpenCLIP writes them."""
+    """One JSON object a line: training to ``train``, evaluations to ``results`` as OpenCLIP writes them.
+
+    The files are opened for each line, which is then on the disk.
+    """
 
     def __init__(self, train: Path, results: Path) -> None:
-        self._train = train.open("a", encoding="utf-8")
-        self._results = results.open("a", encoding="utf-8")
+        self._train = train
+        self._results = results
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append ``{"step": ..., ...}``."""
@@ -142,15 +145,13 @@ class JsonLines:
         self._append(self._results, {**metrics, "epoch": epoch})
 
     @staticmethod
-    def _append(file: Any, metrics: Mapping[str, float]) -> None:
+    def _append(path: Path, metrics: Mapping[str, float]) -> None:
         plain = {name: _json_number(value) for name, value in metrics.items()}
-        file.write(json.dumps(plain, allow_nan=False) + "\n")
-        file.flush()
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
 
     def close(self) -> None:
-        """Close both files."""
-        self._train.close()
-        self._results.close()
+        """Nothing is waiting."""
 
 
 def _optional(module: str, package: str) -> ModuleType:

@@ -1,0 +1,521 @@
+"""Checkpoints: whole or absent whatever happens, loadable by others, and refused where they do not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from dissect_clip import checkpoint as module
+from dissect_clip.checkpoint import (
+    Checkpoint,
+    RunState,
+    changed_settings,
+    check_fits,
+    checkpoint_content,
+    find_latest,
+    find_resume,
+    load_checkpoint,
+    save_checkpoint,
+)
+from dissect_clip.config import Config
+from dissect_clip.dist import World
+from dissect_clip.errors import SetupError, TrainingError
+from dissect_clip.runfolder import RunFolder
+from dissect_clip.selection.store import ScoreStore
+
+STATE = RunState(
+    step=12,
+    seen=96,
+    trained=48,
+    seed=3,
+    model="tiny",
+    strategy="warmup_base_sampling",
+    select_rate=0.5,
+    num_samples=5,
+    fingerprint="abc",
+    world_size=1,
+    columns=("clip_score",),
+)
+CONFIG = Config(epochs=10)
+
+
+def make_store(value: float = 1.0, columns: tuple[str, ...] = ("clip_score",)) -> ScoreStore:
+    store = ScoreStore(5, columns, World())
+    store.scores[1:] = value
+    return store
+
+
+def make_content(value: float = 1.0, state: RunState = STATE) -> dict[str, Any]:
+    weights = {"module.weight": torch.full((2, 3), value), "module.bias": torch.zeros(2)}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": np.float64(0.1), "params": [0]}]}
+    return checkpoint_content(name="run", model=weights, optimizer=optimizer, scaler=None, state=state)
+
+
+def save(folder: Path, epoch: int, config: Config = CONFIG, value: float = 1.0) -> Path | None:
+    return save_checkpoint(folder, epoch, make_content(value), make_store(value), config=config)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def weight(checkpoint: Checkpoint) -> float:
+    return float(checkpoint.state_dict["weight"][0, 0])
+
+
+def score(checkpoint: Checkpoint) -> float:
+    assert checkpoint.scores is not None
+    return float(checkpoint.scores[1, 0])
+
+
+def fail_at(
+    monkeypatch: pytest.MonkeyPatch, fails: Callable[[str], bool], kind: type[BaseException] = KeyboardInterrupt
+) -> None:
+    """The process dies just before a file whose name ``fails`` is put in its place."""
+    replace = os.replace
+
+    def die_or_replace(source: Any, target: Any) -> None:
+        if fails(Path(target).name):
+            raise kind("died")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", die_or_replace)
+
+
+# ---- saving and loading
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    store = make_store(4.0)
+    path = save_checkpoint(tmp_path, 2, make_content(7.0), store, config=CONFIG)
+    assert path == tmp_path / "epoch_2.pt"
+    loaded = load_checkpoint(path)
+    assert (loaded.epoch, loaded.state) == (2, STATE)
+    assert weight(loaded) == 7.0
+    assert loaded.scores is not None
+    torch.testing.assert_close(loaded.scores, store.scores, equal_nan=True, rtol=0, atol=0)
+    assert loaded.optimizer is not None
+    assert loaded.optimizer["param_groups"][0]["lr"] == 0.1
+
+
+def test_the_file_has_openclips_keys_and_plain_types_only(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    content = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
+    assert set(content) == {"epoch", "name", "state_dict", "optimizer", "dissect"}
+    assert set(content["state_dict"]) == {"weight", "bias"}
+    assert content["dissect"]["format_version"] == 1
+
+
+def test_a_scaler_is_kept(tmp_path: Path) -> None:
+    content = checkpoint_content(
+        name="run", model={"w": torch.ones(1)}, optimizer={}, scaler={"scale": 8.0}, state=STATE
+    )
+    save_checkpoint(tmp_path, 1, content, None, config=CONFIG)
+    assert load_checkpoint(tmp_path / "epoch_1.pt").scaler == {"scale": 8.0}
+
+
+def test_a_real_optimizer_goes_through(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    content = checkpoint_content(
+        name="run", model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=None, state=STATE
+    )
+    save_checkpoint(tmp_path, 1, content, None, config=CONFIG)
+    loaded = load_checkpoint(tmp_path / "epoch_1.pt")
+    assert loaded.optimizer is not None
+    fresh = torch.optim.AdamW(model.parameters())
+    fresh.load_state_dict(loaded.optimizer)
+    assert str(fresh.state_dict()) == str(optimizer.state_dict())
+
+
+def test_prefixes_of_ddp_and_compile_are_taken_off() -> None:
+    state = {"module._orig_mod.visual.module.w": torch.ones(1), "_orig_mod.b": torch.ones(1)}
+    assert set(module.without_prefix(state)) == {"visual.module.w", "b"}
+
+
+def test_the_scores_name_their_columns(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    with safe_open(tmp_path / "epoch_1.scores.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["columns"]) == ["clip_score"]
+
+
+def test_a_strategy_that_remembers_nothing_has_no_scores_file(tmp_path: Path) -> None:
+    state = dataclasses.replace(STATE, strategy="random", columns=())
+    save_checkpoint(tmp_path, 1, make_content(state=state), make_store(columns=()), config=CONFIG)
+    assert names(tmp_path) == ["epoch_1.pt"]
+    assert load_checkpoint(tmp_path / "epoch_1.pt").scores is None
+
+
+def test_scores_of_an_earlier_run_are_not_left_beside_a_checkpoint_without(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save_checkpoint(tmp_path, 1, make_content(), None, config=CONFIG)
+    assert names(tmp_path) == ["epoch_1.pt"]
+
+
+def test_remote_checkpoints_are_read_with_their_scores(tmp_path: Path) -> None:
+    save(tmp_path, 1, value=6.0)
+    loaded = load_checkpoint(f"file://{tmp_path}/epoch_1.pt")
+    assert (weight(loaded), score(loaded)) == (6.0, 6.0)
+
+
+# ---- which are kept
+
+
+@pytest.mark.parametrize(("frequency", "kept"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5]), (7, [5])])
+def test_save_frequency_and_the_last_epoch(tmp_path: Path, frequency: int, kept: list[int]) -> None:
+    config = Config(epochs=5, save_frequency=frequency)
+    saved = [save_checkpoint(tmp_path, epoch, make_content(), None, config=config) for epoch in range(1, 6)]
+    assert names(tmp_path) == [f"epoch_{epoch}.pt" for epoch in kept]
+    assert [path for path in saved if path is not None] == [tmp_path / f"epoch_{epoch}.pt" for epoch in kept]
+
+
+def test_delete_previous_keeps_the_newest_only(tmp_path: Path) -> None:
+    config = Config(epochs=10, save_frequency=2, delete_previous_checkpoint=True)
+    for epoch in range(1, 8):
+        save(tmp_path, epoch, config)
+    assert names(tmp_path) == ["epoch_6.pt", "epoch_6.scores.safetensors"]
+
+
+def test_most_recent_is_replaced_with_its_scores(tmp_path: Path) -> None:
+    config = Config(epochs=10, save_frequency=0, save_most_recent=True)
+    for epoch in (1, 2):
+        assert save(tmp_path, epoch, config, value=float(epoch)) == tmp_path / "epoch_latest.pt"
+    assert len(names(tmp_path)) == 2
+    loaded = load_checkpoint(tmp_path / "epoch_latest.pt")
+    assert (loaded.epoch, weight(loaded), score(loaded)) == (2, 2.0, 2.0)
+
+
+# ---- interrupted writes
+
+
+@pytest.mark.parametrize("victim", ["epoch_2.scores.safetensors", "epoch_2.pt"])
+def test_dying_while_saving_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    config = Config(epochs=10, delete_previous_checkpoint=True)
+    save(tmp_path, 1, config)
+    with monkeypatch.context() as patch:
+        fail_at(patch, lambda name: name == victim)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, config)
+    latest = find_latest(tmp_path)
+    assert latest == tmp_path / "epoch_1.pt"
+    assert load_checkpoint(latest).epoch == 1
+    save(tmp_path, 2, config)
+    assert names(tmp_path) == ["epoch_2.pt", "epoch_2.scores.safetensors"]
+
+
+@pytest.mark.parametrize("victim", [".scores.safetensors", "epoch_latest.pt"])
+def test_dying_while_replacing_the_most_recent_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    config = Config(epochs=10, save_frequency=0, save_most_recent=True)
+    save(tmp_path, 1, config, value=1.0)
+    with monkeypatch.context() as patch:
+        fail_at(patch, lambda name: name.endswith(victim))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, config, value=2.0)
+    loaded = load_checkpoint(tmp_path / "epoch_latest.pt")
+    assert (loaded.epoch, weight(loaded), score(loaded)) == (1, 1.0, 1.0)
+    save(tmp_path, 2, config, value=2.0)
+    assert len(names(tmp_path)) == 2
+
+
+def test_a_pair_torn_while_an_epoch_is_saved_again_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for epoch in (1, 2):
+        save(tmp_path, epoch)
+    with monkeypatch.context() as patch:
+        fail_at(patch, lambda name: name == "epoch_2.pt")
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, value=5.0)
+    with pytest.raises(SetupError, match="belongs to another checkpoint"):
+        load_checkpoint(tmp_path / "epoch_2.pt")
+    assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
+    assert "Passed over" in caplog.text
+
+
+def test_a_full_disk_names_the_file_and_leaves_earlier_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    content = make_content()
+    content["state_dict"]["weight"] = torch.zeros(100_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"epoch_2\.pt"):
+            save_checkpoint(tmp_path, 2, content, make_store(), config=CONFIG)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
+
+
+def test_scores_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_at(monkeypatch, lambda name: name.endswith(".safetensors"), OSError)
+    with pytest.raises(TrainingError, match=r"epoch_1\.scores\.safetensors"):
+        save(tmp_path, 1)
+    assert names(tmp_path) == []
+
+
+# ---- other people's files, and damage
+
+
+def test_openclips_checkpoints_are_read(tmp_path: Path) -> None:
+    content = {
+        "epoch": 4,
+        "name": "theirs",
+        "state_dict": {"module.weight": torch.ones(2)},
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(5e-4)}]},
+        "scaler": {"scale": 2.0},
+    }
+    torch.save(content, tmp_path / "epoch_4.pt")
+    loaded = load_checkpoint(tmp_path / "epoch_4.pt")
+    assert (loaded.epoch, list(loaded.state_dict), loaded.state, loaded.scores) == (4, ["weight"], None, None)
+    assert loaded.optimizer is not None
+    assert loaded.optimizer["param_groups"][0]["lr"] == 5e-4
+
+
+def test_bare_weights_start_at_epoch_zero(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
+    loaded = load_checkpoint(tmp_path / "weights.pt")
+    assert (loaded.epoch, list(loaded.state_dict), loaded.optimizer) == (0, ["weight"], None)
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("false",))
+
+
+def damaged(folder: Path, kind: str) -> Path:
+    path = folder / "epoch_1.pt"
+    save(folder, 1)
+    whole = path.read_bytes()
+    if kind == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("hello\n")
+    elif kind == "list":
+        torch.save([1, 2], path)
+    elif kind == "no weights":
+        torch.save({"epoch": 3}, path)
+    elif kind == "code":
+        torch.save({"state_dict": _Harmful()}, path)
+    elif kind == "missing":
+        path.unlink()
+    elif kind == "newer":
+        content = torch.load(path, weights_only=True)
+        content["dissect"]["format_version"] = 99
+        torch.save(content, path)
+    elif kind == "without its scores":
+        (folder / "epoch_1.scores.safetensors").unlink()
+    elif kind == "scores truncated":
+        scores = folder / "epoch_1.scores.safetensors"
+        scores.write_bytes(scores.read_bytes()[:-3])
+    return path
+
+
+DAMAGES = (
+    "truncated", "empty", "text", "list", "no weights", "code", "missing", "newer", "without its scores",
+    "scores truncated",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = damaged(tmp_path, kind)
+    with pytest.raises(SetupError, match="epoch_1"):
+        load_checkpoint(path)
+
+
+# ---- does it fit
+
+
+def fits(checkpoint: Checkpoint, **changes: Any) -> None:
+    run: dict[str, Any] = {
+        "model_name": "tiny",
+        "model_state_dict": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)},
+        "num_samples": 5,
+        "fingerprint": "abc",
+        "strategy": "warmup_base_sampling",
+        "columns": ("clip_score",),
+    }
+    check_fits(checkpoint, **{**run, **changes})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Checkpoint:
+    save(tmp_path, 1)
+    return load_checkpoint(tmp_path / "epoch_1.pt")
+
+
+def test_the_same_run_fits(saved: Checkpoint) -> None:
+    fits(saved)
+    fits(saved, model_state_dict={"module.weight": torch.zeros(2, 3), "module.bias": torch.zeros(2)})
+
+
+MISFITS: list[tuple[dict[str, Any], str]] = [
+    ({"model_state_dict": {"weight": torch.zeros(2, 3)}}, "has besides bias"),
+    (
+        {"model_state_dict": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "scale": torch.zeros(1)}},
+        "lacks scale",
+    ),
+    (
+        {"model_state_dict": {"weight": torch.zeros(4, 3), "bias": torch.zeros(2)}},
+        r"another shape weight \(\[2, 3\] instead of \[4, 3\]\)",
+    ),
+    ({"num_samples": 6}, "trained on 5 samples, --train-data has 6"),
+    ({"fingerprint": "xyz"}, "other data than --train-data"),
+    ({"strategy": "big_loss"}, "--select-strategy warmup_base_sampling, this run has big_loss"),
+    ({"strategy": None, "columns": ()}, "this run has no --select"),
+    ({"columns": ("loss",)}, "its scores are clip_score; .* needs loss"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MISFITS)
+def test_another_run_does_not_fit(saved: Checkpoint, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SetupError, match=message):
+        fits(saved, **changes)
+
+
+def test_everything_that_does_not_fit_is_named_at_once(saved: Checkpoint) -> None:
+    with pytest.raises(SetupError) as error:
+        fits(saved, model_state_dict={"weight": torch.zeros(1)}, num_samples=6, strategy="big_loss")
+    assert str(error.value).count("\n  - ") == 3
+    assert f"--pretrained {saved.path}" in str(error.value)
+
+
+def test_selection_cannot_go_on_without_scores(tmp_path: Path) -> None:
+    torch.save(
+        {"epoch": 1, "state_dict": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}}, tmp_path / "theirs.pt"
+    )
+    theirs = load_checkpoint(tmp_path / "theirs.pt")
+    with pytest.raises(SetupError, match=r"(?s)without --select.*--pretrained"):
+        fits(theirs)
+    fits(theirs, strategy=None, columns=())
+
+
+def test_a_checkpoint_saved_without_its_scores_does_not_fit(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, make_content(), None, config=CONFIG)
+    with pytest.raises(SetupError, match="has no scores"):
+        fits(load_checkpoint(tmp_path / "epoch_1.pt"))
+
+
+def test_only_the_model_matters_to_an_evaluation(saved: Checkpoint) -> None:
+    fits(saved, num_samples=None, fingerprint=None, strategy=None, columns=())
+
+
+def test_changed_settings_are_told() -> None:
+    now = dataclasses.replace(STATE, seed=4, step=99)
+    assert changed_settings(STATE, now) == ["seed is 4, was 3"]
+
+
+# ---- finding
+
+
+def test_the_newest_is_found_by_number_not_by_name(tmp_path: Path) -> None:
+    for epoch in (2, 10, 9):
+        save(tmp_path, epoch)
+    assert find_latest(tmp_path) == tmp_path / "epoch_10.pt"
+
+
+def test_an_empty_or_missing_folder_has_no_newest(tmp_path: Path) -> None:
+    assert find_latest(tmp_path) is None
+    assert find_latest(tmp_path / "missing") is None
+
+
+def test_temporary_files_are_not_found(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "epoch_2.pt.tmp").write_bytes((tmp_path / "epoch_1.pt").read_bytes())
+    assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_one_is_passed_over(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    damaged(tmp_path, kind)
+    save(tmp_path, 0)
+    assert find_latest(tmp_path) == tmp_path / "epoch_0.pt"
+    assert ("Passed over" in caplog.text) == (kind != "missing")
+
+
+@pytest.mark.parametrize(("latest", "expected"), [(5, "epoch_latest.pt"), (3, "epoch_4.pt")])
+def test_the_most_recent_counts_by_the_epoch_inside(tmp_path: Path, latest: int, expected: str) -> None:
+    save(tmp_path, latest, Config(epochs=10, save_frequency=0, save_most_recent=True))
+    save(tmp_path, 4)
+    assert find_latest(tmp_path) == tmp_path / expected
+
+
+# ---- --resume
+
+
+def make_run(folder: Path) -> RunFolder:
+    run = RunFolder(folder / "run", "run", None)
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def test_resume_takes_a_path_as_it_is(tmp_path: Path) -> None:
+    assert find_resume(Config(resume="some.pt"), make_run(tmp_path), World()) == "some.pt"
+    assert find_resume(Config(), make_run(tmp_path), World()) is None
+
+
+def test_resume_latest_finds_the_runs_newest(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    save(run.checkpoints, 3)
+    assert find_resume(Config(resume="latest"), run, World()) == str(run.checkpoints / "epoch_3.pt")
+
+
+def test_resume_latest_of_nothing_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        assert find_resume(Config(resume="latest"), make_run(tmp_path), World()) is None
+    assert "starting anew" in caplog.text
+
+
+def test_resume_latest_fetches_the_newest_whole_remote_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "here")
+    remote = tmp_path / "there" / "run" / "checkpoints"
+    remote.mkdir(parents=True)
+    for epoch in (1, 2, 3):
+        save(remote, epoch, value=float(epoch))
+    (remote / "epoch_3.scores.safetensors").unlink()
+    config = Config(resume="latest", remote_sync=f"file://{tmp_path}/there", remote_sync_protocol="fsspec")
+    found = find_resume(config, run, World())
+    assert found == str(run.checkpoints / "epoch_2.pt")
+    assert score(load_checkpoint(found)) == 2.0
+
+
+# ---- open_clip
+
+
+def test_open_clip_loads_it_as_pretrained(tmp_path: Path) -> None:
+    tower = {"layers": 1, "width": 16}
+    config = {
+        "embed_dim": 8,
+        "vision_cfg": {**tower, "image_size": 16, "patch_size": 8, "head_width": 8},
+        "text_cfg": {**tower, "context_length": 8, "vocab_size": 64, "heads": 2},
+    }
+    (tmp_path / "checkpoint-test-tiny.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "checkpoint-test-tiny.json")
+    torch.manual_seed(5)
+    model = open_clip.create_model("checkpoint-test-tiny")
+    content = checkpoint_content(name="run", model=model.state_dict(), optimizer={}, scaler=None, state=STATE)
+    path = save_checkpoint(tmp_path, 1, content, make_store(), config=CONFIG)
+    loaded: dict[str, Tensor] = open_clip.create_model("checkpoint-test-tiny", pretrained=str(path)).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
