@@ -38,8 +38,10 @@ from dissect_clip.selection.store import ScoreStore
 
 STATE = RunState(
     step=12,
+    batch=24,
     seen=96,
     trained=48,
+    seconds={"load": 0.5},
     seed=3,
     model="tiny",
     strategy="warmup_base_sampling",

@@ -49,8 +49,10 @@ class RunState:
     """Where a run stood and what it was made for; the "dissect" part of a checkpoint."""
 
     step: int  # optimizer steps done
-    seen: int  # samples scored or looked at, all ranks
+    batch: int  # batches done by each rank; with accumulation several make a step
+    seen: int  # samples loaded, and scored where the strategy scores, all ranks
     trained: int  # samples trained on, all ranks
+    seconds: dict[str, float]  # spent by rank 0, by phase
     seed: int
     model: str
     strategy: str | None  # None without --select
