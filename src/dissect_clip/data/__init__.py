@@ -1,0 +1,79 @@
+"""Loaders: image-caption pairs to train on, and sets to evaluate on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dissect_clip.config import Config
+from dissect_clip.data import csv, synthetic, webdataset
+from dissect_clip.data.classification import build_classification
+from dissect_clip.data.evalstream import ClassificationData, RetrievalData
+from dissect_clip.data.stream import Tokenizer, TrainData, Transform
+from dissect_clip.data.urls import expand, is_shard
+from dissect_clip.dist import World
+from dissect_clip.errors import SetupError
+
+__all__ = [
+    "ClassificationData",
+    "RetrievalData",
+    "TrainData",
+    "build_classification",
+    "build_retrieval",
+    "build_train",
+    "dataset_type",
+]
+
+
+def dataset_type(configured: str, pattern: str | None, flag: str) -> str:
+    """The type of the data: as configured, or by the name of its first file where that is ``auto``.
+
+    Raises:
+        SetupError: the name does not tell.
+    """
+    if configured != "auto":
+        return configured
+    assert pattern is not None
+    if os.path.isdir(pattern) and webdataset.benchmark_shards(pattern, flag) is not None:
+        return "webdataset"
+    first = expand(pattern, flag)[0][0]
+    if is_shard(first):
+        return "webdataset"
+    if first.endswith((".csv", ".tsv")):
+        return "csv"
+    raise SetupError(
+        f"{flag} {pattern}: the name does not tell the type of the data (known are .tar, .tar.gz, .tgz, .csv, .tsv); "
+        "give --dataset-type webdataset, csv or synthetic"
+    )
+
+
+def build_train(
+    config: Config, world: World, transform: Transform, tokenizer: Tokenizer, run_folder: Path | None
+) -> TrainData:
+    """The training data; collective. ``run_folder`` keeps the sizes of shards whose own folder is read-only.
+
+    Raises:
+        SetupError: the data is missing, broken or of another size than the flags say.
+    """
+    kind = world.on_main(lambda: dataset_type(config.dataset_type, config.train_data, "--train-data"))
+    if kind == "webdataset":
+        return webdataset.build_train(config, world, transform, tokenizer, run_folder)
+    if kind == "csv":
+        return csv.build_train(config, world, transform, tokenizer)
+    return synthetic.build_train(config, world, transform, tokenizer)
+
+
+def build_retrieval(config: Config, world: World, transform: Transform, tokenizer: Tokenizer) -> RetrievalData | None:
+    """The validation data of --val-data, or None where there is none; not collective.
+
+    Raises:
+        SetupError: the data is missing or broken.
+    """
+    if config.val_data is None:
+        return None
+    kind = dataset_type(config.dataset_type, config.val_data, "--val-data")
+    if kind == "webdataset":
+        return webdataset.build_retrieval(config, world, transform, tokenizer)
+    if kind == "csv":
+        return csv.build_retrieval(config, world, transform, tokenizer)
+    return synthetic.build_retrieval(config, world, transform, tokenizer)

@@ -1,0 +1,195 @@
+"""What the evaluation loaders of all formats share. Every sample is read once by one worker of one rank.
+
+Shapes: M images, T captions, L tokens. Workers make batches of up to ``--batch-size`` images; their
+number may differ by rank, so no collective may be called in a loop over them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from dissect_clip.batch import LabelledBatch, RetrievalBatch
+from dissect_clip.config import Config
+from dissect_clip.data.decode import (
+    BadSampleError,
+    RawSample,
+    SkipBoard,
+    SkipCounter,
+    decode_captions,
+    decode_image,
+    decode_label,
+    split_lines,
+)
+from dissect_clip.data.split import Place, place_here
+from dissect_clip.data.stream import Tokenizer, Transform, make_loader
+from dissect_clip.dist import World
+from dissect_clip.seeding import Stream, derive_seed, seeded
+
+B = TypeVar("B")
+
+
+class EvalSource(Protocol):
+    """Where a worker's share of the raw samples comes from. Picklable."""
+
+    def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
+        """This worker's share; ``sample_id`` is the sample's place in the set, the same for any number of workers."""
+        ...
+
+
+class Described(NamedTuple):
+    """An image and what belongs to it."""
+
+    image: Tensor  # [3, H, W]
+    captions: list[str]
+    number: int  # place in the set, or class
+
+
+class EvalStream(IterableDataset[B]):
+    """Batches of a worker's share. ``decode`` makes an image of a sample, ``collate`` a batch of images."""
+
+    def __init__(
+        self,
+        source: EvalSource,
+        decode: Callable[[RawSample], Described],
+        collate: Callable[[list[Described]], B],
+        config: Config,
+        world: World,
+    ) -> None:
+        self.skips = SkipBoard(config.workers)
+        self._source, self._decode, self._collate = source, decode, collate
+        self._rank, self._world_size = world.rank, world.size
+        self._batch_size, self._seed = config.batch_size, config.seed
+
+    def __iter__(self) -> Iterator[B]:
+        place = place_here(self._rank, self._world_size)
+        self.skips.clear(place.worker)
+        images = self._images(place)
+        for number in itertools.count():
+            # Some tokenizers and transforms draw random numbers even here.
+            with seeded(derive_seed(self._seed, Stream.AUGMENT, place.number, number)):
+                chosen = list(itertools.islice(images, self._batch_size))
+                batch = self._collate(chosen) if chosen else None
+            if batch is None:
+                return
+            yield batch
+
+    def _images(self, place: Place) -> Iterator[Described]:
+        skips = self.skips.counter(place.worker)
+        for sample in self._source.samples(place, skips):
+            try:
+                image = self._decode(sample)
+            except BadSampleError as bad:
+                skips.add(bad.kind, f"sample {sample.key} of {sample.shard}", str(bad))
+            else:
+                yield image
+
+
+@dataclass(frozen=True)
+class DecodeRetrieval:
+    """Images with all their captions."""
+
+    transform: Transform
+    json_field: str | None
+    by_line: bool  # each line of a txt is a caption
+
+    def __call__(self, sample: RawSample) -> Described:
+        """Raises BadSampleError where the image or every caption is missing or broken."""
+        captions = decode_captions(sample.files, self.json_field)
+        if self.by_line and self.json_field is None:
+            captions = split_lines(captions)
+        return Described(self.transform(decode_image(sample.files)), captions, sample.sample_id)
+
+
+@dataclass(frozen=True)
+class CollateRetrieval:
+    """Images -> a batch; all captions are tokenized at once."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, images: list[Described]) -> RetrievalBatch:
+        """At least one image."""
+        return RetrievalBatch(
+            image=torch.stack([image.image for image in images]),
+            text=self.tokenizer([caption for image in images for caption in image.captions]),
+            captions=torch.tensor([len(image.captions) for image in images]),
+            order=torch.tensor([image.number for image in images]),
+        )
+
+
+@dataclass(frozen=True)
+class DecodeLabelled:
+    """Images with their class."""
+
+    transform: Transform
+
+    def __call__(self, sample: RawSample) -> Described:
+        """Raises BadSampleError where image or label is missing or broken."""
+        label = decode_label(sample.files)
+        return Described(self.transform(decode_image(sample.files)), [], label)
+
+
+def collate_labelled(images: list[Described]) -> LabelledBatch:
+    """Images -> a batch; at least one image."""
+    return LabelledBatch(
+        image=torch.stack([image.image for image in images]),
+        label=torch.tensor([image.number for image in images]),
+    )
+
+
+@dataclass
+class RetrievalData:
+    """A validation set of images with captions; the loader gives this rank's share."""
+
+    name: str
+    loader: DataLoader[RetrievalBatch]
+    stream: EvalStream[RetrievalBatch]
+
+    def skipped(self) -> dict[str, int]:
+        """Samples of this rank left out in the last pass, by reason. Not collective."""
+        return self.stream.skips.totals()
+
+
+@dataclass
+class ClassificationData:
+    """A set of images with classes, for zero-shot classification; the loader gives this rank's share."""
+
+    name: str
+    loader: DataLoader[LabelledBatch]
+    stream: EvalStream[LabelledBatch]
+    classnames: list[str]
+    templates: Sequence[Callable[[str], str]]
+    """Each makes a prompt of a class name; as open_clip.build_zero_shot_classifier takes them."""
+
+    def skipped(self) -> dict[str, int]:
+        """Samples of this rank left out in the last pass, by reason. Not collective."""
+        return self.stream.skips.totals()
+
+
+def retrieval_data(
+    source: EvalSource, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+) -> RetrievalData:
+    """Image-caption pairs of a source as a validation set."""
+    decode = DecodeRetrieval(transform, config.json_caption_key, config.val_captions == "lines")
+    stream = EvalStream(source, decode, CollateRetrieval(tokenizer), config, world)
+    return RetrievalData("val", make_loader(stream, config.workers, world), stream)
+
+
+def classification_data(
+    name: str,
+    source: EvalSource,
+    classnames: list[str],
+    templates: Sequence[Callable[[str], str]],
+    config: Config,
+    world: World,
+    transform: Transform,
+) -> ClassificationData:
+    """Labelled images of a source as a set for zero-shot classification."""
+    stream = EvalStream(source, DecodeLabelled(transform), collate_labelled, config, world)
+    return ClassificationData(name, make_loader(stream, config.workers, world), stream, classnames, templates)

@@ -1,0 +1,203 @@
+"""Who reads what: the samples of an epoch, split over ranks and loader workers. Pure functions of numbers.
+
+Shapes: S shards, M samples in the data set, N samples a batch, B batches a rank and epoch.
+
+An epoch with known shard sizes is one long row of samples: shards in an order drawn from (seed, epoch), begun at a
+drawn place and continued cyclically to B * N * ranks. Ranks, then their workers, take spans of it that follow each
+other. So every sample is read once an epoch, but for the few that fill up the last batches, and any number of shards
+serves any number of workers.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import get_worker_info
+
+from dissect_clip.seeding import Stream, derive_seed
+
+Ints = NDArray[np.int64]
+
+
+class Place(NamedTuple):
+    """A loader worker among all of the run."""
+
+    rank: int
+    world_size: int
+    worker: int
+    workers: int  # per rank, at least 1
+
+    @property
+    def number(self) -> int:
+        """Number of this worker among all, rank by rank."""
+        return self.rank * self.workers + self.worker
+
+    @property
+    def total(self) -> int:
+        """Workers of all ranks."""
+        return self.world_size * self.workers
+
+
+def place_here(rank: int, world_size: int) -> Place:
+    """The place of the worker that calls; the training process itself counts as the only worker."""
+    info = get_worker_info()
+    if info is None:
+        return Place(rank, world_size, 0, 1)
+    return Place(rank, world_size, info.id, info.num_workers)
+
+
+class Part(NamedTuple):
+    """Samples ``first`` to before ``last`` of a shard, by their ordinals; ``last`` None is the shard's end."""
+
+    shard: int
+    first: int
+    last: int | None
+
+
+def count_batches(num_samples: int, batch_size: int, world_size: int) -> int:
+    """Batches of a rank in an epoch: the samples, rounded up to whole batches on every rank."""
+    return -(-num_samples // (batch_size * world_size))
+
+
+def worker_batches(num_batches: int, worker: int, workers: int) -> int:
+    """How many of a rank's batches a worker makes; torch's DataLoader takes them from the workers in turn."""
+    return max(0, -(-(num_batches - worker) // workers))
+
+
+def worker_span(num_batches: int, batch_size: int, place: Place) -> tuple[int, int]:
+    """First sample of a worker, and the first after its last, in the epoch's row."""
+    before = sum(worker_batches(num_batches, worker, place.workers) for worker in range(place.worker))
+    first = place.rank * num_batches + before
+    count = worker_batches(num_batches, place.worker, place.workers)
+    return first * batch_size, (first + count) * batch_size
+
+
+def cut_shards(order: Ints, sizes: Ints, first: int, last: int) -> list[Part]:
+    """The parts of shards that make up samples ``first`` to before ``last`` of the shards laid end to end.
+
+    ``order`` [S] holds the shards in the order they are laid, ``sizes`` [S] their samples by shard number; after the
+    last shard comes the first again.
+    """
+    ends = np.cumsum(sizes[order])
+    parts = []
+    while first < last:
+        position = first % int(ends[-1])
+        place = int(np.searchsorted(ends, position, side="right"))
+        shard = int(order[place])
+        begin = position - (int(ends[place]) - int(sizes[shard]))
+        count = min(int(sizes[shard]) - begin, last - first)
+        parts.append(Part(shard, begin, begin + count))
+        first += count
+    return parts
+
+
+def _generator(*parts: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(derive_seed(*parts)))
+
+
+class Plan(Protocol):
+    """What a worker reads in an epoch. ``attempt`` counts how often its samples did not suffice for its batches."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a later attempt reads the same samples again."""
+        ...
+
+    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]: ...
+
+
+@dataclass(frozen=True)
+class SpanPlan:
+    """Shards of known sizes: every sample once an epoch."""
+
+    sizes: Ints  # [S]
+    num_batches: int
+    batch_size: int
+    seed: int
+    repeats = True
+
+    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+        """This worker's span of the epoch's row; the same in every attempt, but for the order."""
+        generator = _generator(self.seed, Stream.SHARDS, epoch)
+        order = generator.permutation(len(self.sizes))
+        # Begun at a drawn sample, since with few shards the workers' spans would otherwise meet at the same places.
+        start = int(generator.integers(self.sizes.sum()))
+        first, last = worker_span(self.num_batches, self.batch_size, place)
+        parts = cut_shards(order, self.sizes, start + first, start + last)
+        if attempt > 0:
+            random.Random(derive_seed(self.seed, Stream.SHARDS, epoch, *place, attempt)).shuffle(parts)
+        return parts
+
+
+@dataclass(frozen=True)
+class CyclePlan:
+    """Shards of unknown sizes: each worker has whole shards of its own, and begins again after the last of them."""
+
+    num_shards: int  # at least as many as there are workers
+    seed: int
+    repeats = True
+
+    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+        """Every ``place.total``-th shard of an order that differs by epoch."""
+        order = _generator(self.seed, Stream.SHARDS, epoch).permutation(self.num_shards)
+        own = [Part(int(shard), 0, None) for shard in order[place.number :: place.total]]
+        if attempt > 0:
+            random.Random(derive_seed(self.seed, Stream.SHARDS, epoch, *place, attempt)).shuffle(own)
+        return own
+
+
+def draw_shards(weights: list[float], count: int, seed: int) -> list[int]:
+    """``count`` shards drawn with replacement; a shard of twice the weight comes twice as often."""
+    return random.Random(seed).choices(range(len(weights)), weights=weights, k=count)
+
+
+@dataclass(frozen=True)
+class DrawPlan:
+    """Shards drawn with replacement, by weight."""
+
+    weights: list[float]  # [S]
+    sizes: Ints | None  # [S], or None where they are unknown
+    seed: int
+    repeats = False
+
+    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+        """As many draws as there are shards, other ones in every attempt."""
+        seed = derive_seed(self.seed, Stream.RESAMPLE, epoch, *place, attempt)
+        shards = draw_shards(self.weights, len(self.weights), seed)
+        return [Part(shard, 0, None if self.sizes is None else int(self.sizes[shard])) for shard in shards]
+
+
+def span_rows(num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place) -> Ints:
+    """Rows of a table that a worker reads in an epoch: its span of a permutation, continued cyclically."""
+    order = _generator(seed, Stream.SHARDS, epoch).permutation(num_rows)
+    first, last = worker_span(num_batches, batch_size, place)
+    rows: Ints = order[np.arange(first, last) % num_rows]
+    return rows
+
+
+class Share(NamedTuple):
+    """The samples of a shard whose ordinals are in ``ordinals``."""
+
+    shard: int
+    ordinals: range
+
+
+def share_shards(num_shards: int, place: Place) -> list[Share]:
+    """What a worker reads of a set that is read once, whole, by all workers together; sizes need not be known.
+
+    Shards go round as long as each worker gets one more. Those left over are each shared by several workers, who take
+    turns by sample.
+    """
+    whole = num_shards - num_shards % place.total
+    shares = [Share(shard, range(sys.maxsize)) for shard in range(place.number, whole, place.total)]
+    left = num_shards - whole
+    if left:
+        turn, shard = divmod(place.number, left)
+        readers = -(-(place.total - shard) // left)
+        shares.append(Share(whole + shard, range(turn, sys.maxsize, readers)))
+    return shares

@@ -1,0 +1,118 @@
+"""Sources of tables, whose rows can be read in any order: csv files and synthetic data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dissect_clip.config import Config
+from dissect_clip.data.decode import BadSampleError, RawSample, SkipCounter
+from dissect_clip.data.evalstream import RetrievalData, retrieval_data
+from dissect_clip.data.split import Place, count_batches, span_rows
+from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
+from dissect_clip.dist import World
+from dissect_clip.errors import SetupError
+from dissect_clip.seeding import Stream, derive_seed
+
+
+class Table(Protocol):
+    """Rows that can be read in any order. Picklable."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> RawSample:
+        """One row.
+
+        Raises:
+            BadSampleError: it cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Every row of a table once an epoch, in an order drawn from (seed, epoch)."""
+
+    table: Table
+    num_batches: int
+    batch_size: int
+    seed: int
+    repeats = True
+
+    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter) -> Iterator[RawSample]:
+        """This worker's rows; see :class:`Source`."""
+        rows = span_rows(len(self.table), self.num_batches, self.batch_size, self.seed, epoch, place)
+        if attempt > 0:
+            seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
+            np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
+        for row in rows:
+            try:
+                yield self.table.read(int(row))
+            except BadSampleError as bad:
+                skips.add(bad.kind, f"row {row} of {self.table.name}", str(bad))
+
+    def describe(self, place: Place, epoch: int) -> str:
+        """The table's name."""
+        return self.table.name
+
+
+@dataclass(frozen=True)
+class SharedTable:
+    """Rows that all workers read once, together."""
+
+    table: Table
+
+    def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
+        """See :class:`dissect_clip.data.evalstream.EvalSource`."""
+        for row in range(place.number, len(self.table), place.total):
+            try:
+                yield self.table.read(row)
+            except BadSampleError as bad:
+                skips.add(bad.kind, f"row {row} of {self.table.name}", str(bad))
+
+
+def _for_tables(config: Config) -> Config:
+    """The settings with those that are about files inside shards at rest: a row is a pair, its caption one text."""
+    return dataclasses.replace(config, json_caption_key=None, val_captions="whole")
+
+
+def table_train(
+    table: Table, fingerprint: str, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+) -> TrainData:
+    """The loader of a table's rows; not collective.
+
+    Raises:
+        SetupError: with --dataset-resampled.
+    """
+    if config.dataset_resampled:
+        raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
+    num_batches = count_batches(len(table), config.batch_size, world.size)
+    source = TableSource(table, num_batches, config.batch_size, config.seed)
+    stream = TrainStream(source, _for_tables(config), world, num_batches, transform, tokenizer)
+    return TrainData(
+        loader=make_loader(stream, config.workers, world),
+        stream=stream,
+        num_samples=len(table),
+        fingerprint=fingerprint,
+        shard_names=(table.name,),
+        find_shard=all_in_first,
+    )
+
+
+def table_retrieval(
+    table: Table, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+) -> RetrievalData:
+    """A table's rows as validation data; not collective."""
+    return retrieval_data(SharedTable(table), _for_tables(config), world, transform, tokenizer)
+
+
+def all_in_first(sample_id: NDArray[np.int64]) -> NDArray[np.int32]:
+    """[N] ids -> [N] places of their files, where there is one only."""
+    return np.zeros(len(sample_id), np.int32)
