@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(RUN) scripts/demo.py
 
 test: $(VENV)/.installed
-	$(RUN) -m pytest $(PYTEST_FLAGS)
+	$(RUN) -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check src tests scripts benchmarks

@@ -12,9 +12,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the tests are written for the CPU; `-m gpu` sets it
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)  # toy models gain nothing from more, and the tests run side by side
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that the tests start
 
 
 @pytest.fixture(scope="session")

@@ -76,6 +76,12 @@ def test_the_same_seed_gives_the_same_weights(tmp_path: Path):
     assert not torch.equal(first["text_projection"], make_module(tmp_path, seed=4).state_dict()["text_projection"])
 
 
+def test_all_of_a_coca_model_is_drawn_from_the_seed(tmp_path: Path):
+    first, second = (make_module(tmp_path, model="toy-coca", seed=3).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert 0.1 < first["text_decoder.text_projection"].std() < 0.5  # width 16: 0.25
+
+
 def test_siglip_models_have_a_bias(tmp_path: Path):
     module = make_module(tmp_path, siglip=True)
     assert module.logit_bias.item() == -10

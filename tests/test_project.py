@@ -11,11 +11,12 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 
 # A module imports only from lower layers; docs/architecture.md draws the same picture.
 LAYERS: list[set[str]] = [
-    {"errors", "seeding", "config", "batch", "clock", "metrics"},
-    {"dist", "schedule", "remote"},
-    {"data.tar", "data.shards", "model", "loss", "optim", "runfolder", "selection.base", "selection.store"},
-    {"data.stream", "selection.baselines", "selection.differential", "selection.selector", "logs"},
-    {"data.webdataset", "data.csv", "data.synthetic", "selection"},
+    {"errors", "seeding", "config", "batch", "clock", "metrics", "data.decode"},
+    {"dist", "schedule", "remote", "data.urls", "data.split"},
+    {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "selection.base", "selection.store"},
+    {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "selection.selector", "logs"},
+    {"data.table", "data.webdataset", "selection"},
+    {"data.csv", "data.synthetic", "data.classification"},
     {"data", "record"},
     {"checkpoint", "evaluation.common"},
     {"evaluation.retrieval", "evaluation.zeroshot"},

@@ -107,6 +107,14 @@ def run(config: Config, world: World) -> None:
     _allow_tf32(world)
     sync = make_sync(config, folder, world)
     world.on_main(sync.start)
+    try:
+        _run_in(folder, config, world)
+    finally:
+        sync.finish()
+
+
+def _run_in(folder: RunFolder | None, config: Config, world: World) -> None:
+    """Build the parts, then train or evaluate."""
     model = build_model(config, world)
     train_data = (
         build_train(config, world, model.preprocess_train, model.tokenizer, folder.path if folder else None)
@@ -127,7 +135,6 @@ def run(config: Config, world: World) -> None:
             _train(config, world, model, train_data, eval_data, checkpoint, reporter, folder)
     finally:
         reporter.close()
-    world.on_main(sync.finish)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -352,8 +359,12 @@ def _evaluate(
         batch_size=config.batch_size,
     )
     if metrics:
-        log.info("Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {value:.4f}" for name, value in metrics.items()))
+        log.info("Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {_short(value)}" for name, value in metrics.items()))
         reporter.evaluation(epoch, step, {**metrics, **counters})
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _evaluate_only(

@@ -126,10 +126,21 @@ def build_model(config: Config, world: World) -> Model:
     tokenizer = open_clip.get_tokenizer(
         config.model, cache_dir=config.cache_dir, context_length=config.force_context_length
     )
+    if isinstance(module, open_clip.CoCa) and not config.pretrained:
+        _initialise_decoder(module)
     _lock(module, config)
     if config.grad_checkpointing:
         module.set_grad_checkpointing()
     return Model(module, preprocess_train, preprocess_eval, tokenizer, _build_teacher(config, world))
+
+
+def _initialise_decoder(module: nn.Module) -> None:
+    """Draw the one weight of CoCa's decoder that open_clip 3.3 leaves as uninitialised memory, as it means to.
+
+    ``MultimodalTransformer.init_parameters`` does this and is never called.
+    """
+    projection = module.text_decoder.text_projection
+    nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
 def _lock(module: nn.Module, config: Config) -> None:

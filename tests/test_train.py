@@ -1,0 +1,286 @@
+"""The step and the epoch, on toy models and batches in memory."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from distributed import run_on_ranks
+from torch import Tensor
+from toy import make_config, random_pairs
+
+from dissect_clip.batch import Batch
+from dissect_clip.clock import PhaseClock
+from dissect_clip.config import Config
+from dissect_clip.dist import World
+from dissect_clip.errors import TrainingError
+from dissect_clip.loss import SampleLoss, build_loss
+from dissect_clip.model import Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.optim import build_optimizer, build_scaler
+from dissect_clip.record import NullRecorder
+from dissect_clip.schedule import learning_rate
+from dissect_clip.selection import STRATEGIES, build_selector
+from dissect_clip.train import TrainState, train_epoch, train_step
+
+N, SAMPLES, STEPS = 8, 24, 3
+
+
+class MemoryData:
+    """Stands for TrainData: three batches that are the same in every epoch."""
+
+    def __init__(self, world: World, image_size: int = 16) -> None:
+        self.world = world
+        self.image_size = image_size
+        self.num_batches = STEPS
+        self.epochs: list[int] = []
+
+    @property
+    def loader(self) -> Iterator[Batch]:
+        for step in range(STEPS):
+            ids = torch.arange(N) + N * ((step + self.world.rank) % STEPS)
+            image, text = random_pairs(SAMPLES, self.image_size)
+            yield Batch(image[ids], text[ids], ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epochs.append(epoch)
+
+    def skipped(self) -> dict[str, int]:
+        return {"image_undecodable": 2, "caption_missing": 0}
+
+
+class Reports:
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float]] = []
+
+    def train(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.lines.append({"step": step, **metrics})
+
+    def evaluation(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        raise AssertionError
+
+    def close(self) -> None: ...
+
+
+def make_state(folder: Path, world: World | None = None, **changes: Any) -> TrainState:
+    world = world or World()
+    config: Config = make_config(folder, **({"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5} | changes))
+    model = build_model(config, world)
+    module, wrapped = wrap_model(model.module, config, world)
+    optimizer, autocast = build_optimizer(config, module), autocast_for(config.precision, world.device)
+    return TrainState(
+        config=config,
+        world=world,
+        module=module,
+        model=wrapped,
+        teacher=model.teacher,
+        loss=build_loss(config, world),
+        optimizer=optimizer,
+        scaler=build_scaler(config, world.device),
+        schedule=learning_rate(config, 1e-3, STEPS),
+        autocast=autocast,
+        input_dtype=open_clip.get_input_dtype(config.precision),
+        selector=build_selector(config, SAMPLES, SampleLoss(world, config.siglip), world),
+        scorer=Scorer(module, autocast, config.select_score_mode, config.torchcompile),
+        recorder=NullRecorder(),
+    )
+
+
+def train(state: TrainState, epochs: int = 2, image_size: int = 16) -> list[dict[str, float]]:
+    reports = Reports()
+    for _ in range(epochs):
+        train_epoch(state, MemoryData(state.world, image_size), reports)  # type: ignore[arg-type]
+    return reports.lines
+
+
+def weights(state: TrainState) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in state.module.state_dict().items()}
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str):
+    state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1)
+    lines = train(state)
+    warm = name == "warmup_base_sampling"
+    assert state.counters.seen == 2 * STEPS * N
+    assert state.counters.trained == STEPS * ((4 if warm else 2) + 2)
+    assert lines[-1]["seen"] == state.counters.seen
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_rate_one_is_training_without_selection_bit_for_bit(tmp_path: Path, name: str, mode: str):
+    plain = make_state(tmp_path, force_patch_dropout=0.5)
+    everything = make_state(
+        tmp_path, force_patch_dropout=0.5, select=True, select_strategy=name, select_rate=1.0, warmup_select_rate=1.0,
+        select_score_mode=mode,
+    )  # fmt: skip
+    losses = [[line["loss"] for line in train(state)] for state in (plain, everything)]
+    assert losses[0] == losses[1]
+    assert same(weights(plain), weights(everything))
+
+
+def test_scoring_all_the_same_changes_no_loss(tmp_path: Path):
+    settings = {"force_patch_dropout": 0.5, "select": True, "select_strategy": "clipscore", "select_rate": 1.0}
+    states = [make_state(tmp_path, **settings, record=record, select_score_mode="train") for record in (False, True)]
+    first, second = ([line["loss"] for line in train(state)] for state in states)
+    assert first == second
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path: Path):
+    settings = {"select": True, "select_strategy": "random", "select_rate": 0.5, "force_patch_dropout": 0.5}
+    first, second, other = (make_state(tmp_path, **settings, seed=seed) for seed in (1, 1, 2))
+    losses = [[line["loss"] for line in train(state)] for state in (first, second, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {"siglip": True},
+    {"model": "toy-coca"},
+    {"model": "toy-rn"},
+    {"model": "toy-timm", "lock_image": True},
+    {"accum_freq": 3},
+    {"accum_freq": 3, "siglip": True},
+    {"accum_freq": 3, "model": "toy-coca"},
+    {"precision": "amp"},
+    {"precision": "amp_bf16"},
+    {"precision": "bf16"},
+    {"precision": "pure_bf16"},
+    {"grad_checkpointing": True},
+    {"grad_clip_norm": 0.1},
+    {"opt": "timm/lamb", "beta1": None, "beta2": None},
+    {"skip_scheduler": True},
+    {"select_score_mode": "train"},
+    pytest.param({"torchcompile": True}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", ["small_loss", "warmup_base_sampling"])
+def test_selection_works_with_every_way_to_train(tmp_path: Path, variant: dict[str, Any], name: str):
+    state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.5, warmup_point=1, **variant)
+    before = weights(state)
+    lines = train(state, image_size=32 if state.config.model in ("toy-rn", "toy-timm") else 16)
+    assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
+    assert not same(before, weights(state))
+    assert state.counters.trained == state.counters.seen / 2
+
+
+def test_distillation_learns_from_the_selected(tmp_path: Path):
+    torch.save(make_state(tmp_path, seed=5).module.state_dict(), tmp_path / "teacher.pt")
+    state = make_state(
+        tmp_path, distill_model="toy-vit", distill_pretrained=str(tmp_path / "teacher.pt"), select=True,
+        select_strategy="clipscore", select_rate=0.5,
+    )  # fmt: skip
+    lines = train(state, epochs=1)
+    assert lines[0]["loss"] == pytest.approx(lines[0]["contrastive_loss"] + lines[0]["distill_loss"], rel=1e-5)
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path):
+    """Three batches accumulated against one batch three times as large, without an update in between."""
+    image, text = random_pairs(SAMPLES)
+    ids = torch.arange(SAMPLES)
+    parts = [Batch(image[place], text[place], ids[place]) for place in ids.split(N)]
+    grads = []
+    for batches in ([Batch(image, text, ids)], parts):
+        state = make_state(tmp_path, accum_freq=len(batches), lr=0.0, wd=0.0)
+        state.schedule = lambda step: 0.0
+        train_step(state, batches, PhaseClock(torch.device("cpu")))
+        grads.append({name: p.grad for name, p in state.module.named_parameters() if name != "logit_scale"})
+    for name, whole in grads[0].items():
+        assert torch.allclose(whole, grads[1][name], atol=1e-6, rtol=1e-4), name
+
+
+def test_accumulated_parts_are_the_selected_ones(tmp_path: Path):
+    state = make_state(tmp_path, accum_freq=3, select=True, select_strategy="random", select_rate=0.25)
+    train(state, epochs=1)
+    assert (state.counters.step, state.counters.batch) == (1, 3)
+    assert (state.counters.seen, state.counters.trained) == (SAMPLES, 6)
+
+
+def test_logit_scale_stays_below_100(tmp_path: Path):
+    state = make_state(tmp_path)
+    with torch.no_grad():
+        state.module.logit_scale.fill_(9.0)
+    train(state, epochs=1)
+    assert state.module.logit_scale.exp().item() <= 100.01
+
+
+def test_a_loss_that_is_not_finite_stops_with_what_to_look_at(tmp_path: Path):
+    state = make_state(tmp_path)
+    with torch.no_grad():
+        state.module.text_projection.fill_(torch.nan)
+    with pytest.raises(TrainingError, match=r"steps 0 to 0.*--lr.*--precision"):
+        train(state, epochs=1)
+
+
+def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU every one of these would wait for the device."""
+    state = make_state(tmp_path, select=True, select_strategy="warmup_base_sampling", select_rate=0.5, warmup_point=1)
+    (batch, *_) = MemoryData(state.world).loader
+    train_step(state, [batch], PhaseClock(torch.device("cpu")))  # the optimizer makes its state in the first step
+    state.optimizer = torch.optim.SGD(state.module.parameters(), lr=0.1)
+
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("a tensor was read back")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    train_step(state, [batch], PhaseClock(torch.device("cpu")))
+
+
+def test_metrics_have_openclips_names_and_the_phases(tmp_path: Path):
+    (line, *_) = train(make_state(tmp_path), epochs=1)
+    assert {
+        "data_time",
+        "batch_time",
+        "samples_per_second",
+        "samples_per_second_per_gpu",
+        "scale",
+        "lr",
+        "loss",
+    } <= set(line)
+    assert {"contrastive_loss", "score_time", "train_time", "optimizer_time", "load_seconds", "seen", "trained"} <= set(
+        line
+    )
+
+
+def test_skipped_samples_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    train(make_state(tmp_path), epochs=1)
+    assert "2 image_undecodable" in caplog.text
+    assert "caption_missing" not in caplog.text
+
+
+RANK_VARIANTS: list[dict[str, Any]] = [
+    {"select_strategy": "small_loss", "local_loss": True, "gather_with_grad": True},
+    {"select_strategy": "small_loss", "siglip": True},
+    {"select_strategy": "historical_base_sampling", "accum_freq": 3},
+    {"select_strategy": "historical_base_sampling", "model": "toy-coca"},
+    {"select_strategy": "warmup_base_sampling", "warmup_point": 1, "precision": "amp"},
+    {"select_strategy": "random", "ddp_static_graph": True},
+    {"select": False, "accum_freq": 3},
+]
+
+
+def _train_on_rank(world: World, folder: str) -> list[tuple[float, list[float]]]:
+    results = []
+    for variant in RANK_VARIANTS:
+        state = make_state(Path(folder), world, **({"select": True, "select_rate": 0.5} | variant))
+        train(state)
+        total = sum(value.double().sum().item() for value in state.module.state_dict().values())
+        scores = [] if state.selector is None else state.selector.store.scores.nan_to_num(-1).flatten().tolist()
+        results.append((total, scores))
+    return results
+
+
+@pytest.mark.dist
+def test_two_ranks_stay_equal(tmp_path: Path):
+    """Weights and scores are the same on both ranks, with the ways to train that have collectives of their own."""
+    for variant, first, second in zip(RANK_VARIANTS, *run_on_ranks(2, _train_on_rank, str(tmp_path)), strict=True):
+        assert first == second, variant
