@@ -21,7 +21,7 @@ def image_bytes(
 ) -> bytes:
     """An encoded image of one color, 0..255 in the red channel."""
     file = io.BytesIO()
-    Image.new("RGB", size, (color % 256, 0, 0)).convert(mode).save(file, kind)
+    Image.new("RGB", size, (color % 256, 0, 0)).convert(mode).save(file, kind, lossless=True)
     return file.getvalue()
 
 
@@ -55,7 +55,7 @@ def make_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:
 
 
 def make_shards(folder: Path, sizes: Sequence[int], bad: Mapping[int, Mapping[str, bytes | None]] | None = None) -> str:
-    """Shards of these sizes, ``train-000.tar`` and on, whose keys and captions are the expected ids; returns the pattern.
+    """Shards ``train-000.tar`` and on, of these sizes. Keys and captions are the expected ids; returns the pattern.
 
     ``bad`` changes the files of some samples, by id.
     """

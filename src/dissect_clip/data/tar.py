@@ -32,9 +32,9 @@ _META = re.compile(r"__[^/]*__($|/)")
 _REGULAR = b"0\x007"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
 _DECOMPRESSORS: dict[bytes, Any] = {
-    b"\x1f\x8b": gzip.GzipFile,
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ": lzma.LZMAFile,
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
 }
 
 
@@ -129,8 +129,12 @@ class _Rejoined:
 def _open(url: str) -> _LocalFile | _Stream:
     file = io.FileIO(local_path(url)) if is_local(url) else None
     stream: _Readable = gopen(url, "rb", bufsize=_CHUNK) if file is None else file
-    head = _Stream(stream).read(5)
-    opened = [cls for magic, cls in _DECOMPRESSORS.items() if head.startswith(magic)]
+    try:
+        head = _Stream(stream).read(5)
+    except OSError:
+        stream.close()
+        raise
+    opened = [opener for magic, opener in _DECOMPRESSORS.items() if head.startswith(magic)]
     if file is not None and not opened:
         file.seek(0)
         return _LocalFile(file)

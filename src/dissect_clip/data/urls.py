@@ -69,6 +69,8 @@ def _glob(url: str) -> list[str]:
 
 
 def _expand_source(source: str, flag: str) -> list[str]:
+    if not source:
+        raise SetupError(f"{flag}: a source is empty; sources are joined by ::, with something on both sides")
     try:
         expanded = expand_urls(source)
     except ValueError as error:
