@@ -1,0 +1,245 @@
+"""Whole runs on real images and captions, as a user starts them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from distributed import run_on_ranks
+from runs import arguments, losses, record, results, selection, train
+from safetensors.torch import load_file
+
+from dissect_clip import cli
+from dissect_clip.config import parse_args
+from dissect_clip.data import TrainData
+from dissect_clip.dist import World
+from dissect_clip.logs import Reporter
+from dissect_clip.selection import STRATEGIES, summaries
+from dissect_clip.train import TrainState, train_epoch
+
+ROOT = Path(__file__).resolve().parent.parent
+ALL = [None, *STRATEGIES]
+SMALL = "train-00000{0,1}.tar"  # 1,000 pairs: ten steps of a hundred
+
+
+@pytest.fixture
+def data(emoji: Path) -> str:
+    return str(emoji / SMALL)
+
+
+def checkpoint(run: Path, epoch: int) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(run / "checkpoints" / f"epoch_{epoch}.pt", weights_only=True)
+    return content
+
+
+def scores(run: Path, epoch: int) -> torch.Tensor:
+    return load_file(run / "checkpoints" / f"epoch_{epoch}.scores.safetensors")["scores"]
+
+
+@pytest.mark.parametrize("strategy", ALL)
+def test_trains_and_evaluates_and_repeats_itself(tmp_path: Path, emoji: Path, data: str, strategy: str | None):
+    flags = selection(strategy) | {"val_data": emoji / "val-000000.tar", "epochs": 2}
+    flags |= {"record": True} if strategy else {}
+    first, second = (train(tmp_path, data, name, **flags) for name in ("first", "second"))
+    assert [line["epoch"] for line in results(first)] == [1, 2]
+    assert results(first)[-1]["seen"] == 2000
+    assert results(first)[-1]["trained"] == (600 if strategy else 2000)
+    assert 0 < results(first)[-1]["rsum"] <= 600
+    assert losses(first) == losses(second)
+    assert results(first) == results(second)
+    if strategy:
+        assert record(first, 1) == record(second, 1)
+
+
+def test_another_seed_selects_otherwise(tmp_path: Path, data: str):
+    flags = selection("random") | {"record": True, "epochs": 1}
+    first, second = (train(tmp_path, data, f"seed{seed}", seed=seed, **flags) for seed in (0, 1))
+    chosen = [{row["sample_id"] for row in record(run, 0) if row["selected"]} for run in (first, second)]
+    assert chosen[0] != chosen[1]
+
+
+def test_rate_one_equals_no_selection_bit_for_bit(tmp_path: Path, data: str):
+    plain = train(tmp_path, data, "plain")
+    for strategy in STRATEGIES:
+        run = train(tmp_path, data, strategy, **selection(strategy, select_rate=1.0))
+        assert losses(run) == losses(plain)
+        ours, theirs = checkpoint(run, 3)["state_dict"], checkpoint(plain, 3)["state_dict"]
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("strategy", ALL)
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, emoji: Path, data: str, strategy, accum_freq):
+    flags = selection(strategy) | {"val_data": emoji / "val-000000.tar", "accum_freq": accum_freq}
+    flags |= {"force_patch_dropout": 0.3, "record": True if strategy else None}
+    whole = train(tmp_path, data, "whole", **flags)
+    stopped = shutil.copytree(whole, tmp_path / "logs" / "stopped")
+    for path in (stopped / "checkpoints").glob("epoch_3.*"):
+        path.unlink()
+    for path in (stopped / "train.jsonl", stopped / "checkpoints" / "results.jsonl"):
+        path.write_text("")
+    train(tmp_path, data, "stopped", resume="latest", **flags)
+    assert results(stopped) == results(whole)[-1:]
+    assert losses(stopped) == losses(whole)[-len(losses(stopped)) :]
+    assert len(losses(stopped)) == 10 // accum_freq
+    first, second = checkpoint(whole, 3), checkpoint(stopped, 3)
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    if strategy:
+        assert record(stopped, 2) == record(whole, 2)
+    if strategy is not None and STRATEGIES[strategy].remembers:
+        assert torch.equal(scores(whole, 3).nan_to_num(-1), scores(stopped, 3).nan_to_num(-1))
+
+
+def test_resume_latest_finds_a_run_without_a_name(tmp_path: Path, data: str):
+    flags = {"epochs": 2, "save_frequency": 1}
+    assert cli.main(arguments(tmp_path, data, name=None, **flags)) == 0
+    (run,) = (tmp_path / "logs").iterdir()
+    for path in (run / "checkpoints").glob("epoch_2.*"):
+        path.unlink()
+    assert cli.main(arguments(tmp_path, data, name=None, resume="latest", **flags)) == 0
+    assert list((tmp_path / "logs").iterdir()) == [run]
+    assert (run / "checkpoints" / "epoch_2.pt").exists()
+
+
+def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
+    train(tmp_path, data, epochs=1)
+    train(tmp_path, data, epochs=1, resume="latest")
+    assert "All 1 epochs are done already" in capsys.readouterr().err
+
+
+def test_evaluation_alone_gives_the_metrics_of_the_run(tmp_path: Path, emoji: Path, data: str):
+    flags = {"val_data": emoji / "val-00000{0,1}.tar", "epochs": 1}
+    run = train(tmp_path, data, **flags)
+    alone = train(tmp_path, data, "alone", train_data=None, resume=run / "checkpoints" / "epoch_1.pt", **flags)
+    expected = {name: value for name, value in results(run)[0].items() if name not in ("seen", "trained")}
+    assert results(alone) == [expected]
+
+
+def test_weights_go_on_in_another_run(tmp_path: Path, data: str):
+    run = train(tmp_path, data, epochs=1)
+    tuned = train(tmp_path, data, "tuned", epochs=1, pretrained=run / "checkpoints" / "epoch_1.pt")
+    assert losses(tuned)[0] < losses(run)[0]
+
+
+# ---- two ranks
+
+
+def _all_strategies(world: World, folder: str, data: str, validation: str) -> dict[str, Any]:
+    """Train with every strategy; after each epoch the ranks compare their stores."""
+    shares: dict[str, list[float]] = {}
+    name = ""
+
+    def compare(state: TrainState, train_data: TrainData, reporter: Reporter) -> None:
+        train_epoch(state, train_data, reporter)
+        if state.selector is not None and state.selector.store.columns:
+            mine = state.selector.store.scores.nan_to_num(-1)
+            both = world.all_gather(mine[None])
+            assert torch.equal(both[0], both[1]), f"{name}: the stores differ"
+            shares[name].append((mine != -1).float().mean().item())
+
+    cli.train_epoch = compare  # type: ignore[attr-defined]
+    for strategy in ALL:
+        name = strategy or "none"
+        shares[name] = []
+        flags = {"val_data": validation, "batch_size": 50, "workers": 1 if strategy == "random" else 0}
+        words = arguments(Path(folder), data, name, **flags, **selection(strategy))
+        cli.run(parse_args(words, summaries()), world)
+    return shares
+
+
+@pytest.mark.dist
+def test_every_strategy_on_two_ranks(tmp_path: Path, emoji: Path):
+    """On one shard: each rank reads a half of it."""
+    data, validation = emoji / "train-000012.tar", emoji / "val-000000.tar"  # 324 pairs
+    answers = run_on_ranks(2, _all_strategies, str(tmp_path), str(data), str(validation))
+    assert answers[0] == answers[1]
+    for strategy in ("historical_base_sampling", "warmup_base_sampling"):
+        assert answers[0][strategy] == [1.0, 1.0, 1.0]  # no sample without history after the first epoch
+    for strategy in ALL:
+        last = results(tmp_path / "logs" / (strategy or "none"))[-1]
+        assert last["epoch"] == 3
+        assert last["seen"] == 3 * 400  # 324 rounded up to whole batches of both ranks
+        assert last["rsum"] > 0
+
+
+def torchrun(*words: str, processes: int = 2, timeout: int = 240) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("processes", [1, 2])
+def test_torchrun_from_the_command_line(tmp_path: Path, data: str, processes: int):
+    words = arguments(tmp_path, data, epochs=2, **selection("warmup_base_sampling"))
+    done = torchrun(str(ROOT / "src" / "main.py"), *words, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint(tmp_path / "logs" / "run", 2)["dissect"]["world_size"] == processes
+    assert done.stderr.count("Saved") == 2
+
+
+@pytest.mark.dist
+def test_openclips_own_logs_flag_works_behind_two_dashes(tmp_path: Path, data: str):
+    words = arguments(tmp_path, data, epochs=1, output_dir=None, logs=tmp_path / "logs")
+    done = torchrun("--", str(ROOT / "src" / "main.py"), *words, processes=1)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- OpenCLIP's own smoke commands
+
+
+SMOKE = (
+    "--save-frequency 1 --zeroshot-frequency 1 --dataset-type synthetic --train-num-samples 16 --warmup 1 "
+    "--batch-size 4 --lr 1e-3 --wd 0.1 --epochs 1 --workers 2"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [
+        "--model RN50",
+        "--model coca_ViT-B-32",
+        "--model ViT-B-32 --lock-image --lock-image-unlocked-groups 5 --accum-freq 2",
+    ],
+)
+def test_openclips_smoke_commands(tmp_path: Path, model: str):
+    words = f"{SMOKE} {model} --logs {tmp_path}".split()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "src" / "main.py"), *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("*/checkpoints/epoch_1.pt"))) == 1
+
+
+def test_torchscript_is_refused_with_a_reason(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([*SMOKE.split(), "--model", "RN50", "--torchscript"])
+    assert exit_info.value.code == 2
+    assert "--torchcompile" in capsys.readouterr().err
+
+
+# ---- precision
+
+
+def test_bf16_scores_choose_what_fp32_scores_choose(tmp_path: Path, emoji: Path):
+    """At least 95 % of the choices, on a model that has learned something."""
+    data = str(emoji / "train-0000{00..12}.tar")
+    run = train(tmp_path, data, epochs=4, batch_size=256, lr=2e-3)
+    chosen: dict[str, list[set[int]]] = {}
+    for precision in ("fp32", "amp_bf16"):
+        name = f"scored_{precision}"
+        flags = selection("clipscore") | {"lr": 0.0, "wd": 0.0, "record": True, "epochs": 1, "batch_size": 256}
+        scored = train(
+            tmp_path, data, name, precision=precision, pretrained=run / "checkpoints" / "epoch_4.pt", **flags
+        )
+        rows = record(scored, 0)
+        steps = {row["step"] for row in rows}
+        chosen[precision] = [{r["sample_id"] for r in rows if r["selected"] and r["step"] == s} for s in steps]
+    same = sum(len(a & b) for a, b in zip(*chosen.values(), strict=True))
+    total = sum(len(a) for a in chosen["fp32"])
+    assert same / total >= 0.95
