@@ -13,7 +13,8 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 LAYERS: list[set[str]] = [
     {"errors", "seeding", "config", "batch", "clock", "metrics", "data.decode"},
     {"dist", "schedule", "remote", "data.urls", "data.split"},
-    {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "selection.base", "selection.store"},
+    {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder"}
+    | {"selection.base", "selection.store"},
     {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "selection.selector", "logs"},
     {"data.table", "data.webdataset", "selection"},
     {"data.csv", "data.synthetic", "data.classification"},

@@ -40,6 +40,10 @@ class Batch:
             self.key,
         )
 
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies without a wait; torch's loader calls it."""
+        return Batch(self.image.pin_memory(), self.text.pin_memory(), self.sample_id.pin_memory(), self.key)
+
     def take(self, index: Tensor) -> Batch:
         """The pairs at ``index`` [K] int64, in that order, without their keys."""
         return Batch(self.image[index], self.text[index], self.sample_id[index])
@@ -58,6 +62,10 @@ class RetrievalBatch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""
         return RetrievalBatch(_move(self.image, device, dtype), _move(self.text, device), self.captions, self.order)
 
+    def pin_memory(self) -> RetrievalBatch:
+        """See :meth:`Batch.pin_memory`."""
+        return RetrievalBatch(self.image.pin_memory(), self.text.pin_memory(), self.captions, self.order)
+
 
 @dataclass(frozen=True, slots=True)
 class LabelledBatch:
@@ -69,3 +77,7 @@ class LabelledBatch:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LabelledBatch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""
         return LabelledBatch(_move(self.image, device, dtype), _move(self.label, device))
+
+    def pin_memory(self) -> LabelledBatch:
+        """See :meth:`Batch.pin_memory`."""
+        return LabelledBatch(self.image.pin_memory(), self.label.pin_memory())

@@ -29,7 +29,7 @@ class World:
     rank: int = 0
     local_rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    device: torch.device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:

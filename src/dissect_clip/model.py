@@ -19,6 +19,7 @@ import open_clip
 import torch
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,6 +30,8 @@ from dissect_clip.errors import SetupError
 from dissect_clip.seeding import seed_everything
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+OpenClip = Any
+"""CLIP, CustomTextCLIP or CoCa of open_clip, which has no types: encode_image, encode_text, logit_scale and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +82,19 @@ def check_model_name(name: str) -> None:
         )
 
 
+def _drop_expected(record: logging.LogRecord) -> bool:
+    """Leaves out open_clip's warning of random weights, where they are what was asked for."""
+    return not record.getMessage().startswith("No pretrained weights loaded")
+
+
+def _keep_all(record: logging.LogRecord) -> bool:
+    return True
+
+
 def _create(name: str, pretrained: str | None, config: Config, world: World, **options: Any) -> tuple[Any, Any, Any]:
     check_model_name(name)
+    expected = _drop_expected if pretrained is None else _keep_all
+    logging.getLogger().addFilter(expected)
     try:
         created: tuple[Any, Any, Any] = open_clip.create_model_and_transforms(
             name,
@@ -93,6 +107,8 @@ def _create(name: str, pretrained: str | None, config: Config, world: World, **o
         )
     except (RuntimeError, OSError, ImportError, ValueError) as error:
         raise SetupError(f"--model {name} (weights {pretrained or 'random'}) cannot be built: {error}") from error
+    finally:
+        logging.getLogger().removeFilter(expected)
     return created
 
 
@@ -134,7 +150,7 @@ def build_model(config: Config, world: World) -> Model:
     return Model(module, preprocess_train, preprocess_eval, tokenizer, _build_teacher(config, world))
 
 
-def _initialise_decoder(module: nn.Module) -> None:
+def _initialise_decoder(module: OpenClip) -> None:
     """Draw the one weight of CoCa's decoder that open_clip 3.3 leaves as uninitialised memory, as it means to.
 
     ``MultimodalTransformer.init_parameters`` does this and is never called.
@@ -143,7 +159,7 @@ def _initialise_decoder(module: nn.Module) -> None:
     nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
-def _lock(module: nn.Module, config: Config) -> None:
+def _lock(module: OpenClip, config: Config) -> None:
     try:
         if config.lock_image:
             module.lock_image_tower(
@@ -181,7 +197,7 @@ def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Modu
     if world.size > 1 and config.use_bn_sync:
         if world.device.type == "cpu":
             raise SetupError("--use-bn-sync needs GPUs: torch has no synchronised BatchNorm for the CPU")
-        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     model: nn.Module = module
     if world.size > 1:
         model = DistributedDataParallel(
@@ -206,7 +222,7 @@ class Scorer:
     training draws from stay untouched in both modes.
     """
 
-    def __init__(self, module: nn.Module, autocast: Autocast, mode: str, compiled: bool) -> None:
+    def __init__(self, module: OpenClip, autocast: Autocast, mode: str, compiled: bool) -> None:
         self.module = module
         self.autocast = autocast
         self.mode = mode
@@ -216,7 +232,7 @@ class Scorer:
         )
 
     def _features(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        return self.module.encode_image(image, normalize=True), self.module.encode_text(text, normalize=True)
+        return self.module.encode_image(image, normalize=False), self.module.encode_text(text, normalize=False)
 
     @contextmanager
     def _eval_mode(self) -> Iterator[None]:
@@ -243,4 +259,6 @@ class Scorer:
         with torch.no_grad(), mode, self.autocast():
             image, text = self.forward(batch.image, batch.text)
             scale, bias = self.module.logit_scale.exp(), self.module.logit_bias
-        return Encoded(image.float(), text.float(), scale.float(), None if bias is None else bias.float())
+        # Normalised outside of autocast: in bf16 the rounding would move scores by as much again as the model's does.
+        image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+        return Encoded(image, text, scale.float(), None if bias is None else bias.float())

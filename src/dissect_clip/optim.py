@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,14 +45,14 @@ def build_optimizer(config: Config, module: nn.Module) -> Optimizer:
 
 
 def _timm_optimizer(config: Config, module: nn.Module) -> Optimizer:
-    from timm.optim import create_optimizer_v2
+    import timm.optim  # slow to import, and rarely needed
 
-    options: dict[str, object] = {"eps": config.eps, "momentum": config.momentum, "lr": config.lr}
+    options: dict[str, Any] = {"eps": config.eps, "momentum": config.momentum, "lr": config.lr}
     if config.beta1 is not None:
         options["betas"] = (config.beta1, config.beta2)
     given = {name: value for name, value in options.items() if value is not None}
     try:
-        optimizer: Optimizer = create_optimizer_v2(
+        optimizer: Optimizer = timm.optim.create_optimizer_v2(
             module, config.opt.removeprefix("timm/"), weight_decay=config.wd, **given
         )
     except (ValueError, AssertionError, TypeError) as error:

@@ -10,6 +10,7 @@ Shapes: N pairs of this rank as loaded, K of them kept, W ranks.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -100,7 +101,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -
     clock.lap("train")
     optimizer_step(state.optimizer, state.scaler, state.module.parameters(), config.grad_clip_norm)
     with torch.no_grad():
-        state.module.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator, union-attr]
+        state.module.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
     clock.lap("optimizer")
     counters.step += 1
     return outputs
@@ -121,8 +122,9 @@ def _select(state: TrainState, batch: Batch) -> Batch:
 
 
 def _backward(state: TrainState, losses: dict[str, Tensor], logit_scale: Tensor) -> dict[str, Tensor]:
-    total = torch.stack([loss.float() for loss in losses.values()]).sum() if len(losses) > 1 else [*losses.values()][0]
-    (total if state.scaler is None else state.scaler.scale(total)).backward()
+    total = functools.reduce(torch.add, losses.values())
+    scaled: Tensor = total if state.scaler is None else state.scaler.scale(total)
+    scaled.backward()  # type: ignore[no-untyped-call]
     outputs = {**losses, "loss": total, "logit_scale": logit_scale}
     return {name: value.detach() for name, value in outputs.items()}
 
@@ -161,7 +163,7 @@ def _sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextMa
     inner = model._orig_mod if hasattr(model, "_orig_mod") else model
     if now or not isinstance(inner, DistributedDataParallel):
         return contextlib.nullcontext()
-    return inner.no_sync()  # type: ignore[no-untyped-call, no-any-return]
+    return inner.no_sync()
 
 
 def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[list[Batch]]:
@@ -236,7 +238,7 @@ class Window:
 
         Collective: one all_reduce. ``done`` is the number of steps of the epoch that are done.
         """
-        counters, config = self.state.counters, self.state.config
+        counters = self.state.counters
         values = {name: value.item() for name, value in outputs.items()}
         bad = int(self.state.world.sum(self.not_finite).item())
         totals = self.clock.totals()
@@ -261,7 +263,7 @@ class Window:
             "trained": counters.trained,
             "epoch": counters.epoch + done / self.steps,
         }
-        self._log(done, metrics, [name for name in values])
+        self._log(done, metrics, list(values))
         self._open()
         return metrics
 

@@ -59,9 +59,10 @@ class Part(NamedTuple):
     last: int | None
 
 
-def count_batches(num_samples: int, batch_size: int, world_size: int) -> int:
-    """Batches of a rank in an epoch: the samples, rounded up to whole batches on every rank."""
-    return -(-num_samples // (batch_size * world_size))
+def count_batches(num_samples: int, batch_size: int, world_size: int, accum_freq: int = 1) -> int:
+    """Batches of a rank in an epoch: the samples, rounded up to whole optimizer steps of all ranks."""
+    steps = -(-num_samples // (batch_size * world_size * accum_freq))
+    return steps * accum_freq
 
 
 def worker_batches(num_batches: int, worker: int, workers: int) -> int:

@@ -93,7 +93,7 @@ def table_train(
     """
     if config.dataset_resampled:
         raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
-    num_batches = count_batches(len(table), config.batch_size, world.size)
+    num_batches = count_batches(len(table), config.batch_size, world.size, config.accum_freq)
     source = TableSource(table, num_batches, config.batch_size, config.seed)
     stream = TrainStream(source, _for_tables(config), world, num_batches, transform, tokenizer)
     return TrainData(

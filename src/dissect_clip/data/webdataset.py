@@ -174,12 +174,12 @@ def _find(config: Config, world: World, run_folder: Path | None) -> Found:
 
 def _index(found: Found, config: Config, world: World, run_folder: Path | None) -> ShardIndex | None:
     """The shards' sizes, counted where they are needed; None where the run can do without. Collective."""
-    if found.complete or config.select or config.train_num_samples is None:
+    # Local headers are read quickly. Remote shards would be read whole, which a run must not do unless it has to.
+    worth_it = all(map(is_local, found.urls)) and not config.dataset_resampled
+    if found.complete or config.select or config.train_num_samples is None or worth_it:
         return index_shards(found.urls, found.known, world, run_folder)
     if not _too_few(len(found.urls), config, world):
         return None
-    if all(is_local(url) for url in found.urls):
-        return index_shards(found.urls, found.known, world, run_folder)
     raise SetupError(
         f"--train-data has {len(found.urls)} shards, fewer than the {_total_workers(config, world)} loader workers "
         f"({world.size} ranks x --workers {max(1, config.workers)}), and their sizes are not known. Count them once "
@@ -242,7 +242,7 @@ def train_data(
     num_samples = config.train_num_samples if index is None else index.num_samples
     assert num_samples is not None
     length = config.train_num_samples if config.dataset_resampled else None
-    num_batches = count_batches(length or num_samples, config.batch_size, world.size)
+    num_batches = count_batches(length or num_samples, config.batch_size, world.size, config.accum_freq)
     plan = _plan(config, num_batches, index, sources)
     suffixes = caption_suffixes(config.json_caption_key)
     source = ShardSource(_shards(urls, names, index), plan, suffixes, config.seed)

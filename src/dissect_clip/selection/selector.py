@@ -17,7 +17,6 @@ from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.store import ScoreStore
 
-
 Encode = Callable[[Batch], Encoded]
 SampleLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
