@@ -130,11 +130,6 @@ THINGS = (Thing("circle", "red", "small", "plain"), Thing("square", "blue", "lar
                 "a large striped blue square below a small red circle on navy",
             },
         ),
-        (
-            (*THINGS, THINGS[0]),
-            "row",
-            {"from left to right a small red circle, a large striped blue square and a small red circle on navy"},
-        ),
     ],
 )
 def test_a_caption_says_what_is_in_the_scene(things: tuple[Thing, ...], layout: str, expected: set[str]) -> None:

@@ -114,6 +114,16 @@ def test_model_config_that_is_not_there_says_so():
         build_model(make_config(Path("/tmp"), model_config="/nowhere/x.json"), World())
 
 
+def test_model_config_that_is_broken_says_so(tmp_path: Path):
+    config = make_config(tmp_path)
+    (tmp_path / "broken.json").write_text("{")
+    try:
+        with pytest.raises(SetupError, match="--model-config"):
+            build_model(config, World())
+    finally:
+        (tmp_path / "broken.json").write_text("{}")  # open_clip reads all folders that it was ever given
+
+
 def test_distillation_brings_a_teacher_that_does_not_learn(tmp_path: Path):
     torch.save(make_module(tmp_path, seed=5).state_dict(), tmp_path / "teacher.pt")
     config = make_config(tmp_path, distill_model="toy-vit", distill_pretrained=str(tmp_path / "teacher.pt"))

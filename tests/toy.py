@@ -1,6 +1,7 @@
 """Tiny models of every kind that open_clip builds, by configuration files, for tests of milliseconds."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def write_configs(folder: Path) -> str:
-    """Write the configurations; returns the folder for ``--model-config``."""
+    """Write the configurations, whole at once since several ranks do; returns the folder for ``--model-config``."""
     for name, content in CONFIGS.items():
-        (folder / f"{name}.json").write_text(json.dumps(content))
+        partial = folder / f"{name}.{os.getpid()}.tmp"
+        partial.write_text(json.dumps(content))
+        os.replace(partial, folder / f"{name}.json")
     return str(folder)
 
 

@@ -35,16 +35,16 @@ from dissect_clip.data import (
 )
 from dissect_clip.dist import World, init_world, shutdown_world
 from dissect_clip.errors import SetupError, TrainingError
-from dissect_clip.evaluation import evaluate
+from dissect_clip.evaluation import Tokenizer, evaluate
 from dissect_clip.logs import Reporter, close_logging, make_reporter, setup_logging
 from dissect_clip.loss import SampleLoss, build_loss
-from dissect_clip.model import Autocast, Model, Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.model import Model, Scorer, autocast_for, build_model, wrap_model
 from dissect_clip.optim import build_optimizer, build_scaler
 from dissect_clip.record import NullRecorder, Recorder
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.schedule import learning_rate
 from dissect_clip.selection import build_selector, summaries
-from dissect_clip.train import TrainState, train_epoch
+from dissect_clip.train import Counters, TrainState, train_epoch
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +55,14 @@ EXIT_TRAINING = 1
 """Exit status where training could not go on."""
 
 
+EXIT_INTERRUPT = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train or evaluate as the command line says; returns the exit status.
 
-    0 when done, 2 for what the user can mend before training, 1 when training could not go on.
+    0 when done, 2 for what the user can mend before training, 1 when training could not go on, 130 after Ctrl-C.
     """
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     with contextlib.nullcontext() if first else _silent():
@@ -73,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, EXIT_SETUP, first)
     except TrainingError as error:
         return _fail(error, EXIT_TRAINING, first)
+    except KeyboardInterrupt:
+        return _fail(
+            TrainingError("interrupted; --resume latest goes on from the last checkpoint"), EXIT_INTERRUPT, first
+        )
     finally:
         close_logging()
         shutdown_world()
@@ -86,7 +94,7 @@ def _silent() -> Iterator[None]:
 
 
 def _fail(error: Exception, status: int, first: bool) -> int:
-    logging.getLogger().error("%s", error) if logging.getLogger().handlers else None
+    log.debug("ended with status %d", status, exc_info=error)  # into the log file, with --debug
     prefix = "error: " if first else f"error on rank {os.environ.get('RANK', '?')}: "
     print(f"{prefix}{error}", file=sys.stderr, flush=True)
     return status
@@ -121,39 +129,19 @@ def _run_in(folder: RunFolder | None, config: Config, world: World) -> None:
         if config.trains
         else None
     )
-    eval_data = EvalData(
-        build_retrieval(config, world, model.preprocess_eval, model.tokenizer),
-        build_classification(config, world, model.preprocess_eval),
-    )
+    retrieval = build_retrieval(config, world, model.preprocess_eval, model.tokenizer)
+    classification = build_classification(config, world, model.preprocess_eval)
     resume = find_resume(config, folder, world)
     checkpoint = None if resume is None else load_checkpoint(resume)
     reporter = make_reporter(config, folder, world)
+    evaluator = Evaluator(config, world, model.tokenizer, retrieval, classification, reporter)
     try:
         if train_data is None:
-            _evaluate_only(config, world, model, eval_data, checkpoint, reporter)
+            _evaluate_only(config, model, evaluator, checkpoint)
         else:
-            _train(config, world, model, train_data, eval_data, checkpoint, reporter, folder)
+            _train(config, world, model, train_data, evaluator, checkpoint, folder)
     finally:
         reporter.close()
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EvalData:
-    """This rank's share of what the model is evaluated on."""
-
-    retrieval: RetrievalData | None
-    classification: list[ClassificationData]
-
-    def due(self, config: Config, epoch: int) -> EvalData:
-        """What is evaluated after ``epoch`` complete epochs: all after the last, else by frequency."""
-
-        def now(frequency: int) -> bool:
-            return frequency > 0 and (epoch % frequency == 0 or epoch == config.epochs)
-
-        return EvalData(
-            self.retrieval if now(config.val_frequency) else None,
-            self.classification if now(config.zeroshot_frequency) else [],
-        )
 
 
 def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
@@ -181,39 +169,24 @@ def _train(
     world: World,
     model: Model,
     train_data: TrainData,
-    eval_data: EvalData,
+    evaluator: Evaluator,
     checkpoint: Checkpoint | None,
-    reporter: Reporter,
     folder: RunFolder | None,
 ) -> None:
     steps_per_epoch = train_data.num_batches // config.accum_freq
-    state = _build_state(config, world, model, train_data, folder, steps_per_epoch)
+    state = build_state(config, world, model, train_data, folder, steps_per_epoch)
     if checkpoint is not None:
         _resume(state, checkpoint, train_data, steps_per_epoch)
     _announce(state, train_data, steps_per_epoch)
     if state.counters.epoch >= config.epochs:
         log.info("All %d epochs are done already; give a larger --epochs to train on", config.epochs)
     while state.counters.epoch < config.epochs:
-        train_epoch(state, train_data, reporter)
-        epoch = state.counters.epoch
-        counters = {"seen": state.counters.seen, "trained": state.counters.trained} | {
-            f"{phase}_seconds": seconds for phase, seconds in state.counters.seconds.items()
-        }
-        _evaluate(
-            config,
-            world,
-            model,
-            state.module,
-            eval_data.due(config, epoch),
-            epoch,
-            state.counters.step,
-            counters,
-            reporter,
-        )
+        train_epoch(state, train_data, evaluator.reporter)
         _save(state, train_data, folder)
+        evaluator.after_epoch(state.module, state.counters)
 
 
-def _build_state(
+def build_state(
     config: Config,
     world: World,
     model: Model,
@@ -221,6 +194,11 @@ def _build_state(
     folder: RunFolder | None,
     steps_per_epoch: int,
 ) -> TrainState:
+    """All that a training step touches, at the start of a run. Collective where there are several ranks.
+
+    Raises:
+        SetupError: if the model cannot be trained as asked.
+    """
     module, wrapped = wrap_model(model.module, config, world)
     optimizer = build_optimizer(config, module)
     autocast = autocast_for(config.precision, world.device)
@@ -336,45 +314,63 @@ def _save(state: TrainState, data: TrainData, folder: RunFolder | None) -> None:
 # ---- evaluation
 
 
-def _evaluate(
-    config: Config,
-    world: World,
-    model: Model,
-    module: torch.nn.Module,
-    data: EvalData,
-    epoch: int,
-    step: int,
-    counters: dict[str, float],
-    reporter: Reporter,
-) -> None:
-    autocast: Autocast = autocast_for(config.precision, world.device)
-    metrics = evaluate(
-        module,
-        data.retrieval,
-        data.classification,
-        world=world,
-        autocast=autocast,
-        input_dtype=open_clip.get_input_dtype(config.precision),
-        tokenizer=model.tokenizer,
-        batch_size=config.batch_size,
-    )
-    if metrics:
-        log.info("Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {_short(value)}" for name, value in metrics.items()))
-        reporter.evaluation(epoch, step, {**metrics, **counters})
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Evaluates on this rank's share of the sets, and reports the metrics."""
+
+    config: Config
+    world: World
+    tokenizer: Tokenizer
+    retrieval: RetrievalData | None
+    classification: list[ClassificationData]
+    reporter: Reporter
+
+    def _due(self, frequency: int, epoch: int) -> bool:
+        return frequency > 0 and (epoch % frequency == 0 or epoch == self.config.epochs)
+
+    def after_epoch(self, module: torch.nn.Module, counters: Counters) -> None:
+        """Evaluate on what is due after so many complete epochs; after the last, on all."""
+        retrieval = self.retrieval if self._due(self.config.val_frequency, counters.epoch) else None
+        classification = self.classification if self._due(self.config.zeroshot_frequency, counters.epoch) else []
+        spent = {f"{phase}_seconds": seconds for phase, seconds in counters.seconds.items()}
+        progress = {"seen": counters.seen, "trained": counters.trained, **spent}
+        self._run(module, retrieval, classification, counters.epoch, counters.step, progress)
+
+    def alone(self, module: torch.nn.Module, epoch: int, step: int) -> None:
+        """Evaluate a checkpoint on everything."""
+        self._run(module, self.retrieval, self.classification, epoch, step, {})
+
+    def _run(
+        self,
+        module: torch.nn.Module,
+        retrieval: RetrievalData | None,
+        classification: list[ClassificationData],
+        epoch: int,
+        step: int,
+        progress: dict[str, float],
+    ) -> None:
+        metrics = evaluate(
+            module,
+            retrieval,
+            classification,
+            world=self.world,
+            autocast=autocast_for(self.config.precision, self.world.device),
+            input_dtype=open_clip.get_input_dtype(self.config.precision),
+            tokenizer=self.tokenizer,
+            batch_size=self.config.batch_size,
+        )
+        if metrics:
+            log.info(
+                "Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {_short(value)}" for name, value in metrics.items())
+            )
+            self.reporter.evaluation(epoch, step, {**metrics, **progress})
 
 
 def _short(value: float) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def _evaluate_only(
-    config: Config,
-    world: World,
-    model: Model,
-    data: EvalData,
-    checkpoint: Checkpoint | None,
-    reporter: Reporter,
-) -> None:
+def _evaluate_only(config: Config, model: Model, evaluator: Evaluator, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         check_fits(
             checkpoint,
@@ -390,4 +386,4 @@ def _evaluate_only(
         log.warning("Evaluating random weights: give --resume or --pretrained to load some")
     epoch = 0 if checkpoint is None else checkpoint.epoch
     step = 0 if checkpoint is None or checkpoint.state is None else checkpoint.state.step
-    _evaluate(config, world, model, model.module, data, epoch, step, {}, reporter)
+    evaluator.alone(model.module, epoch, step)

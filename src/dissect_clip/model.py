@@ -59,14 +59,18 @@ def register_model_configs(extra: str | None) -> None:
     """Make the package's small models, and those of ``--model-config``, known to open_clip by their file names.
 
     Raises:
-        SetupError: if ``extra`` is neither a file nor a folder.
+        SetupError: if ``extra`` is neither a file nor a folder, or holds broken JSON.
     """
     with importlib.resources.as_file(importlib.resources.files("dissect_clip") / "model_configs") as folder:
         open_clip.add_model_config(folder)
-    if extra is not None:
-        if not Path(extra).exists():
-            raise SetupError(f"--model-config {extra} does not exist: give a JSON file, or a folder of them")
+    if extra is None:
+        return
+    if not Path(extra).exists():
+        raise SetupError(f"--model-config {extra} does not exist: give a JSON file, or a folder of them")
+    try:
         open_clip.add_model_config(Path(extra))
+    except ValueError as error:  # of json
+        raise SetupError(f"--model-config {extra}: not every JSON file in it can be read ({error})") from error
 
 
 def check_model_name(name: str) -> None:

@@ -209,7 +209,7 @@ def _report_skipped(state: TrainState, data: TrainData) -> None:
         state.world.sum(torch.tensor(list(skipped.values()), device=state.world.device)).tolist() if skipped else []
     )
     named = {kind: count for kind, count in zip(skipped, counts, strict=True) if count}
-    if named:
+    if named and state.world.is_main:
         log.warning("Skipped in this epoch, over all ranks: %s", ", ".join(f"{n} {kind}" for kind, n in named.items()))
 
 
