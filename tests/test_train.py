@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from distributed import run_on_ranks
@@ -12,16 +12,13 @@ from torch import Tensor
 from toy import make_config, random_pairs
 
 from dissect_clip.batch import Batch
+from dissect_clip.cli import build_state
 from dissect_clip.clock import PhaseClock
 from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.errors import TrainingError
-from dissect_clip.loss import SampleLoss, build_loss
-from dissect_clip.model import Scorer, autocast_for, build_model, wrap_model
-from dissect_clip.optim import build_optimizer, build_scaler
-from dissect_clip.record import NullRecorder
-from dissect_clip.schedule import learning_rate
-from dissect_clip.selection import STRATEGIES, build_selector
+from dissect_clip.model import build_model
+from dissect_clip.selection import STRATEGIES
 from dissect_clip.train import TrainState, train_epoch, train_step
 
 N, SAMPLES, STEPS = 8, 24, 3
@@ -66,25 +63,8 @@ class Reports:
 def make_state(folder: Path, world: World | None = None, **changes: Any) -> TrainState:
     world = world or World()
     config: Config = make_config(folder, **({"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5} | changes))
-    model = build_model(config, world)
-    module, wrapped = wrap_model(model.module, config, world)
-    optimizer, autocast = build_optimizer(config, module), autocast_for(config.precision, world.device)
-    return TrainState(
-        config=config,
-        world=world,
-        module=module,
-        model=wrapped,
-        teacher=model.teacher,
-        loss=build_loss(config, world),
-        optimizer=optimizer,
-        scaler=build_scaler(config, world.device),
-        schedule=learning_rate(config, 1e-3, STEPS),
-        autocast=autocast,
-        input_dtype=open_clip.get_input_dtype(config.precision),
-        selector=build_selector(config, SAMPLES, SampleLoss(world, config.siglip), world),
-        scorer=Scorer(module, autocast, config.select_score_mode, config.torchcompile),
-        recorder=NullRecorder(),
-    )
+    data: Any = SimpleNamespace(num_samples=SAMPLES)
+    return build_state(config, world, build_model(config, world), data, None, STEPS)
 
 
 def train(state: TrainState, epochs: int = 2, image_size: int = 16) -> list[dict[str, float]]:
