@@ -30,6 +30,7 @@ from make_scenes import make_dataset
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE = 64
 PER_SHARD = 512
+CONTEXT_LENGTH = 24  # tokens; the longest caption has 18
 PHASES = ("load", "score", "train", "optimizer")
 RECALLS = tuple(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10))
 
@@ -38,13 +39,13 @@ RECALLS = tuple(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for
 class Plan:
     """What is trained, and for how long. The lengths are as short as shows the effect on two cores in six minutes."""
 
-    train: int = 4096
+    train: int = 2560
     val: int = 1000
     mismatched: float = 0.4
     model: str = "RN-tiny"
     batch_size: int = 128
     lr: float = 1e-3
-    epochs: int = 24
+    epochs: int = 32
     warmup_point: int = 8
     select_rate: float = 0.4
     val_frequency: int = 2
@@ -72,11 +73,17 @@ class Plan:
         a model that could have been the end of a run, so that runs may be compared at equal pairs or seconds."""
         settings = {
             "train-data": data / "train-*.tar", "val-data": data / "val-*.tar", "output-dir": out, "model": self.model,
+            "force-context-length": CONTEXT_LENGTH,
             "batch-size": self.batch_size, "epochs": self.epochs, "lr": self.lr, "warmup": 50, "wd": 0.1,
             "lr-scheduler": "const", "precision": "fp32", "device": "cpu", "workers": 1, "seed": self.seed,
             "val-frequency": self.val_frequency, "save-frequency": 0, "log-every-n-steps": 10**6,
         }  # fmt: skip
-        return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        whole_images = [
+            "--aug-cfg",
+            "scale=(1.0,1.0)",
+            "ratio=(1.0,1.0)",
+        ]  # a cut could take away what the caption says
+        return [*(word for name, value in settings.items() for word in (f"--{name}", str(value))), *whole_images]
 
 
 @dataclass(frozen=True)

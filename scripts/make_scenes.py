@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make a small image-caption set of drawn scenes, with a known share of wrong captions.
 
-A scene is one to three objects (shape, colour, size, texture) in an arrangement on a coloured background; its caption
+A scene is one or two objects (shape, colour, size, texture) in an arrangement on a coloured background; its caption
 says all of that in one of several wordings. No scene occurs twice, neither in training nor in validation. A share of
 the training captions is then moved among their scenes so that none of them stays: what is right and wrong is written
 to KEY.json ({"clean": false, "caption_true": ..., "scene": ...}), which training never reads.
@@ -38,7 +38,7 @@ COLOURS = {
     "brown": (120, 75, 40),
 }
 SIZES = {"small": ("small", "little"), "large": ("large", "big")}
-TEXTURES = ("plain", "striped", "dotted", "checkered")
+TEXTURES = ("plain", "striped")
 BACKGROUNDS = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
@@ -71,7 +71,7 @@ class Thing:
 class Scene:
     """What an image shows, and all that its caption says.
 
-    ``layout`` is a place for one object, and "row" (left to right) or "column" (top to bottom) for several.
+    ``layout`` is a place for one object, and "row" (left to right) or "column" (top to bottom) for two.
     """
 
     things: tuple[Thing, ...]
@@ -105,7 +105,7 @@ def choose(rng: np.random.Generator, options: Any) -> str:
 
 def draw_scene(rng: np.random.Generator) -> Scene:
     """A random scene."""
-    count = int(rng.choice([1, 2, 3], p=[0.2, 0.5, 0.3]))
+    count = 1 if rng.random() < 0.25 else 2
     things = tuple(
         Thing(choose(rng, SHAPES), choose(rng, COLOURS), choose(rng, SIZES), choose(rng, TEXTURES))
         for _ in range(count)
@@ -125,13 +125,10 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     names = [describe_thing(thing, rng) for thing in scene.things]
     if len(names) == 1:
         text = f"{names[0]} in the {scene.layout}"
-    elif len(names) == 2:
+    else:
         forward, backward = {"row": ("left of", "right of"), "column": ("above", "below")}[scene.layout]
         in_order = rng.random() < 0.5
         text = f"{names[0]} {forward} {names[1]}" if in_order else f"{names[1]} {backward} {names[0]}"
-    else:
-        direction = {"row": "from left to right", "column": "from top to bottom"}[scene.layout]
-        text = f"{direction} {names[0]}, {names[1]} and {names[2]}"
     ending = f"a {scene.background} background" if rng.random() < 0.5 else scene.background
     return f"{text} on {ending}"
 
@@ -203,10 +200,6 @@ def darkened(texture: str, side: int, unit: float) -> Pixels:
         pattern = np.zeros((side, side), bool)
     elif texture == "striped":
         pattern = (x + y) % 2 < 0.9
-    elif texture == "dotted":
-        pattern = (x % 2 - 1) ** 2 + (y % 2 - 1) ** 2 < 0.4
-    elif texture == "checkered":
-        pattern = (np.floor(x) + np.floor(y)) % 2 < 1
     else:
         raise ValueError(f"unknown texture {texture!r}: known are {', '.join(TEXTURES)}")
     return pattern.astype(np.float32)
@@ -216,8 +209,7 @@ def places(scene: Scene) -> list[tuple[float, float]]:
     """The objects' centres, as shares of the image's width and height."""
     if len(scene.things) == 1:
         return [PLACES[scene.layout]]
-    along = [0.28, 0.72] if len(scene.things) == 2 else [0.18, 0.5, 0.82]
-    return [(a, 0.5) if scene.layout == "row" else (0.5, a) for a in along]
+    return [(a, 0.5) if scene.layout == "row" else (0.5, a) for a in (0.28, 0.72)]
 
 
 def paint(canvas: Pixels, thing: Thing, centre: tuple[float, float], diameter: float) -> None:
@@ -245,9 +237,8 @@ def render(scene: Scene, image_size: int, noise_seed: int) -> Image.Image:
     light = np.linspace(-12, 12, image_size, dtype=np.float32) * rng.uniform(-1, 1)
     canvas = np.empty((image_size, image_size, 3), np.float32)
     canvas[:] = np.asarray(BACKGROUNDS[scene.background], np.float32) + light[:, None, None]
-    largest = 0.3 if len(scene.things) == 3 else 0.4
     for thing, (x, y) in zip(scene.things, places(scene), strict=True):
-        diameter = largest * (1.0 if thing.size == "large" else 0.55) * rng.uniform(0.9, 1.1)
+        diameter = 0.4 * (1.0 if thing.size == "large" else 0.55) * rng.uniform(0.9, 1.1)
         shift_x, shift_y = rng.uniform(-0.04, 0.04, 2)
         paint(canvas, thing, (x + shift_x, y + shift_y), diameter)
     canvas += rng.normal(0, 6, canvas.shape)

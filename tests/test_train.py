@@ -244,6 +244,7 @@ RANK_VARIANTS: list[dict[str, Any]] = [
     {"select_strategy": "historical_base_sampling", "model": "toy-coca"},
     {"select_strategy": "warmup_base_sampling", "warmup_point": 1, "precision": "amp"},
     {"select_strategy": "random", "ddp_static_graph": True},
+    {"select_strategy": "clipscore", "model": "toy-rn"},
     {"select": False, "accum_freq": 3},
 ]
 
@@ -252,7 +253,7 @@ def _train_on_rank(world: World, folder: str) -> list[tuple[float, list[float]]]
     results = []
     for variant in RANK_VARIANTS:
         state = make_state(Path(folder), world, **({"select": True, "select_rate": 0.5} | variant))
-        train(state)
+        train(state, image_size=32 if state.config.model == "toy-rn" else 16)
         total = sum(value.double().sum().item() for value in state.module.state_dict().values())
         scores = [] if state.selector is None else state.selector.store.scores.nan_to_num(-1).flatten().tolist()
         results.append((total, scores))

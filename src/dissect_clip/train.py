@@ -199,8 +199,19 @@ def train_epoch(state: TrainState, data: TrainData, reporter: Reporter) -> None:
                 progress.show(loss=metrics["loss"])
                 reporter.train(state.counters.step, metrics)
     state.recorder.end()
+    _share_buffers(state)
     state.counters.epoch += 1
     _report_skipped(state, data)
+
+
+def _share_buffers(state: TrainState) -> None:
+    """Give all ranks rank 0's BatchNorm statistics.
+
+    DDP does so before every forward pass, so after the last one they differ. Evaluation would then depend on the rank,
+    and a resumed run, where all ranks load rank 0's, would not go on as if it had never stopped.
+    """
+    for buffer in state.module.buffers():
+        state.world.copy_from_main(buffer)
 
 
 def _report_skipped(state: TrainState, data: TrainData) -> None:
