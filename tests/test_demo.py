@@ -309,29 +309,38 @@ RANDOM = make_result("random", [50, 150, 200, 220], 50, 5.0, 0.0, 0.6)
 DISSECT = make_result("DISSect", [60, 180, 250, 290], 50, 7.5, 2.5, 0.9)
 
 
-def test_a_curve_is_read_between_its_points_and_not_beyond_them() -> None:
-    assert demo.at(EVERYTHING, 150, "trained") == 150
-    assert demo.at(EVERYTHING, 50, "trained") == 50
-    assert demo.at(EVERYTHING, 30.0, "total_seconds") == 300
-    assert demo.at(EVERYTHING, 1e9, "total_seconds") == 280
+def test_a_run_is_read_up_to_an_amount() -> None:
+    assert [point.epoch for point in demo.recent(EVERYTHING, 250, "trained")] == [1, 2]
+    assert [point.epoch for point in demo.recent(EVERYTHING, 30.0, "total_seconds")] == [1, 2, 3]
+    assert [point.epoch for point in demo.recent(EVERYTHING, 1, "trained")] == [1]
+
+
+def test_only_the_last_evaluations_count() -> None:
+    result = make_result("long", [0, 0, 100, 200, 300, 400], 10, 1.0, 0.0, 0.6)
+    assert demo.level(demo.recent(result, 1e9, "trained")) == 250
 
 
 def test_the_table_has_every_run_with_its_numbers() -> None:
     lines = demo.table([EVERYTHING, RANDOM, DISSECT]).splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert " ".join(lines[3].split()) == "all data 280.0 300.0 (3) 400 400 40.0 0.0 0.0 40.0 60.0 %"
+    assert " ".join(lines[3].split()) == "all data 220.0 300.0 (3) 400 400 40.0 0.0 0.0 40.0 60.0 %"
     assert lines[4].split()[0] == "random"
-    assert " ".join(lines[5].split()) == "DISSect 290.0 290.0 (4) 400 200 30.0 0.0 10.0 20.0 90.0 %"
+    assert " ".join(lines[5].split()) == "DISSect 195.0 290.0 (4) 400 200 30.0 0.0 10.0 20.0 90.0 %"
 
 
 def test_the_lines_compare_at_equal_pairs_and_equal_seconds() -> None:
     selection, pairs, clock = demo.verdicts(EVERYTHING, RANDOM, DISSECT, PLAN)
     assert "90.0 % of what DISSect trained on was clean" in selection
     assert "it found clean pairs" in selection
-    assert "290.0 is 70.0 more than random (220.0) and 90.0 more than all data (200.0);" in pairs
+    # DISSect's level is 195; in 200 pairs random came to 155, and all data, after two epochs, to 150.
+    assert "R@Sum of 195.0 is 40.0 more than random (155.0" in pairs
+    assert "45.0 more than all data (150.0" in pairs
+    assert "all data ended at 220.0 after 400 pairs" in pairs
+    # In 30 s all data did three epochs, of level 200.
     assert "after 30 s, of which 33 % went into scoring" in clock
-    assert "it is 70.0 more than random (220.0) and 10.0 less than all data (300.0)" in clock
-    assert "all data ended at 280.0 after 40 s, and its highest was 300.0" in clock
+    assert "it is 40.0 more than random (155.0" in clock
+    assert "5.0 less than all data (200.0" in clock
+    assert "random was done after 20 s, all data after 40 s" in clock
 
 
 @pytest.mark.parametrize(
@@ -347,25 +356,37 @@ def test_an_unfavourable_selection_is_said(clean: float, said: str) -> None:
     assert said in demo.verdicts(EVERYTHING, RANDOM, dissect, PLAN)[0]
 
 
+def steady(name: str, rsum: float) -> Result:
+    return make_result(name, [rsum] * 4, 50, 5.0, 1.0, 0.6)
+
+
 def test_an_unfavourable_result_is_said() -> None:
-    dissect = make_result("DISSect", [10, 20, 30, 40], 50, 7.5, 2.5, 0.9)
-    _, pairs, clock = demo.verdicts(EVERYTHING, RANDOM, dissect, PLAN)
-    assert "40.0 is 180.0 less than random (220.0) and 160.0 less than all data (200.0);" in pairs
-    assert "260.0 less than all data (300.0)" in clock
+    _, pairs, clock = demo.verdicts(steady("all data", 300), steady("random", 250), steady("DISSect", 90), PLAN)
+    expected = "160.0 less than random (250.0) and 210.0 less than all data (300.0)"
+    assert expected in pairs
+    assert expected in clock
 
 
 def test_a_small_difference_is_called_too_little_to_tell() -> None:
-    dissect = make_result("DISSect", [60, 180, 250, 225], 50, 7.5, 2.5, 0.9)
-    _, pairs, _ = demo.verdicts(EVERYTHING, RANDOM, dissect, replace(PLAN, val=1000))
-    assert "5.0 more than random (220.0, too little to tell)" in pairs
+    _, pairs, _ = demo.verdicts(
+        steady("all data", 100), steady("random", 295), steady("DISSect", 300), replace(PLAN, val=1000)
+    )
+    assert "5.0 more than random (295.0, too little to tell: 19 may be chance)" in pairs
+    assert "200.0 more than all data (100.0)" in pairs
 
 
-def test_the_margin_shrinks_with_the_number_of_queries() -> None:
-    point = DISSECT.end
-    assert demo.margin(point, 400) == pytest.approx(2 * demo.margin(point, 1600))
+def test_doubt_shrinks_with_the_number_of_queries() -> None:
+    points = steady("", 150).points
+    assert demo.doubt(points, points, 400) == pytest.approx(2 * demo.doubt(points, points, 1600))
     # Six equal recalls p: each direction's three add up, the two directions are independent, and so are two runs.
-    p = point.recalls[0]
-    assert demo.margin(point, 100) == pytest.approx(1.96 * 2 * 3 * 100 * (p * (1 - p) / 100) ** 0.5)
+    p = points[0].recalls[0]
+    assert demo.doubt(points, points, 100) == pytest.approx(1.96 * 2 * 3 * 100 * (p * (1 - p) / 100) ** 0.5)
+
+
+def test_doubt_grows_with_the_scatter_of_the_evaluations() -> None:
+    points, scattered = steady("", 150).points, make_result("", [100, 200, 100, 200], 50, 5.0, 1.0, 0.6).points
+    assert demo.doubt(points, points, 10**9) == pytest.approx(0, abs=0.1)
+    assert demo.doubt(points, scattered, 10**9) == pytest.approx(1.96 * 50 / 2, abs=0.1)
 
 
 def test_the_curves_are_drawn(tmp_path: Path) -> None:
