@@ -1,22 +1,20 @@
 """What is wrong is said before training, with a way out and a status that is not 0."""
 
-import shutil
 from pathlib import Path
 
 import pytest
 from runs import arguments, selection, train
+from shards_util import make_shards
 
 from dissect_clip.cli import EXIT_SETUP, main
 
 
 @pytest.fixture
-def data(emoji: Path, tmp_path: Path) -> str:
-    """Two shards of the real set in a folder of their own."""
+def data(tmp_path: Path) -> str:
+    """Two shards of 100 pairs."""
     folder = tmp_path / "data"
     folder.mkdir()
-    for number in range(2):
-        shutil.copy(emoji / f"train-00000{number}.tar", folder)
-    return str(folder / "train-00000{0,1}.tar")
+    return make_shards(folder, [100, 100])
 
 
 def complaint(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -41,7 +39,7 @@ def complaint(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"select": True, "select_rate": 1.5}, ["--select-rate", "1.5", "above 0 and at most 1"]),
         ({"selekt": True}, ["--selekt", "--select"]),
         ({"model": "ViT-B-23"}, ["ViT-B-23", "ViT-B-32"]),
-        ({"train_num_samples": 900}, ["900", "1000", "--train-num-samples"]),
+        ({"train_num_samples": 900}, ["900", "200", "--train-num-samples"]),
         ({"resume": "/nowhere/epoch_1.pt"}, ["/nowhere/epoch_1.pt"]),
         ({"output_dir": "/proc/nowhere"}, ["/proc/nowhere", "--output-dir"]),
         ({"val_data": "/nowhere/val.tar"}, ["/nowhere/val.tar"]),
@@ -55,19 +53,19 @@ def test_flags(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str], ch
 
 
 def test_missing_shard(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
-    said = complaint(arguments(tmp_path, data.replace("{0,1}", "{0..4}")), capsys)
-    assert "train-000002.tar" in said
-    assert "3" in said
+    said = complaint(arguments(tmp_path, data.replace("{000..001}", "{000..004}")), capsys)
+    assert "3 of 5 shards are missing" in said
+    assert "train-002.tar" in said
 
 
 def test_pattern_that_matches_nothing(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
-    pattern = data.replace("train-00000{0,1}", "tarin-*")
+    pattern = data.replace("train-{000..001}", "tarin-*")
     assert pattern in complaint(arguments(tmp_path, pattern), capsys)
 
 
 def test_empty_tar(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
-    Path(data.replace("{0,1}", "1")).write_bytes(bytes(10240))
-    assert "train-000001.tar" in complaint(arguments(tmp_path, data), capsys)
+    Path(data.replace("{000..001}", "001")).write_bytes(bytes(10240))
+    assert "train-001.tar" in complaint(arguments(tmp_path, data), capsys)
 
 
 def test_resume_from_another_model(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
@@ -80,8 +78,8 @@ def test_resume_from_another_model(tmp_path: Path, data: str, capsys: pytest.Cap
 
 def test_resume_on_another_data_set(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
     run = train(tmp_path, data, epochs=1)
-    words = arguments(tmp_path, data.replace("{0,1}", "0"), "other", resume=run / "checkpoints" / "epoch_1.pt")
-    assert "1000 samples, --train-data has 500" in complaint(words, capsys)
+    words = arguments(tmp_path, data.replace("{000..001}", "000"), "other", resume=run / "checkpoints" / "epoch_1.pt")
+    assert "200 samples, --train-data has 100" in complaint(words, capsys)
 
 
 def test_resume_with_another_strategy(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):

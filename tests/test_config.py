@@ -429,8 +429,6 @@ CONTRADICTIONS = {
     "teacher and CoCa": (f"{TEACHER} --model coca_ViT-B-32", "--distill-model works with the CLIP loss only"),
     "teacher and SigLIP": (f"{TEACHER} --siglip", "--distill-model works with the CLIP loss only"),
     "SigLIP and CoCa": ("--siglip --model coca_ViT-B-32", "--siglip cannot be combined with a CoCa model"),
-    "SigLIP and local loss": ("--siglip --local-loss", "--siglip exchanges features in its own way"),
-    "SigLIP and gathered gradients": ("--siglip --gather-with-grad", "--siglip exchanges features in its own way"),
     "exchange without SigLIP": ("--loss-dist-impl shift", "--loss-dist-impl needs --siglip"),
     "cool-down of no length": ("--lr-scheduler const-cooldown", "const-cooldown needs --epochs-cooldown"),
     "unknown optimizer": ("--opt sgd", "--opt sgd is unknown: give adamw, or timm/NAME"),

@@ -151,6 +151,8 @@ def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
     )
     if config.precision == "fp16":
         log.warning("--precision fp16 trains without a gradient scaler: amp is the safer choice")
+    if config.siglip and (config.local_loss or config.gather_with_grad):
+        log.warning("--siglip exchanges features in its own way: --local-loss and --gather-with-grad have no effect")
     for name, value in sorted(dataclasses.asdict(config).items()):
         log.debug("  %s: %s", name, value)
 

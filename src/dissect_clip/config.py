@@ -515,8 +515,6 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "--distill-model works with the CLIP loss only: use another --model, or leave --siglip out"
     if config.siglip and "coca" in config.model.lower():
         yield "--siglip cannot be combined with a CoCa model, whose loss is its own: leave it out"
-    if config.siglip and (config.local_loss or config.gather_with_grad):
-        yield "--siglip exchanges features in its own way: leave --local-loss and --gather-with-grad out"
     if config.loss_dist_impl is not None and not config.siglip:
         yield "--loss-dist-impl needs --siglip"
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
