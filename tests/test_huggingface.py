@@ -23,7 +23,8 @@ def write_tower(folder: Path) -> Path:
     )
     transformers.BertModel(config).save_pretrained(tower)
     (tower / "vocab.txt").write_text("\n".join(words))
-    (tower / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": True}))
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (tower / "tokenizer_config.json").write_text(json.dumps(settings))
     return tower
 
 
