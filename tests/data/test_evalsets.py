@@ -201,6 +201,12 @@ def test_several_sets(tmp_path):
     assert [data.name for data in classify(zeroshot_data="::".join(paths))] == ["first", "second"]
 
 
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    paths = [image_folder(tmp_path / place / "pets", ["x", "y"]) for place in ("here", "there")]
+    with pytest.raises(SetupError, match="several sets are called pets"):
+        classify(zeroshot_data="::".join(paths))
+
+
 def test_bad_labels_are_counted(tmp_path):
     benchmark_folder(tmp_path, [0, "cat", 1, "", 1, 0])
     (tmp_path / "classnames.txt").write_text("a\nb")

@@ -1,12 +1,15 @@
 """Every strategy through the same contract, then each against its own definition."""
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from dissect_clip.config import Config
-from dissect_clip.selection import STRATEGIES, Candidates, Needs
+from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy
+from dissect_clip.selection.base import required
 from dissect_clip.selection.differential import differential
 
 N = 8
@@ -144,3 +147,18 @@ def test_momentum_moves_the_history():
     strategy = STRATEGIES["historical_base_sampling"](make_config(select_momentum=0.75))
     candidates = make_candidates(memory=torch.tensor([[40.0], [torch.nan]]), similarity=torch.tensor([0.2, 0.6]))
     assert strategy.remember(candidates)[:, 0].tolist() == pytest.approx([0.75 * 40 + 0.25 * 20, 60.0])
+
+
+def test_the_strategy_in_the_readme_works():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    (code, *_) = re.findall(r"```python\n(class .*?)```", readme, re.DOTALL)
+    names: dict[str, object] = {
+        "Strategy": Strategy, "Needs": Needs, "Candidates": Candidates, "Tensor": torch.Tensor, "required": required
+    }  # fmt: skip
+    exec(code, names)
+    candidates = make_candidates()
+    rank = names["Margin"](make_config()).rank(candidates)  # type: ignore[operator]
+    for place in range(N):
+        others = [j for j in range(N) if j != place]
+        hardest = max((candidates.image_features[place] @ candidates.text_features[j]).item() for j in others)
+        assert rank[place].item() == pytest.approx(candidates.similarity[place].item() - hardest, abs=1e-6)

@@ -148,7 +148,7 @@ def build_classification(config: Config, world: World, transform: Transform) -> 
     """The sets of --imagenet-val, --imagenet-v2 and --zeroshot-data, in this order. Not collective.
 
     Raises:
-        SetupError: a folder is missing, has no images, or not as many classes as names.
+        SetupError: a folder is missing, has no images, or not as many classes as names, or two have one name.
     """
     sets = []
     for name, flag, path in (
@@ -160,4 +160,13 @@ def build_classification(config: Config, world: World, transform: Transform) -> 
     for path in (config.zeroshot_data or "").split("::"):
         if path:
             sets.append(_any_set(_find(path, "--zeroshot-data"), config, world, transform))
+    _check_names(sets)
     return sets
+
+
+def _check_names(sets: list[ClassificationData]) -> None:
+    """Metrics go by the sets' names, so two of one name would overwrite each other."""
+    names = [data.name for data in sets]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise SetupError(f"--zeroshot-data: several sets are called {', '.join(sorted(twice))}; rename their folders")
