@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from dissect_clip.config import Config
 from dissect_clip.errors import SetupError
 
+_FUSED_DEVICES = ("cpu", "cuda")  # one kernel for the whole update
+
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay applies: not to vectors and scalars, norms, biases and the logit scale."""
@@ -41,6 +43,7 @@ def build_optimizer(config: Config, module: nn.Module) -> Optimizer:
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
+        fused=named[0][1].device.type in _FUSED_DEVICES,
     )
 
 
