@@ -46,7 +46,7 @@ class Plan:
     model: str = "RN-tiny"
     batch_size: int = 128
     lr: float = 1e-3
-    epochs: int = 18
+    epochs: int = 16
     warmup_point: int = 8
     select_rate: float = 0.4
     val_frequency: int = 2
