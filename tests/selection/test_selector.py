@@ -11,7 +11,7 @@ from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.loss import SampleLoss
 from dissect_clip.model import Encoded
-from dissect_clip.selection import STRATEGIES, Selector, build_selector
+from dissect_clip.selection import STRATEGIES, Candidates, ScoreStore, Selector, Strategy, build_selector
 from dissect_clip.selection.selector import kept, top_k
 
 SAMPLES, N = 40, 10
@@ -101,6 +101,24 @@ def test_random_choices_differ_between_steps_and_ranks():
 def test_rate_one_keeps_the_batch_as_it_is_without_scoring(name):
     selection = make_selector(name, rate=1.0).select(make_batch(torch.arange(N)), never, 0, 0)
     assert selection.index.tolist() == list(range(N))
+
+
+def test_a_strategy_that_needs_no_scores_ranks_and_remembers_all_the_same():
+    class LeastVisited(Strategy):
+        remembers = ("visits",)
+
+        def rank(self, candidates: Candidates) -> Tensor:
+            return -candidates.memory[:, 0].nan_to_num()
+
+        def remember(self, candidates: Candidates) -> Tensor:
+            return candidates.memory.nan_to_num() + 1
+
+    config, world = Config(select=True, select_rate=0.5), World()
+    store = ScoreStore(SAMPLES, LeastVisited.remembers, world)
+    selector = Selector(LeastVisited(config), store, SampleLoss(world, siglip=False), world, seed=0)
+    selector.select(make_batch(torch.arange(5)), never, 0, 0)
+    assert selector.select(make_batch(torch.arange(N)), never, 0, 1).index.tolist() == [5, 6, 7, 8, 9]
+    assert store.scores[:N, 0].tolist() == [2.0] * 5 + [1.0] * 5
 
 
 def test_warmup_on_all_data_still_takes_scores():

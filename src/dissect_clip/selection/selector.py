@@ -92,17 +92,19 @@ class Selector:
         device = batch.sample_id.device
         generator = torch.Generator(device)
         generator.manual_seed(derive_seed(self.seed, Stream.SELECT, step, self.world.rank))
+        scored = self._scores(epoch)
+        if scored:
+            candidates = self._score(batch, encode, epoch, generator)
+        else:
+            candidates = Candidates(epoch=epoch, generator=generator, memory=self.store.read(batch.sample_id))
         k = kept(self.strategy.rate(epoch), len(batch))
-        if not self._scores(epoch):
-            return Selection(self._choose(torch.zeros(len(batch), device=device), k, generator), None)
-        candidates = self._score(batch, encode, epoch, generator)
-        index = self._choose(self.strategy.rank(candidates), k, generator)
-        values = self.strategy.remember(candidates)
+        if k == len(batch):
+            # Keeping all must keep the order, too: it is then bit for bit the batch that was loaded.
+            index = torch.arange(k, device=device)
+        else:
+            index = top_k(self.strategy.rank(candidates), k, generator)
+        # Not asked where it would look at scores that were not taken.
+        values = self.strategy.remember(candidates) if scored or self.strategy.needs is Needs.NOTHING else None
         if values is not None:
             self.store.write(batch.sample_id, values)
-        return Selection(index, candidates)
-
-    @staticmethod
-    def _choose(rank: Tensor, k: int, generator: torch.Generator) -> Tensor:
-        # Keeping all must keep the order, too: it is then bit for bit the batch that was loaded.
-        return torch.arange(k, device=rank.device) if k == len(rank) else top_k(rank, k, generator)
+        return Selection(index, candidates if scored else None)
