@@ -1,10 +1,12 @@
 """The tensors that travel from the loaders to the step.
 
-Shapes: N pairs of this rank, M images, T captions, L tokens, W bytes of the longest key.
+Shapes: N pairs of this rank, M images, T captions, L tokens, W bytes of the longest key, P numbers and B bytes of a
+loader worker's report.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +29,17 @@ class Batch:
     text: Tensor  # [N, L] int64
     sample_id: Tensor  # [N] int64, 0 <= id < num_samples
     key: Tensor | None = None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
+    progress: Tensor | None = None  # [P] int64 on the CPU, where its loader worker stands after it; for checkpoints
+    skipped: Tensor | None = None  # [B] uint8 on the CPU, what its worker left out since its last batch; packed rows
 
     def __len__(self) -> int:
         return len(self.sample_id)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
-        """The batch on a device, without waiting for the copy; ``dtype`` is the image's. Keys stay where they are."""
+        """The batch on a device, without waiting for the copy; ``dtype`` is the image's. Keys stay where they are.
+
+        The worker's report stays behind.
+        """
         return Batch(
             _move(self.image, device, dtype),
             _move(self.text, device),
@@ -42,10 +49,15 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which a GPU copies without a wait; torch's loader calls it."""
-        return Batch(self.image.pin_memory(), self.text.pin_memory(), self.sample_id.pin_memory(), self.key)
+        return dataclasses.replace(
+            self,
+            image=self.image.pin_memory(),
+            text=self.text.pin_memory(),
+            sample_id=self.sample_id.pin_memory(),
+        )
 
     def take(self, index: Tensor) -> Batch:
-        """The pairs at ``index`` [K] int64, in that order, without their keys."""
+        """The pairs at ``index`` [K] int64, in that order, alone."""
         return Batch(self.image[index], self.text[index], self.sample_id[index])
 
 

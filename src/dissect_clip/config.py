@@ -115,6 +115,14 @@ class Config:
         None,
         "zero-shot classification on any set: an ImageFolder or a CLIP_benchmark webdataset; several joined by `::`",
     )
+    max_skip_fraction: float = setting(
+        0.05,
+        "stop when more than this share of the training samples cannot be used, naming the worst shards; 1 never stops",
+        within=Range(at_least=0, at_most=1),
+    )
+    data_timeout: float = setting(
+        300.0, "give a remote shard up that sends nothing for so many seconds, and count its samples", within=POSITIVE
+    )
     workers: int = setting(4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE)
 
     # ---- model
@@ -201,6 +209,11 @@ class Config:
         "floating point precision; amp is fp16 with a gradient scaler on a GPU, bf16 on a CPU",
         choices=("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32"),
     )
+    max_nonfinite_steps: int = setting(
+        10,
+        "stop after so many steps in a row with a loss or gradient that is not finite; such steps change no weights",
+        within=COUNT,
+    )
     local_loss: bool = setting(False, "compute each rank's rows of the loss only")
     gather_with_grad: bool = setting(False, "let the gradient flow through the gathered features")
     use_bn_sync: bool = setting(False, "synchronise BatchNorm over the ranks")
@@ -260,6 +273,17 @@ class Config:
     resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run")
     save_frequency: int = setting(1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE)
     save_most_recent: bool = setting(False, "also keep the newest checkpoint as epoch_latest.pt")
+    save_every_n_steps: int = setting(
+        0, "also save in the middle of an epoch, every n steps; 0 is never", within=NOT_NEGATIVE
+    )
+    save_every_minutes: float = setting(
+        0.0, "also save in the middle of an epoch, when so many minutes have passed; 0 is never", within=NOT_NEGATIVE
+    )
+    on_save_error: str = setting(
+        "continue",
+        "when a checkpoint cannot be written: warn and train on, trying again at the next one, or stop",
+        choices=("continue", "stop"),
+    )
     delete_previous_checkpoint: bool = setting(False, "delete the checkpoint before after storing a new one")
     remote_sync: str | None = setting(None, "copy the run folder to this remote path as training goes on")
     remote_sync_frequency: int = setting(300, "seconds between two copies", within=COUNT)
@@ -273,6 +297,11 @@ class Config:
     dist_backend: str | None = setting(None, "backend of the process group (default: nccl on a GPU, gloo on a CPU)")
     no_set_device_rank: bool = setting(
         False, "leave the device index alone, where CUDA_VISIBLE_DEVICES gives each process one GPU"
+    )
+    rank_timeout: float = setting(
+        600.0,
+        "end the run when a rank has not answered, or has not gone on, for so many seconds, naming it and its phase",
+        within=POSITIVE,
     )
     ddp_static_graph: bool = setting(False, "DistributedDataParallel with a static graph")
 
@@ -316,6 +345,13 @@ ADDED: dict[str, str] = {
     "val_captions": "retrieval sets with several captions an image",
     "zeroshot_data": "zero-shot classification on sets other than ImageNet",
     "model_config": "model configurations without changing open_clip",
+    "max_skip_fraction": "damaged data",
+    "data_timeout": "damaged data",
+    "max_nonfinite_steps": "training that goes wrong",
+    "save_every_n_steps": "checkpoints in the middle of an epoch",
+    "save_every_minutes": "checkpoints in the middle of an epoch",
+    "on_save_error": "checkpoints that cannot be written",
+    "rank_timeout": "ranks that die or stall",
     "select": "online sample selection",
     "select_strategy": "online sample selection",
     "select_rate": "online sample selection",
@@ -533,7 +569,14 @@ def contradictions(config: Config) -> Iterator[str]:
     for name in config.report_to.replace(",", " ").split():
         if name not in ("tensorboard", "wandb", "all"):
             yield f"--report-to {name} is unknown: give tensorboard, wandb or both with a comma"
-    for name in ("save_most_recent", "remote_sync", "record", "copy_codebase"):
+    for name in (
+        "save_most_recent",
+        "save_every_n_steps",
+        "save_every_minutes",
+        "remote_sync",
+        "record",
+        "copy_codebase",
+    ):
         if getattr(config, name) and not config.writes_logs:
             yield f"--{name.replace('_', '-')} needs a run folder: leave --logs none out"
 

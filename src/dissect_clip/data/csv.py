@@ -12,8 +12,9 @@ import pyarrow.compute
 import pyarrow.csv
 
 from dissect_clip.config import Config
-from dissect_clip.data.decode import BadSampleError, RawSample, Skip
+from dissect_clip.data.decode import RawSample
 from dissect_clip.data.evalstream import RetrievalData
+from dissect_clip.data.skips import BadSampleError, Skip
 from dissect_clip.data.stream import Tokenizer, TrainData, Transform
 from dissect_clip.data.table import table_retrieval, table_train
 from dissect_clip.dist import World

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Mapping
-from enum import IntEnum
 from typing import NamedTuple
 
-import torch
 from PIL import Image, UnidentifiedImageError
-from torch import Tensor
+
+from dissect_clip.data.skips import BadSampleError, Skip
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-
-_log = logging.getLogger(__name__)
 
 
 class RawSample(NamedTuple):
@@ -25,77 +21,6 @@ class RawSample(NamedTuple):
     shard: str  # file it came from
     key: str
     files: dict[str, bytes]  # by suffix, in lower case
-
-
-class Skip(IntEnum):
-    """Why samples were left out."""
-
-    NO_IMAGE = 0
-    NO_CAPTION = 1
-    NO_LABEL = 2
-    BAD_IMAGE = 3
-    BAD_CAPTION = 4
-    BAD_LABEL = 5
-    DAMAGED_SHARD = 6
-    UNREADABLE_SHARD = 7
-    BEYOND_RECORDED_SIZE = 8
-    BELOW_RECORDED_SIZE = 9
-
-
-class BadSampleError(Exception):
-    """A sample that cannot be used."""
-
-    def __init__(self, kind: Skip, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
-class SkipCounter:
-    """Counts what a worker leaves out, and logs the first of each kind.
-
-    ``counts`` [kinds] int64 may be shared with other processes. ``warned`` holds the kinds already logged.
-    """
-
-    def __init__(self, counts: Tensor, warned: set[Skip]) -> None:
-        self._counts, self._warned = counts, warned
-
-    def add(self, kind: Skip, where: str, reason: str, count: int = 1) -> None:
-        """Count ``count`` samples of ``kind``; ``where`` names the shard, and the sample where there is one."""
-        self._counts[kind] += count
-        if kind not in self._warned:
-            self._warned.add(kind)
-            _log.warning("skipping %s: %s (%s); more of this kind are only counted", where, reason, _name(kind))
-
-
-def _name(kind: Skip) -> str:
-    return kind.name.lower()
-
-
-class SkipBoard:
-    """Counts of left-out samples, a row for each loader worker, in memory that they share with the training process."""
-
-    def __init__(self, workers: int) -> None:
-        self._counts = torch.zeros(max(1, workers), len(Skip), dtype=torch.int64)
-        self._counts.share_memory_()  # type: ignore[no-untyped-call]
-        self._warned: set[Skip] = set()  # of the process that this object is in
-
-    def counter(self, worker: int) -> SkipCounter:
-        """The counter of one worker, to be used in its process."""
-        return SkipCounter(self._counts[worker], self._warned)
-
-    def clear(self, worker: int | None = None) -> None:
-        """Set the counts of one worker, or of all, to 0."""
-        self._counts[slice(None) if worker is None else worker] = 0
-
-    def totals(self) -> dict[str, int]:
-        """Left-out samples of this rank by reason; every reason is there, so that ranks can add their counts up."""
-        totals = self._counts.sum(0).tolist()
-        return {_name(kind): totals[kind] for kind in Skip}
-
-
-def counted_before() -> SkipCounter:
-    """A counter for samples that were already counted and warned about: its counts go nowhere."""
-    return SkipCounter(torch.zeros(len(Skip), dtype=torch.int64), set(Skip))
 
 
 def decode_image(files: Mapping[str, bytes]) -> Image.Image:

@@ -17,16 +17,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dissect_clip.batch import LabelledBatch, RetrievalBatch
 from dissect_clip.config import Config
-from dissect_clip.data.decode import (
-    BadSampleError,
-    RawSample,
-    SkipBoard,
-    SkipCounter,
-    decode_captions,
-    decode_image,
-    decode_label,
-    split_lines,
-)
+from dissect_clip.data.decode import RawSample, decode_captions, decode_image, decode_label, split_lines
+from dissect_clip.data.skips import BadSampleError, SkipBoard, SkipCounter
 from dissect_clip.data.split import Place, place_here
 from dissect_clip.data.stream import Tokenizer, Transform, make_loader
 from dissect_clip.dist import World
@@ -86,7 +78,7 @@ class EvalStream(IterableDataset[B]):
             try:
                 image = self._decode(sample)
             except BadSampleError as bad:
-                skips.add(bad.kind, f"sample {sample.key} of {sample.shard}", str(bad))
+                skips.add(bad.kind, sample.shard, sample.key, str(bad))
             else:
                 yield image
 

@@ -21,15 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dissect_clip.batch import Batch
 from dissect_clip.config import Config
-from dissect_clip.data.decode import (
-    BadSampleError,
-    RawSample,
-    SkipBoard,
-    SkipCounter,
-    counted_before,
-    decode_captions,
-    decode_image,
-)
+from dissect_clip.data.decode import RawSample, decode_captions, decode_image
+from dissect_clip.data.skips import BadSampleError, SkipBoard, SkipCounter, counted_before
 from dissect_clip.data.split import Place, place_here, worker_batches
 from dissect_clip.dist import World
 from dissect_clip.errors import TrainingError
@@ -122,7 +115,7 @@ class TrainStream(IterableDataset[Batch]):
                 try:
                     pair = self._decode(sample)
                 except BadSampleError as bad:
-                    skips.add(bad.kind, f"sample {sample.key} of {sample.shard}", str(bad))
+                    skips.add(bad.kind, sample.shard, sample.key, str(bad))
                 else:
                     usable += 1
                     yield pair

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dissect_clip.config import Config
-from dissect_clip.data.decode import BadSampleError, RawSample, SkipCounter
+from dissect_clip.data.decode import RawSample
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
+from dissect_clip.data.skips import BadSampleError, SkipCounter
 from dissect_clip.data.split import Place, count_batches, span_rows
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
 from dissect_clip.dist import World
@@ -56,7 +57,7 @@ class TableSource:
             try:
                 yield self.table.read(int(row))
             except BadSampleError as bad:
-                skips.add(bad.kind, f"row {row} of {self.table.name}", str(bad))
+                skips.add(bad.kind, self.table.name, f"row {row}", str(bad))
 
     def describe(self, place: Place, epoch: int) -> str:
         """The table's name."""
@@ -75,7 +76,7 @@ class SharedTable:
             try:
                 yield self.table.read(row)
             except BadSampleError as bad:
-                skips.add(bad.kind, f"row {row} of {self.table.name}", str(bad))
+                skips.add(bad.kind, self.table.name, f"row {row}", str(bad))
 
 
 def _for_tables(config: Config) -> Config:

@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from webdataset.filters import shuffle
 
 from dissect_clip.config import Config
-from dissect_clip.data.decode import RawSample, Skip, SkipCounter, caption_suffixes
+from dissect_clip.data.decode import RawSample, caption_suffixes
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
 from dissect_clip.data.shards import ShardIndex, display_names, fingerprint, index_shards
 from dissect_clip.data.sizes import known_sizes
+from dissect_clip.data.skips import Skip, SkipCounter
 from dissect_clip.data.split import (
     CyclePlan,
     DrawPlan,
@@ -68,13 +69,13 @@ class Shard:
                     yield RawSample(sample_id, self.name, sample.key, sample.files)
                 if keep.stop == self.size and (beyond := reader.finish() - self.size) > 0:
                     reason = f"it has {beyond} samples more than the recorded {self.size}"
-                    skips.add(Skip.BEYOND_RECORDED_SIZE, self.name, reason, beyond)
+                    skips.add(Skip.BEYOND_RECORDED_SIZE, self.name, None, reason, beyond)
         except (DamagedTarError, OSError) as error:
             unread = given == 0 and isinstance(error, OSError)
             kind, reason = (Skip.UNREADABLE_SHARD if unread else Skip.DAMAGED_SHARD), str(error)
             lost = max(lost, given + 1) if self.size is None else lost
         if lost > given:
-            skips.add(kind, self.name, reason, lost - given)
+            skips.add(kind, self.name, None, reason, lost - given)
 
 
 @dataclass(frozen=True)
