@@ -11,8 +11,8 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 
 # A module imports only from lower layers; docs/architecture.md draws the same picture.
 LAYERS: list[set[str]] = [
-    {"errors", "seeding", "config", "batch", "clock", "metrics", "data.skips"},
-    {"dist", "schedule", "remote", "data.urls", "data.split", "data.decode"},
+    {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips"},
+    {"dist", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.decode"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder"}
     | {"selection.base", "selection.store"},
     {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "selection.selector", "logs"},
