@@ -246,6 +246,7 @@ def test_null_recorder_writes_nothing(tmp_path: Path) -> None:
     recorder.begin(0)
     recorder.append(make_batch([0]), Selection(torch.tensor([0]), None))
     recorder.flush()
+    recorder.cut(1)
     recorder.end()
     assert list(tmp_path.iterdir()) == []
 
@@ -258,6 +259,31 @@ def _record_on(world: World, folder: str) -> None:
         keys = [f"{'long-' * world.rank}{i}".encode() for i in ids]
         recorder.append(make_batch(ids, keys), make_selection([world.rank], [i / 100 for i in ids], [[torch.nan]] * 2))
     recorder.end()
+
+
+def _record_in_two_runs_on(world: World, folder: str) -> None:
+    """Six batches, two an optimizer step; killed after a cut at step 2 and two lost batches."""
+    selection = Selection(torch.tensor([0]), None)
+    recorder = make_recorder(Path(folder), world, accum_freq=2)
+    recorder.begin(0)
+    for batch in range(6):
+        recorder.append(make_batch([2 * batch + world.rank]), selection)
+        if batch == 3:
+            recorder.cut(2)
+    recorder.flush()
+    resumed = make_recorder(Path(folder), world, accum_freq=2)
+    resumed.begin(0, 2)
+    for batch in range(4, 6):
+        resumed.append(make_batch([2 * batch + world.rank]), selection)
+    resumed.end()
+
+
+@pytest.mark.dist
+def test_an_epoch_in_two_runs_has_every_row_once_and_counts_on(tmp_path: Path) -> None:
+    run_on_ranks(2, _record_in_two_runs_on, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch_00000.parquet"]
+    rows = sorted((row["sample_id"], row["step"], row["rank"]) for row in read(tmp_path / "epoch_00000.parquet"))
+    assert rows == [(2 * batch + rank, batch, rank) for batch in range(6) for rank in range(2)]
 
 
 @pytest.mark.dist

@@ -207,8 +207,9 @@ def build_state(
     selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.record and selector is not None and folder is not None:
+        remembers = selector.strategy.remembers
         recorder = Recorder(
-            folder.record, world, train_data.shard_names, train_data.locate, selector.strategy.remembers
+            folder.record, world, train_data.shard_names, train_data.locate, remembers, config.accum_freq
         )
     return TrainState(
         config=config,

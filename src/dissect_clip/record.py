@@ -3,33 +3,30 @@
 Shapes: N pairs of this rank in a batch, R of this rank between two flushes, G of all ranks, C remembered columns,
 W bytes of the longest key.
 
-Memory: the tensors of at most ``flush_every`` steps wait on each device, and of no more than ``MAX_ROWS`` samples over
-all ranks, at ``17 + 4 * C`` bytes each; keys (W bytes each) wait in main memory. A flush holds the rows of all ranks on
-every rank for a moment: at most ``MAX_ROWS * (17 + 4 * C + W)`` bytes, 12 MB with keys of 25 bytes.
+Memory: the tensors of at most ``flush_every`` batches wait on each device, and of no more than ``MAX_ROWS`` samples
+over all ranks, at ``17 + 4 * C`` bytes each; keys (W bytes each) wait in main memory. A flush holds the rows of all
+ranks on every rank for a moment: at most ``MAX_ROWS * (17 + 4 * C + W)`` bytes, 12 MB with keys of 25 bytes.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
-from dissect_clip.errors import TrainingError
+from dissect_clip.epochfile import EpochFile
 from dissect_clip.selection.base import Selection, clip_score
 
 MAX_ROWS = 1 << 18
-"""Samples of all ranks between two flushes, give or take a step."""
+"""Samples of all ranks between two flushes, give or take a batch."""
 
 
 def decode_keys(keys: npt.NDArray[np.uint8]) -> pa.Array:
@@ -50,8 +47,8 @@ def decode_keys(keys: npt.NDArray[np.uint8]) -> pa.Array:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """What one step leaves: tensors of the device, but for the keys."""
+class _Batch:
+    """What one batch leaves: tensors of the device, but for the keys."""
 
     sample_id: Tensor  # [N] int64
     selected: Tensor  # [N] bool
@@ -80,7 +77,8 @@ class Recorder:
         shard_names: names of the data set's shards.
         locate: sample ids [G] int64 to places [G] int32 in ``shard_names``.
         columns: names of what the strategy remembers.
-        flush_every: steps between two flushes, the same on all ranks.
+        accum_freq: batches that an optimizer step takes.
+        flush_every: batches between two flushes, the same on all ranks.
     """
 
     def __init__(
@@ -90,76 +88,73 @@ class Recorder:
         shard_names: Sequence[str],
         locate: Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int32]],
         columns: Sequence[str],
+        accum_freq: int = 1,
         flush_every: int = 64,
     ) -> None:
-        self.folder = folder
         self.world = world
         self.locate = locate
         self.columns = tuple(columns)
+        self.accum_freq = accum_freq
         self.flush_every = flush_every
         self._shards = pa.array(list(shard_names), pa.string())
         self._schema = _schema(self.columns)
-        self._writer: pq.ParquetWriter | None = None
-        self._epoch = 0
-        self._step = 0  # of the first step that waits
-        self._waiting: list[_Step] = []
+        self._file: EpochFile | None = None
+        if world.is_main:
+            self._file = EpochFile(folder, self._schema, compression="zstd", use_dictionary=["shard"])
+        self._batch = 0  # the batch of the epoch that is the first to wait
+        self._waiting: list[_Batch] = []
 
-    @property
-    def path(self) -> Path:
-        """The file of this epoch, once it is complete."""
-        return self.folder / f"epoch_{self._epoch:05d}.parquet"
+    def begin(self, epoch: int, step: int = 0) -> None:
+        """Start an epoch's file, or go on in it after ``step`` of its optimizer steps. Not collective.
 
-    @property
-    def _partial(self) -> Path:
-        return self.path.with_name(self.path.name + ".tmp")
-
-    def begin(self, epoch: int) -> None:
-        """Start an epoch's file; what an interrupted epoch left behind is removed. Not collective.
+        The rows of batches up to there stay if there was a :meth:`cut`; what an interrupted epoch left besides goes.
 
         Raises:
             TrainingError: if the file cannot be made.
         """
-        self._epoch, self._step, self._waiting = epoch, 0, []
-        if self.world.is_main:
-            with _naming(self._partial):
-                self._writer = self._open()
-
-    def _open(self) -> pq.ParquetWriter:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("epoch_*.parquet.tmp"):
-            leftover.unlink()
-        return pq.ParquetWriter(self._partial, self._schema, compression="zstd", use_dictionary=["shard"])
+        self._batch, self._waiting = step * self.accum_freq, []
+        if self._file is not None:
+            self._file.begin(epoch, step)
 
     def append(self, batch: Batch, selection: Selection) -> None:
-        """Keep what one step scored and chose. N is equal on all ranks.
+        """Keep what was scored and chosen in one batch. N is equal on all ranks.
 
-        No device sync but when enough steps wait, which are then flushed (collective).
+        No device sync but when enough batches wait, which are then flushed (collective).
         """
         assert batch.key is not None, "the record needs batches with keys"
         selected = torch.zeros(len(batch), dtype=torch.bool, device=batch.sample_id.device)
         selected.index_fill_(0, selection.index, True)  # an indexed write of True would copy it to the device
         values = _values(batch, selection, len(self.columns))
-        self._waiting.append(_Step(batch.sample_id, selected, values, batch.key))
+        self._waiting.append(_Batch(batch.sample_id, selected, values, batch.key))
         rows = len(batch) * len(self._waiting) * self.world.size
         if len(self._waiting) >= self.flush_every or rows >= MAX_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Write the steps that wait as a row group. Collective; a device sync.
+        """Write the batches that wait as a row group. Collective; a device sync.
 
         Raises:
             TrainingError: if the file cannot be written.
         """
         if not self._waiting:
             return
-        sizes = [len(step.sample_id) for step in self._waiting]
+        sizes = [len(batch.sample_id) for batch in self._waiting]
         columns = self._gather()
-        if self._writer is not None:
-            steps = np.repeat(np.arange(self._step, self._step + len(sizes), dtype=np.int32), sizes)
-            with _naming(self._partial):
-                self._writer.write_table(self._table(steps, *columns))
-        self._step += len(sizes)
+        if self._file is not None:
+            steps = np.repeat(np.arange(self._batch, self._batch + len(sizes), dtype=np.int32), sizes)
+            self._file.write(self._table(steps, *columns))
+        self._batch += len(sizes)
         self._waiting = []
+
+    def cut(self, step: int) -> None:
+        """Put all rows of the epoch's first ``step`` optimizer steps on the disk, before a checkpoint. Collective.
+
+        Raises:
+            TrainingError: if the file cannot be written.
+        """
+        self.flush()
+        if self._file is not None:
+            self._file.cut(step)
 
     def end(self) -> None:
         """Complete the epoch's file. Collective.
@@ -168,22 +163,19 @@ class Recorder:
             TrainingError: if the file cannot be written.
         """
         self.flush()
-        if self._writer is not None:
-            with _naming(self._partial):
-                self._writer.close()
-                os.replace(self._partial, self.path)
-            self._writer = None
+        if self._file is not None:
+            self._file.end()
 
     def _gather(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Ids [G], selected [G], values [G, 2 + C] and keys [G, W] of all ranks, rank by rank, in main memory."""
-        width = torch.tensor([max(step.key.shape[1] for step in self._waiting)], device=self.world.device)
+        width = torch.tensor([max(batch.key.shape[1] for batch in self._waiting)], device=self.world.device)
         widest = int(self.world.max(width).item())
-        keys = [torch.nn.functional.pad(step.key, (0, widest - step.key.shape[1])) for step in self._waiting]
+        keys = [torch.nn.functional.pad(batch.key, (0, widest - batch.key.shape[1])) for batch in self._waiting]
         local = (
-            torch.cat([step.sample_id for step in self._waiting]),
+            torch.cat([batch.sample_id for batch in self._waiting]),
             # not every backend moves bool
-            torch.cat([step.selected for step in self._waiting]).to(torch.uint8),
-            torch.cat([step.values for step in self._waiting]),
+            torch.cat([batch.selected for batch in self._waiting]).to(torch.uint8),
+            torch.cat([batch.values for batch in self._waiting]),
             torch.cat(keys).to(self.world.device),
         )
         ids, selected, values, key = (self.world.all_gather(rows).cpu() for rows in local)
@@ -192,7 +184,7 @@ class Recorder:
     def _table(
         self, steps: npt.NDArray[np.int32], ids: Tensor, selected: Tensor, values: Tensor, keys: Tensor
     ) -> pa.Table:
-        """The gathered rows as Arrow columns; ``steps`` [R] are those of one rank."""
+        """The gathered rows as Arrow columns; ``steps`` [R] are the batches that one rank's rows are of."""
         size = self.world.size
         shards = pa.array(self.locate(ids.numpy()), pa.int32())
         floats = values.numpy()
@@ -209,25 +201,19 @@ class Recorder:
         return pa.Table.from_arrays(columns, schema=self._schema)
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn a failure to write into a TrainingError that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise TrainingError(f"cannot write the record {path}: {error}. Make room, or leave --record out") from error
-
-
 class NullRecorder:
     """Stands for :class:`Recorder` in runs without ``--record``."""
 
-    def begin(self, epoch: int) -> None:
+    def begin(self, epoch: int, step: int = 0) -> None:
         """Do nothing."""
 
     def append(self, batch: Batch, selection: Selection) -> None:
         """Do nothing."""
 
     def flush(self) -> None:
+        """Do nothing."""
+
+    def cut(self, step: int) -> None:
         """Do nothing."""
 
     def end(self) -> None:
