@@ -58,3 +58,24 @@ def test_learning_rate_goes_to_every_group():
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=1.0)
     set_learning_rate(optimizer, 0.25)
     assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize("opt", ["adamw", "timm/sgd"])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path, opt: str, clip_norm: float | None):
+    config = make_config(tmp_path, opt=opt, wd=0.0, momentum=0.9)
+    module = make_module(tmp_path)
+    optimizer = build_optimizer(config, module)
+    parameters = list(module.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    assert optimizer_step(optimizer, None, parameters, clip_norm).item()
+    before = [parameter.detach().clone() for parameter in parameters]
+    parameters[3].grad[0] = torch.nan  # type: ignore[index]
+    assert not optimizer_step(optimizer, None, parameters, clip_norm).item()
+    assert all(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    assert optimizer_step(optimizer, None, parameters, clip_norm).item()
+    assert not any(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
+    assert all(parameter.isfinite().all() for parameter in parameters)

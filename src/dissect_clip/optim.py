@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dissect_clip.config import Config
@@ -81,14 +81,32 @@ def optimizer_step(
     scaler: torch.amp.GradScaler | None,
     parameters: Iterable[nn.Parameter],
     clip_norm: float | None,
-) -> None:
-    """Clip if asked, and step; through the scaler where there is one."""
-    if clip_norm is not None:
-        if scaler is not None:
+) -> Tensor:
+    """Clip if asked, and step; through the scaler where there is one. No device sync of its own.
+
+    Where the gradient is not finite the weights stay as they are: the fused AdamW and the scaler leave the step out,
+    other optimizers take it with a gradient of 0. The gradient is the same on all ranks, and so is what is done.
+
+    Returns a scalar bool on the device: whether the gradient was finite. Gradients of a scaler that looks for its
+    scale are told from broken ones by their loss, so they count as finite here.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    if scaler is not None:
+        if clip_norm is not None:
             scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, clip_norm)
-    if scaler is None:
-        optimizer.step()
-    else:
+            nn.utils.clip_grad_norm_(parameters, clip_norm)
         scaler.step(optimizer)
         scaler.update()
+        return torch.ones((), dtype=torch.bool, device=parameters[0].device)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    finite = nn.utils.get_total_norm(gradients, torch.inf).isfinite()
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if optimizer.defaults.get("fused"):
+        # What a scaler tells the fused kernel, which then updates nothing, without a word to the host.
+        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
+    else:
+        for gradient in gradients:
+            gradient.copy_(gradient.where(finite, 0))
+    optimizer.step()
+    return finite

@@ -1,5 +1,7 @@
 """The selector: how many, which, at what cost, and the same on any number of ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from distributed import run_on_ranks
@@ -12,7 +14,7 @@ from dissect_clip.dist import World
 from dissect_clip.loss import SampleLoss
 from dissect_clip.model import Encoded
 from dissect_clip.selection import STRATEGIES, Candidates, ScoreStore, Selector, Strategy, build_selector
-from dissect_clip.selection.selector import kept, top_k
+from dissect_clip.selection.selector import kept, replace_unusable, top_k
 
 SAMPLES, N = 40, 10
 
@@ -64,6 +66,49 @@ def test_top_k_breaks_ties_uniformly():
 def test_top_k_takes_what_is_not_finite_last():
     rank = torch.tensor([torch.nan, -5.0, torch.inf, -6.0])
     assert top_k(rank, 2, torch.Generator().manual_seed(0)).tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("index", "unusable", "expected"),
+    [
+        ([1, 4], [], [1, 4]),
+        ([1, 4], [0], [1, 4]),
+        ([1, 4], [4], [1, 1]),  # the first usable place is 0 for the first turn, 1 for the second
+        ([0, 2], [0, 1], [2, 2]),
+        ([0, 1, 2], [1, 2, 3, 4], [0, 0, 0]),
+        ([0, 1], [0, 1, 2, 3, 4], [0, 1]),
+    ],
+)
+def test_places_that_are_not_usable_are_replaced(index, unusable, expected):
+    usable = torch.ones(5, dtype=torch.bool)
+    usable[unusable] = False
+    assert replace_unusable(torch.tensor(index), usable).tolist() == expected
+
+
+def encode_with_broken(batch: Batch) -> Encoded:
+    """Ids 2 and 5 have no finite features."""
+    encoded = encode(batch)
+    broken = torch.isin(batch.sample_id, torch.tensor([2, 5]))[:, None]
+    return replace(encoded, image_features=encoded.image_features.where(~broken, torch.nan))
+
+
+@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.needs])
+@pytest.mark.parametrize("rate", [0.3, 0.9])
+def test_a_sample_without_a_finite_score_is_left_out_and_counted(name, rate):
+    selector = make_selector(name, rate=rate)
+    batch = make_batch(torch.arange(N))
+    for epoch in (0, 1):
+        selection = selector.select(batch, encode_with_broken, epoch, epoch)
+        assert len(selection.index) == kept(rate, N)
+        assert not {2, 5} & set(selection.index.tolist())
+        assert len(set(selection.index.tolist())) == min(kept(rate, N), N - 2)
+    assert selector.not_finite.item() == 4
+    if selector.strategy.remembers:
+        assert selector.store.scores[[2, 5]].isnan().all()
+        assert selector.store.scores[[0, 1, 3, 4, 6, 7, 8, 9]].isfinite().all()
+    candidates = selection.candidates
+    if candidates is not None and candidates.loss is not None:
+        assert candidates.loss[[0, 1, 3, 4, 6, 7, 8, 9]].isfinite().all()
 
 
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -14,7 +14,7 @@ from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.model import Encoded
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
+from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy, required
 from dissect_clip.selection.store import ScoreStore
 
 Encode = Callable[[Batch], Encoded]
@@ -34,8 +34,22 @@ def top_k(rank: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return shuffled[order[:k]].sort().values
 
 
+def replace_unusable(index: Tensor, usable: Tensor) -> Tensor:
+    """``index`` [K], rising, with the places that are not ``usable`` [N] bool replaced by others that are, in turn.
+
+    K is the same on all ranks whatever their batches hold, so usable samples come twice where they do not suffice.
+    Where none is usable, the choice stays as it is. No device sync.
+    """
+    usable_first = usable.float().argsort(descending=True, stable=True)
+    turn = torch.arange(len(index), device=index.device) % usable.sum().clamp(min=1)
+    replaced = torch.where(usable[index], index, usable_first[turn])
+    return torch.where(usable.any(), replaced, index).sort().values
+
+
 class Selector:
     """Chooses the part of each batch to train on, with one strategy, and keeps what the strategy remembers.
+
+    A sample whose score is not finite is neither trained on nor remembered, and counted in ``not_finite``.
 
     Args:
         always_score: score in epochs that keep every sample, too, where the record wants the scores.
@@ -56,6 +70,8 @@ class Selector:
         self.world = world
         self.seed = seed
         self.always_score = always_score
+        self.not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
+        """Samples of this rank whose scores were not finite, on the device; the training loop sets it back."""
 
     def _scores(self, epoch: int) -> bool:
         """Whether this epoch needs a scoring pass: not when everything is kept and nothing will be read back."""
@@ -71,11 +87,14 @@ class Selector:
         with torch.no_grad():
             encoded = encode(batch)
             image, text = encoded.image_features, encoded.text_features
+            similarity = (image * text).sum(dim=1)
+            finite = similarity.isfinite()[:, None]
+            image, text = image.where(finite, 0), text.where(finite, 0)  # they would spoil the losses of all others
             return Candidates(
                 epoch=epoch,
                 generator=generator,
                 memory=self.store.read(batch.sample_id),
-                similarity=(image * text).sum(dim=1),
+                similarity=similarity,
                 loss=self.sample_loss(image, text, encoded.logit_scale, encoded.logit_bias)
                 if Needs.LOSS in needs
                 else None,
@@ -97,14 +116,26 @@ class Selector:
             candidates = self._score(batch, encode, epoch, generator)
         else:
             candidates = Candidates(epoch=epoch, generator=generator, memory=self.store.read(batch.sample_id))
+        usable = _usable(candidates) if scored else None
         k = kept(self.strategy.rate(epoch), len(batch))
         if k == len(batch):
             # Keeping all must keep the order, too: it is then bit for bit the batch that was loaded.
             index = torch.arange(k, device=device)
         else:
-            index = top_k(self.strategy.rank(candidates), k, generator)
+            rank = self.strategy.rank(candidates)
+            index = top_k(rank if usable is None else rank.where(usable, torch.nan), k, generator)
         # Not asked where it would look at scores that were not taken.
         values = self.strategy.remember(candidates) if scored or self.strategy.needs is Needs.NOTHING else None
+        if usable is not None:
+            self.not_finite += (~usable).sum()
+            index = replace_unusable(index, usable)
+            values = None if values is None else values.where(usable[:, None], candidates.memory)
         if values is not None:
             self.store.write(batch.sample_id, values)
         return Selection(index, candidates if scored else None)
+
+
+def _usable(candidates: Candidates) -> Tensor:
+    """[N] bool, whether the scores that were taken are finite."""
+    usable = required(candidates.similarity).isfinite()
+    return usable if candidates.loss is None else usable & candidates.loss.isfinite()
