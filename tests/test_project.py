@@ -13,7 +13,7 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 LAYERS: list[set[str]] = [
     {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips"},
     {"dist", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.decode"},
-    {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder"}
+    {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
     {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "selection.selector", "logs"},
     {"data.table", "data.webdataset", "selection"},
