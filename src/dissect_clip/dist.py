@@ -6,7 +6,7 @@ Legend: N rows of this rank, W ranks.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from open_clip_train.distributed import init_distributed_device_so
 from torch import Tensor
 
 from dissect_clip.errors import SetupError
+from dissect_clip.watch import Watch
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class World:
     local_rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
