@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import posixpath
+import re
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import fsspec
 
@@ -22,8 +23,12 @@ from dissect_clip.errors import SetupError
 
 log = logging.getLogger(__name__)
 
-# Files that are being written, and the newest checkpoint, whose two files may change in the middle of a copy.
-_LEFT_OUT = (".tmp", "epoch_latest")
+# Files that are being written, the parts of an epoch's file, which is copied when it is complete, and the newest
+# checkpoint, whose two files may change in the middle of a copy.
+_LEFT_OUT = (".tmp", ".parts", "epoch_latest")
+_CHECKPOINT = re.compile(r"epoch_(\d+)(?:_step_(\d+))?(?:\.pt|\.scores\.safetensors)")
+_TRIES = 3
+"""Times that aws is started for one copy, where it fails because files vanish under it."""
 
 
 def open_remote(url: str) -> tuple[Any, str]:
@@ -74,8 +79,44 @@ def download(url: str, target: Path) -> None:
 
 def _files(folder: Path) -> Iterator[Path]:
     """The files to copy; scores come before the checkpoint that refers to them."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not any(x in path.name for x in _LEFT_OUT)]
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(x in path.relative_to(folder).as_posix() for x in _LEFT_OUT)
+    ]
     return iter(sorted(files, key=lambda path: (path.suffix == ".pt", path)))
+
+
+def superseded(there: Iterable[str], here: Iterable[str]) -> list[str]:
+    """Of the checkpoint files in the remote folder, those of step checkpoints that a newer checkpoint has replaced.
+
+    They are not in the local folder any more, where a newer checkpoint is that was copied, too. So a folder that is
+    empty, because the run is about to fetch a checkpoint, makes none obsolete. A .pt comes before its scores, so that
+    none is ever without them.
+    """
+    there, here = set(there), set(here)
+    newest = max((_moment(name) for name in there & here if name.endswith(".pt")), default=())
+    old = [name for name in there - here if "_step_" in name and () < _moment(name) < newest]
+    return sorted(old, key=lambda name: (not name.endswith(".pt"), name))
+
+
+def _moment(name: str) -> tuple[int, ...]:
+    """(complete epochs, steps after them) of a checkpoint's file; empty for other files."""
+    match = _CHECKPOINT.fullmatch(name)
+    return () if match is None else (int(match[1]), int(match[2] or 0))
+
+
+class _Copier(Protocol):
+    """A way to a remote folder."""
+
+    def copy(self) -> None:
+        """Copy what is new or changed."""
+
+    def checkpoints(self) -> list[str]:
+        """Names of the files in the remote folder of checkpoints."""
+
+    def delete(self, name: str) -> None:
+        """Delete one of them."""
 
 
 class _FsspecCopier:
@@ -86,7 +127,7 @@ class _FsspecCopier:
         self.system, self.root = open_remote(url)
         self.copied: dict[Path, tuple[int, int]] = {}  # size and time of change when last copied
 
-    def __call__(self) -> None:
+    def copy(self) -> None:
         for path in _files(self.folder):
             try:
                 facts = path.stat()
@@ -113,34 +154,76 @@ class _FsspecCopier:
         except FileNotFoundError:
             return None
 
+    def checkpoints(self) -> list[str]:
+        folder = posixpath.join(self.root, "checkpoints")
+        self.system.invalidate_cache(folder)
+        try:
+            return [posixpath.basename(path) for path in self.system.ls(folder, detail=False)]
+        except FileNotFoundError:
+            return []
 
-def _s3_copier(folder: Path, url: str) -> Callable[[], None]:
-    """A copier that runs ``aws s3 sync``, which is much faster than fsspec and takes credentials as aws does."""
-    left_out = [word for part in _LEFT_OUT for word in ("--exclude", f"*{part}*")]
+    def delete(self, name: str) -> None:
+        self.system.rm_file(posixpath.join(self.root, "checkpoints", name))
 
-    def copy() -> None:
-        done = subprocess.run(
-            ["aws", "s3", "sync", str(folder), url, *left_out], capture_output=True, text=True, check=False
-        )
-        if done.returncode != 0:
-            raise OSError(f"aws s3 sync ended with status {done.returncode}: {done.stderr.strip()}")
 
-    return copy
+class _S3Copier:
+    """Copies with ``aws s3 sync``, which is much faster than fsspec and takes credentials as aws does."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        self.folder = folder
+        self.url = url
+
+    def copy(self) -> None:
+        left_out = [word for part in _LEFT_OUT for word in ("--exclude", f"*{part}*")]
+        for _ in range(_TRIES):
+            before = list(_files(self.folder))
+            done = _aws("sync", str(self.folder), self.url, *left_out)
+            if done.returncode == 0 or all(path.exists() for path in before):
+                break
+        _check(done)
+
+    def checkpoints(self) -> list[str]:
+        done = _aws("ls", f"{self.url}/checkpoints/")
+        if done.returncode == 1 and not done.stderr.strip():  # there are none
+            return []
+        _check(done)
+        return [line.split()[-1] for line in done.stdout.splitlines() if line.strip()]
+
+    def delete(self, name: str) -> None:
+        _check(_aws("rm", f"{self.url}/checkpoints/{name}"))
+
+
+def _aws(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["aws", "s3", *words], capture_output=True, text=True, errors="replace", check=False)
+
+
+def _check(done: subprocess.CompletedProcess[str]) -> None:
+    if done.returncode != 0:
+        command = " ".join(done.args[:3])
+        raise OSError(f"{command} ended with status {done.returncode}: {done.stderr.strip()}")
 
 
 class RemoteSync:
     """Copies a run folder to ``url`` every ``frequency`` seconds, in a thread of this process. For rank 0.
 
-    Files that are being written and ``epoch_latest`` are left out, as in OpenCLIP. Nothing is deleted remotely.
+    Files that are being written and ``epoch_latest`` are left out, as in OpenCLIP. Step checkpoints that a newer
+    checkpoint has replaced are deleted remotely, too; nothing else is.
     """
 
     def __init__(self, folder: Path, url: str, protocol: str, frequency: float) -> None:
         self.url = url
         self.frequency = frequency
-        self._copy = _s3_copier(folder, url) if protocol == "s3" else _FsspecCopier(folder, url)
+        self.folder = folder
+        self._copier: _Copier = _S3Copier(folder, url) if protocol == "s3" else _FsspecCopier(folder, url)
+        self._failure: str | None = None
         self._ended = threading.Event()
         # A daemon thread does not keep a run that fails from ending.
         self._thread = threading.Thread(target=self._run, name="remote-sync", daemon=True)
+
+    @property
+    def failed(self) -> str | None:
+        """What was wrong with the last copy, for the training process to ask; None where it was good."""
+        return self._failure
 
     def start(self) -> None:
         """Copy once, then begin copying in the background.
@@ -149,7 +232,7 @@ class RemoteSync:
             SetupError: if the first copy fails.
         """
         try:
-            self._copy()
+            self._copier.copy()
         except Exception as error:  # every file system of fsspec has errors of its own
             raise SetupError(f"--remote-sync {self.url}: the first copy failed: {error}") from error
         log.info("Copying the run folder to %s every %g s", self.url, self.frequency)
@@ -159,27 +242,43 @@ class RemoteSync:
         while not self._ended.wait(self.frequency):
             self._try()
 
-    def _try(self) -> bool:
+    def _try(self) -> None:
         try:
-            self._copy()
-        except Exception as error:  # a storage that is away for a while must not end the training
-            log.warning("Copying the run folder to %s failed, will be tried again: %s", self.url, error)
-            return False
-        return True
+            self._copier.copy()
+        except Exception as error:  # a storage that is away for a while need not end the training
+            self._failure = f"copying the run folder to {self.url} failed: {error}"
+            log.error("%s. It will be tried again", self._failure)
+            return
+        self._failure = None
+        self._tidy()
 
-    def finish(self) -> None:
-        """End the copying in the background and copy what is left; a failure is logged as an error."""
+    def _tidy(self) -> None:
+        """Delete remote step checkpoints that are obsolete after a good copy."""
+        here = [path.name for path in (self.folder / "checkpoints").glob("*")]
+        try:
+            for name in superseded(self._copier.checkpoints(), here):
+                self._copier.delete(name)
+        except Exception as error:
+            log.warning("Deleting old step checkpoints from %s failed, will be tried again: %s", self.url, error)
+
+    def finish(self) -> bool:
+        """End the copying in the background and copy what is left; whether that was good. A failure is logged."""
         self._ended.set()
         self._thread.join()
-        if not self._try():
+        self._try()
+        if self._failure is not None:
             log.error("The last copy of the run folder to %s failed: copy it by hand", self.url)
+        return self._failure is None
 
 
 class NoSync:
     """Stands for :class:`RemoteSync` where nothing is copied."""
 
+    failed = None
+
     def start(self) -> None:
         """Do nothing."""
 
-    def finish(self) -> None:
-        """Do nothing."""
+    def finish(self) -> bool:
+        """Do nothing; that was good."""
+        return True

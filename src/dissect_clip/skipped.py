@@ -53,7 +53,7 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SkipLog:
-    """Writes the left-out samples of all ranks to ``folder/epoch_00007.parquet`` for epoch 7; columns: docs/data.md.
+    """Writes the left-out samples of all ranks to ``folder/epoch_00007.parquet`` for epoch 7; columns: docs/logs.md.
 
     Args:
         folder: which Parquet readers take as one data set; None writes nothing.
