@@ -95,7 +95,7 @@ def _sorted_folders(path: str) -> list[str]:
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
 
 
-def _find(path: str, flag: str) -> Found:
+def _find(path: str, flag: str, timeout: float) -> Found:
     if not os.path.isdir(path):
         raise SetupError(f"{flag} {path}: there is no such folder")
     shards = benchmark_shards(path, flag)
@@ -103,7 +103,8 @@ def _find(path: str, flag: str) -> Found:
         kind = Path(path) / "dataset_type.txt"
         if kind.is_file() and kind.read_text().strip().lower() not in ("", "classification"):
             raise SetupError(f"{flag} {path}: a set of type {kind.read_text().strip()!r} has no single class an image")
-        return Found(flag, path, shared_shards(shards, frozenset((*IMAGE_SUFFIXES, "cls")), flag), None)
+        source = shared_shards(shards, frozenset((*IMAGE_SUFFIXES, "cls")), flag, timeout)
+        return Found(flag, path, source, None)
     folders = _sorted_folders(path)
     labels = {name: label for label, name in enumerate(folders)}
     files = make_dataset(path, labels, extensions=IMG_EXTENSIONS, allow_empty=True) if folders else []
@@ -157,10 +158,11 @@ def build_classification(config: Config, world: World, transform: Transform) -> 
         ("imagenetv2", "--imagenet-v2", config.imagenet_v2),
     ):
         if path is not None:
-            sets.append(_imagenet(name, _find(path, flag), config, world, transform))
+            sets.append(_imagenet(name, _find(path, flag, config.data_timeout), config, world, transform))
     for path in (config.zeroshot_data or "").split("::"):
         if path:
-            sets.append(_any_set(_find(path, "--zeroshot-data"), config, world, transform))
+            found = _find(path, "--zeroshot-data", config.data_timeout)
+            sets.append(_any_set(found, config, world, transform))
     _check_names(sets)
     return sets
 

@@ -13,6 +13,9 @@ from dissect_clip.data.skips import BadSampleError, Skip
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
+MAX_FILE_SIZE = 256 << 20
+"""Bytes of an image or caption file; larger ones are not read."""
+
 
 class RawSample(NamedTuple):
     """A sample as it was read, before decoding."""

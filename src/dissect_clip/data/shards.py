@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from dissect_clip.config import Config
 from dissect_clip.data.sizes import SIZES_FILE, keep_sizes
 from dissect_clip.data.tar import DamagedTarError, ShardReader
 from dissect_clip.data.urls import is_local, name_some, shard_name
@@ -76,22 +77,26 @@ class ShardIndex:
         return places
 
 
-def count_samples(url: str) -> int:
+def count_samples(url: str, timeout: float = Config.data_timeout) -> int:
     """Samples in a shard, by its headers; a damaged shard counts up to the damage, with a warning.
 
+    A remote shard that sends nothing for ``timeout`` seconds cannot be read.
+
     Raises:
-        SetupError: nothing of the shard can be read.
+        SetupError: the shard cannot be read, or not even its first sample.
     """
     count = 0
     try:
-        with ShardReader(url) as reader:
+        with ShardReader(url, timeout=timeout) as reader:
             try:
                 return reader.finish()
             finally:
                 count = reader.count
     except (DamagedTarError, OSError) as error:
-        if count == 0:
-            raise SetupError(f"cannot read the shard {url}: {error}") from error
+        # Another try may read on where a download broke off, so such a count must not be kept.
+        if count == 0 or isinstance(error, OSError):
+            after = f" after {count} samples" if count else ""
+            raise SetupError(f"cannot read the shard {url}{after}: {error}") from error
         _log.warning("%s is damaged after %d samples: %s. Only these are used", url, count, error)
         return count
 
@@ -99,13 +104,13 @@ def count_samples(url: str) -> int:
 class Scan:
     """Counts the samples of shards in background threads, with a progress bar on a terminal."""
 
-    def __init__(self, urls: Sequence[str], threads: int = _SCAN_THREADS) -> None:
+    def __init__(self, urls: Sequence[str], threads: int = _SCAN_THREADS, timeout: float = Config.data_timeout) -> None:
         self._left = len(urls)
         self._done: SimpleQueue[tuple[str, Future[int]]] = SimpleQueue()
         self._bar = tqdm(total=len(urls), desc="counting samples", unit="shard", disable=None)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="count-samples")
         for url in urls:
-            self._pool.submit(count_samples, url).add_done_callback(partial(self._report, url))
+            self._pool.submit(count_samples, url, timeout).add_done_callback(partial(self._report, url))
         self.sizes: dict[str, int] = {}
         """Samples by URL, of the shards counted so far."""
 
@@ -147,7 +152,7 @@ def _announce(urls: Sequence[str]) -> None:
         )
 
 
-def count_shards(urls: Sequence[str], world: World) -> dict[str, int]:
+def count_shards(urls: Sequence[str], world: World, timeout: float = Config.data_timeout) -> dict[str, int]:
     """Samples by URL, counted on rank 0; collective.
 
     The other ranks hear from rank 0 every minute, so that a long count does not run into the process group's timeout.
@@ -158,7 +163,7 @@ def count_shards(urls: Sequence[str], world: World) -> dict[str, int]:
     scan = None
     if world.is_main:
         _announce(urls)
-        scan = Scan(urls)
+        scan = Scan(urls, timeout=timeout)
 
     def go_on() -> bool:
         assert scan is not None
@@ -177,15 +182,23 @@ def count_shards(urls: Sequence[str], world: World) -> dict[str, int]:
     return sizes
 
 
-def index_shards(urls: Sequence[str], known: dict[str, int], world: World, run_folder: Path | None) -> ShardIndex:
+def index_shards(
+    urls: Sequence[str],
+    known: dict[str, int],
+    world: World,
+    run_folder: Path | None,
+    timeout: float = Config.data_timeout,
+) -> ShardIndex:
     """The index of shards of which some sizes are known (by URL); counts the others. Collective.
+
+    A remote shard is given up when it sends nothing for ``timeout`` seconds.
 
     Raises:
         SetupError: a shard cannot be read, or there is no sample at all.
     """
     unknown = [url for url in dict.fromkeys(urls) if url not in known]
     if unknown:
-        counted = count_shards(unknown, world)
+        counted = count_shards(unknown, world, timeout)
         if world.is_main and (unkept := keep_sizes(counted, run_folder)):
             _log.warning(
                 "nowhere to keep the sizes of %d shards (%s), the next run will count them again: write them to a file "

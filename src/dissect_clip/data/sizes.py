@@ -16,12 +16,14 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from webdataset.gopen import gopen
-
+from dissect_clip.config import Config
+from dissect_clip.data.download import open_remote
 from dissect_clip.data.urls import is_local, is_shard, local_path, shard_name, sibling
 from dissect_clip.errors import SetupError
 
 SIZES_FILE = "sizes.json"
+_MAX_REMOTE = 1 << 28
+"""Bytes of a remote file of sizes that are read: those of millions of shards."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,11 +37,11 @@ def _read_local(path: str) -> str | None:
         raise SetupError(f"cannot read {path}, which should hold the shards' sizes: {error}") from error
 
 
-def _read_remote(url: str) -> str | None:
+def _read_remote(url: str, timeout: float) -> str | None:
     """The text at a URL, or None where there is no such file; some servers then answer with a page."""
     try:
-        with gopen(url, "rb") as stream:
-            text = stream.read().decode("utf-8")
+        with open_remote(url, timeout) as stream:
+            text = stream.read(_MAX_REMOTE).decode("utf-8")
     except (OSError, ValueError):
         return None
     return text if text.lstrip().startswith("{") else None
@@ -117,12 +119,12 @@ def _folder_sizes(folder: str, urls: Sequence[str]) -> dict[str, int]:
     return sizes
 
 
-def _remote_sizes(url: str) -> dict[str, int]:
+def _remote_sizes(url: str, timeout: float) -> dict[str, int]:
     """Sizes by base name from the files beside a remote shard."""
     sizes: dict[str, int] = {}
     for name, parse in (("_info.json", parse_info), (SIZES_FILE, parse_sizes)):
         where = sibling(url, name)
-        if (text := _read_remote(where)) is not None:
+        if (text := _read_remote(where, timeout)) is not None:
             sizes = {**parse(text, where), **sizes}
     return sizes
 
@@ -135,10 +137,13 @@ def _by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
     return folders
 
 
-def known_sizes(urls: Sequence[str], run_folder: Path | None, ask_remote: bool) -> dict[str, int]:
+def known_sizes(
+    urls: Sequence[str], run_folder: Path | None, ask_remote: bool, timeout: float = Config.data_timeout
+) -> dict[str, int]:
     """Sizes by URL of the shards that a file beside them, or in the run's folder, tells about.
 
-    ``ask_remote``: also try to open such files beside remote shards, which takes a request each.
+    ``ask_remote``: also try to open such files beside remote shards, which takes a request each, given up
+    after ``timeout`` seconds without an answer.
 
     Raises:
         SetupError: a file is not of its form.
@@ -148,7 +153,7 @@ def known_sizes(urls: Sequence[str], run_folder: Path | None, ask_remote: bool) 
         if is_local(members[0]):
             sizes = _folder_sizes(folder, members)
         else:
-            sizes = _remote_sizes(members[0]) if ask_remote else {}
+            sizes = _remote_sizes(members[0], timeout) if ask_remote else {}
         known |= {url: sizes[shard_name(url)] for url in members if shard_name(url) in sizes}
     if run_folder is not None:
         path = run_folder / SIZES_FILE

@@ -30,6 +30,9 @@ class Skip(IntEnum):
     UNREADABLE_SHARD = 7
     BEYOND_RECORDED_SIZE = 8
     BELOW_RECORDED_SIZE = 9
+    EMPTY_CAPTION = 10
+    TOO_LARGE_IMAGE = 11
+    TOO_LARGE_FILE = 12
 
     @property
     def label(self) -> str:

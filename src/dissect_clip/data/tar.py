@@ -2,7 +2,8 @@
 
 The order of the samples in a tar gives them their ids, so one function says what a sample is
 (:func:`number_members`), and counting and reading both go through it. Headers are read here rather than by
-``tarfile``, which takes a damaged header for the end of the tar and several times as long to pass a member.
+``tarfile``, which takes a damaged header for the end of the tar and several times as long to pass a member. Nothing is
+believed that a header says: names are only compared and shown, and a size is no reason to ask for memory.
 
 Format: POSIX.1-1988 (ustar), POSIX.1-2001 (pax) and GNU long names; plain, gzip, bzip2 or xz.
 """
@@ -18,16 +19,21 @@ import re
 import sys
 import zlib
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
-from webdataset.gopen import gopen
-from webdataset.tariterators import base_plus_ext
-
+from dissect_clip.config import Config
+from dissect_clip.data.decode import MAX_FILE_SIZE
+from dissect_clip.data.download import open_remote
 from dissect_clip.data.urls import is_local, local_path
 
 _BLOCK = 512
 _CHUNK = 1 << 20
+_MAX_NAMES = 1 << 20
+"""Bytes of a long name or a pax header; no honest one has more."""
+_MAX_SIZE = 1 << 40
+"""Bytes of a member; more can only be a damaged header."""
+_MAX_KEY = 1000
+"""Characters of a key that are kept."""
 _META = re.compile(r"__[^/]*__($|/)")
 _REGULAR = b"0\x007"
 _WITHOUT_DATA = b"123456"  # links, devices, folders, pipes
@@ -57,8 +63,9 @@ class TarSample(NamedTuple):
     """The files of one sample."""
 
     ordinal: int  # place of the sample in its tar, from 0
-    key: str  # the files' common name, without suffix
+    key: str  # the files' common name, without suffix; its first 1,000 characters
     files: dict[str, bytes]  # by suffix in lower case, without the dot
+    too_large: list[str]  # suffixes of files of more than MAX_FILE_SIZE bytes, which were passed over
 
 
 class _Readable(Protocol):
@@ -76,7 +83,7 @@ class _LocalFile:
         return self._file.read(count)
 
     def skip(self, count: int) -> None:
-        if count and self._file.seek(count, io.SEEK_CUR) > self._size:
+        if count > self._size or (count and self._file.seek(count, io.SEEK_CUR) > self._size):
             raise DamagedTarError("it ends in the middle of a member")
 
     def close(self) -> None:
@@ -94,7 +101,7 @@ class _Stream:
             data = self._top.read(count) or b""
             while len(data) < count and (more := self._top.read(count - len(data))):
                 data += more
-        except (EOFError, zlib.error, lzma.LZMAError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, MemoryError) as error:
             raise DamagedTarError(f"its compression is broken ({error})") from error
         return data
 
@@ -126,26 +133,34 @@ class _Rejoined:
         self._stream.close()
 
 
-def _open(url: str) -> _LocalFile | _Stream:
-    file = io.FileIO(local_path(url)) if is_local(url) else None
-    stream: _Readable = gopen(url, "rb", bufsize=_CHUNK) if file is None else file
+def _open(url: str, timeout: float) -> _LocalFile | _Stream:
+    stream = io.FileIO(local_path(url)) if is_local(url) else open_remote(url, timeout)
     try:
         head = _Stream(stream).read(5)
-    except OSError:
+        if not head:
+            raise DamagedTarError("it is empty")
+        opened = [opener for magic, opener in _DECOMPRESSORS.items() if head.startswith(magic)]
+        if isinstance(stream, io.FileIO) and not opened:
+            stream.seek(0)
+            return _LocalFile(stream)
+        rejoined = _Rejoined(head, stream)
+        return _Stream(opened[0](rejoined), rejoined) if opened else _Stream(rejoined)
+    except (DamagedTarError, OSError):
         stream.close()
         raise
-    opened = [opener for magic, opener in _DECOMPRESSORS.items() if head.startswith(magic)]
-    if file is not None and not opened:
-        file.seek(0)
-        return _LocalFile(file)
-    rejoined = _Rejoined(head, stream)
-    return _Stream(opened[0](rejoined), rejoined) if opened else _Stream(rejoined)
 
 
 def _number(field: bytes) -> int:
-    if field[0] & 0x80:  # base 256, for files of 8 GiB and more
+    """Of a header: in octal, or base 256 for files of 8 GiB and more. Raises ValueError."""
+    if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _checked_size(size: int) -> int:
+    if not 0 <= size <= _MAX_SIZE:
+        raise DamagedTarError(f"a header gives a file {size} bytes")
+    return size
 
 
 def _text(field: bytes) -> str:
@@ -169,20 +184,47 @@ def _parse_header(header: bytes) -> tuple[bytes, str, int]:
     name = _text(header[:100])
     if header[257:263] == b"ustar\0" and header[345]:
         name = _text(header[345:500]) + "/" + name
-    return header[156:157], name, size
+    return header[156:157], name, _checked_size(size)
 
 
 def _parse_pax(data: bytes) -> dict[bytes, bytes]:
-    """The records ``LENGTH KEY=VALUE`` of a pax header."""
+    """The records ``LENGTH KEY=VALUE`` of a pax header.
+
+    Raises:
+        DamagedTarError: it is not made of such records.
+    """
     records = {}
-    while data.strip(b"\0"):
-        length = data.split(b" ", 1)[0]
-        if not length.isdigit() or int(length) <= len(length):
+    start = 0
+    while data[start : start + 1].strip(b"\0"):
+        space = data.find(b" ", start, start + len(str(_MAX_NAMES)) + 1)
+        length = data[start : max(start, space)]
+        end = start + int(length) if length.isdigit() else 0
+        if not space < end <= len(data):
             raise DamagedTarError("a pax header makes no sense")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        key, _, value = data[space + 1 : end - 1].partition(b"=")
         records[key] = value
-        data = data[int(length) :]
+        start = end
     return records
+
+
+def _pax_size(value: bytes) -> int:
+    if not value.isdigit() or len(value) > 20:
+        raise DamagedTarError("a pax header makes no sense")
+    return _checked_size(int(value))
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a member: its name up to the first dot of the base name, and what follows; None without one.
+
+    A base name that begins with a dot is a suffix if the folder before it has no dot. As ``base_plus_ext`` of
+    webdataset, whose pattern takes the square of a long name's length.
+    """
+    base = name.rfind("/") + 1
+    dot = name.find(".", base)
+    folder = name[name.rfind("/", 0, max(0, base - 1)) + 1 : base]
+    if dot < 0 or (dot == base and (not folder or "." in folder)):
+        return None
+    return name[:dot], name[dot + 1 :]
 
 
 def number_members(members: Iterable[Member]) -> Iterator[tuple[int, str, str, Member]]:
@@ -194,10 +236,10 @@ def number_members(members: Iterable[Member]) -> Iterator[tuple[int, str, str, M
     ordinal, key = -1, None
     suffixes: set[str] = set()
     for member in members:
-        base, suffix = base_plus_ext(member.name)
-        if base is None or _META.match(member.name):
+        parts = split_name(member.name)
+        if parts is None or _META.match(member.name):
             continue
-        suffix = suffix.lower()
+        base, suffix = parts[0], parts[1].lower()
         if base != key or suffix in suffixes:
             ordinal, key, suffixes = ordinal + 1, base, set()
         suffixes.add(suffix)
@@ -208,11 +250,12 @@ class ShardReader:
     """Reads the samples of one shard in order; a context manager.
 
     Raises:
-        OSError: when entered, where the shard cannot be opened.
+        DamagedTarError, OSError: when made, where the shard cannot be opened or is empty.
     """
 
-    def __init__(self, url: str, suffixes: Collection[str] = ()) -> None:
-        self._file = _open(url)
+    def __init__(self, url: str, suffixes: Collection[str] = (), timeout: float = Config.data_timeout) -> None:
+        """``suffixes`` are wanted by :meth:`read`; a remote shard is given up after ``timeout`` silent seconds."""
+        self._file = _open(url, timeout)
         self._suffixes = suffixes
         self._left = 0  # bytes up to the next header
         self._numbered = number_members(self._members())
@@ -223,9 +266,7 @@ class ShardReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        # A command that is cut off before its end may complain; what it gave was read well.
-        with suppress(OSError):
-            self._file.close()
+        self._file.close()
 
     def _read(self, size: int) -> bytes:
         data = self._file.read(size)
@@ -234,23 +275,26 @@ class ShardReader:
             raise DamagedTarError("it ends in the middle of a member")
         return data
 
+    def _read_names(self, size: int) -> bytes:
+        if size > _MAX_NAMES:
+            raise DamagedTarError(f"a header gives a name {size} bytes")
+        return self._read(size)
+
     def _members(self) -> Iterator[Member]:
         override: dict[bytes, bytes] = {}
         while True:
             self._file.skip(self._left)
             header = self._file.read(_BLOCK)
-            if not header:
-                self._file.close()  # a failed command says so here
-                return
             if not any(header):
                 return
             kind, name, size = _parse_header(header)
-            size = int(override.get(b"size", size))
+            if kind not in b"LKxXg" and b"size" in override:
+                size = _pax_size(override[b"size"])
             self._left = 0 if kind in _WITHOUT_DATA else -(-size // _BLOCK) * _BLOCK
             if kind == b"L":
-                override[b"path"] = self._read(size).rstrip(b"\0")
+                override[b"path"] = self._read_names(size).rstrip(b"\0")
             elif kind in b"xX":
-                override |= _parse_pax(self._read(size))
+                override |= _parse_pax(self._read_names(size))
             elif kind not in b"Kg":
                 if kind in _REGULAR:
                     path = override.get(b"path")
@@ -274,8 +318,10 @@ class ShardReader:
                 if ordinal >= keep.stop:
                     break
                 if ordinal in keep:
-                    current = current or TarSample(ordinal, key, {})
-                    if suffix in self._suffixes:
+                    current = current or TarSample(ordinal, key[:_MAX_KEY], {}, [])
+                    if suffix in self._suffixes and member.size > MAX_FILE_SIZE:
+                        current.too_large.append(suffix)
+                    elif suffix in self._suffixes:
                         current.files[suffix] = self._read(member.size)
         except (DamagedTarError, OSError) as error:
             problem = error

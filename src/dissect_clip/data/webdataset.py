@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from webdataset.filters import shuffle
 
 from dissect_clip.config import Config
-from dissect_clip.data.decode import RawSample, caption_suffixes
+from dissect_clip.data.decode import MAX_FILE_SIZE, RawSample, caption_suffixes
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
 from dissect_clip.data.shards import ShardIndex, display_names, fingerprint, index_shards
 from dissect_clip.data.sizes import known_sizes
@@ -53,6 +53,7 @@ class Shard:
     name: str  # for people
     first_id: int | None  # id of its first sample; None where there is no numbering
     size: int | None  # samples it is said to hold; None where that is not known
+    timeout: float  # seconds to wait for a remote shard that sends nothing
 
     def read(self, keep: range, suffixes: frozenset[str], skips: SkipCounter) -> Iterator[RawSample]:
         """The samples whose ordinals are in ``keep``; counts those that are not there or not readable.
@@ -62,9 +63,13 @@ class Shard:
         given, kind, reason = 0, Skip.BELOW_RECORDED_SIZE, f"it has fewer than the recorded {self.size} samples"
         lost = 0 if self.size is None else len(keep)
         try:
-            with ShardReader(self.url, suffixes) as reader:
+            with ShardReader(self.url, suffixes, self.timeout) as reader:
                 for sample in reader.read(keep):
                     given += 1
+                    if sample.too_large:
+                        reason_here = f"its {' and '.join(sample.too_large)} has more than {MAX_FILE_SIZE} bytes"
+                        skips.add(Skip.TOO_LARGE_FILE, self.name, sample.key, reason_here)
+                        continue
                     sample_id = -1 if self.first_id is None else self.first_id + sample.ordinal
                     yield RawSample(sample_id, self.name, sample.key, sample.files)
                 if keep.stop == self.size and (beyond := reader.finish() - self.size) > 0:
@@ -168,7 +173,7 @@ def _find(config: Config, world: World, run_folder: Path | None) -> Found:
     urls = [url for source in sources for url in source]
     check_present(urls, "--train-data")
     needed = config.select or config.train_num_samples is None or _too_few(len(urls), config, world)
-    found = Found(sources, known_sizes(urls, run_folder, ask_remote=needed))
+    found = Found(sources, known_sizes(urls, run_folder, needed, config.data_timeout))
     check_not_empty([url for url in urls if url not in found.known], "--train-data")
     return found
 
@@ -178,7 +183,7 @@ def _index(found: Found, config: Config, world: World, run_folder: Path | None) 
     # Local headers are read quickly. Remote shards would be read whole, which a run must not do unless it has to.
     worth_it = all(map(is_local, found.urls)) and not config.dataset_resampled
     if found.complete or config.select or config.train_num_samples is None or worth_it:
-        return index_shards(found.urls, found.known, world, run_folder)
+        return index_shards(found.urls, found.known, world, run_folder, config.data_timeout)
     if not _too_few(len(found.urls), config, world):
         return None
     raise SetupError(
@@ -210,11 +215,11 @@ def _plan(config: Config, num_batches: int, index: ShardIndex | None, sources: l
     return SpanPlan(index.sizes, num_batches, config.batch_size, config.seed)
 
 
-def _shards(urls: list[str], names: tuple[str, ...], index: ShardIndex | None) -> tuple[Shard, ...]:
+def _shards(urls: list[str], names: tuple[str, ...], index: ShardIndex | None, timeout: float) -> tuple[Shard, ...]:
     if index is None:
-        return tuple(Shard(url, name, None, None) for url, name in zip(urls, names, strict=True))
+        return tuple(Shard(url, name, None, None, timeout) for url, name in zip(urls, names, strict=True))
     return tuple(
-        Shard(url, name, first, size)
+        Shard(url, name, first, size, timeout)
         for url, name, first, size in zip(urls, names, index.offsets.tolist(), index.sizes.tolist(), strict=True)
     )
 
@@ -246,7 +251,7 @@ def train_data(
     num_batches = count_batches(length or num_samples, config.batch_size, world.size, config.accum_freq)
     plan = _plan(config, num_batches, index, sources)
     suffixes = caption_suffixes(config.json_caption_key)
-    source = ShardSource(_shards(urls, names, index), plan, suffixes, config.seed)
+    source = ShardSource(_shards(urls, names, index, config.data_timeout), plan, suffixes, config.seed)
     stream = TrainStream(source, config, world, num_batches, transform, tokenizer)
     return TrainData(
         loader=make_loader(stream, config.workers, world),
@@ -312,7 +317,7 @@ class SharedShards:
             yield from self.shards[shard].read(ordinals, self.suffixes, skips)
 
 
-def shared_shards(urls: list[str], suffixes: frozenset[str], flag: str) -> SharedShards:
+def shared_shards(urls: list[str], suffixes: frozenset[str], flag: str, timeout: float) -> SharedShards:
     """A source of all samples of some shards.
 
     Raises:
@@ -321,7 +326,7 @@ def shared_shards(urls: list[str], suffixes: frozenset[str], flag: str) -> Share
     check_present(urls, flag)
     check_not_empty(urls, flag)
     shards = (
-        Shard(url, name, number << 32, None)
+        Shard(url, name, number << 32, None, timeout)
         for number, (url, name) in enumerate(zip(urls, display_names(urls), strict=True))
     )
     return SharedShards(tuple(shards), suffixes)
@@ -337,5 +342,5 @@ def build_retrieval(config: Config, world: World, transform: Transform, tokenize
     urls = benchmark_shards(config.val_data, "--val-data")
     if urls is None:
         urls = [url for source in expand(config.val_data, "--val-data") for url in source]
-    source = shared_shards(urls, caption_suffixes(config.json_caption_key), "--val-data")
+    source = shared_shards(urls, caption_suffixes(config.json_caption_key), "--val-data", config.data_timeout)
     return retrieval_data(source, config, world, transform, tokenizer)
