@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import logging
@@ -17,7 +18,15 @@ import pytest
 from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.logs import JsonLines, Progress, close_logging, make_reporter, setup_logging
+from dissect_clip.logs import (
+    JsonLines,
+    Progress,
+    close_logging,
+    evaluated_epochs,
+    make_reporter,
+    printable,
+    setup_logging,
+)
 from dissect_clip.runfolder import RunFolder
 
 log = logging.getLogger("dissect_clip.train")
@@ -119,6 +128,37 @@ def test_a_log_file_is_appended_to(tmp_path: Path) -> None:
     assert (tmp_path / "out.log").read_text().startswith("before\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("plain, Zürich, 猫, 🐈\t|", "plain, Zürich, 猫, 🐈\t|"),
+        ("two\nlines", "two\nlines"),
+        ("\x1b[2J\x07\r\x7f", "\\x1b[2J\\x07\\r\\x7f"),
+        ("\x9b31m \u202egnp.exe \u2028", "\\x9b31m \\u202egnp.exe \\u2028"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_escaped(text: str, expected: str) -> None:
+    assert printable(text) == expected
+
+
+def test_names_from_the_data_can_neither_forge_a_line_nor_move_the_cursor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(tmp_path / "out.log", logging.INFO, World())
+    log.warning("skipping %s", "\udcff\x1b[2J\n2025-01-01,00:00:00 | INFO | all is well\r.jpg")
+    try:
+        raise ValueError("\x1b]0;title\x07")
+    except ValueError:
+        log.exception("failed")
+    text = (tmp_path / "out.log").read_text()
+    assert capsys.readouterr().err == text
+    assert all(line.startswith(("    ", "2")) for line in text.splitlines())
+    assert text.splitlines()[0].endswith("| WARNING | skipping \\udcff\\x1b[2J")
+    assert text.splitlines()[1] == r"    2025-01-01,00:00:00 | INFO | all is well\r.jpg"
+    assert all(character.isprintable() or character == "\n" for character in text)
+
+
 # ---- progress bar
 
 
@@ -130,6 +170,14 @@ def test_the_bar_shows_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(4):
             progress.advance()
     assert "epoch 0" in terminal.getvalue()
+
+
+def test_the_bar_goes_on_where_a_resumed_epoch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with Progress(World(), 4, "epoch 0", initial=3):
+        pass
+    assert "3/4" in terminal.getvalue()
 
 
 def test_a_log_line_does_not_break_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +222,24 @@ def test_lines_are_on_the_disk_at_once_and_appended(run: RunFolder) -> None:
     reporter.train(2, {})
     assert lines(run.train_log) == [{"step": 1}, {"step": 2}]
     reporter.close()
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"\0\0\0\0"])
+def test_a_torn_line_does_not_spoil_the_next(run: RunFolder, torn: bytes) -> None:
+    for path in (run.train_log, run.results):
+        path.write_bytes(b'{"step": 1, "epoch": 1}\n' + torn)
+    reporter = make_reporter(Config(), run, World())
+    reporter.train(2, {})
+    reporter.evaluation(2, 2, {})
+    assert lines(run.train_log) == [{"step": 1, "epoch": 1}, {"step": 2}]
+    assert lines(run.results) == [{"step": 1, "epoch": 1}, {"epoch": 2}]
+
+
+def test_evaluated_epochs(tmp_path: Path) -> None:
+    results = tmp_path / "results.jsonl"
+    assert evaluated_epochs(results) == set()
+    results.write_bytes(b'{"R": 1, "epoch": 1}\n{"epoch": 3}\n[]\n{"R": 2}\n\xff\n{"epoch": 1}\n{"epoch": 4')
+    assert evaluated_epochs(results) == {1, 3}
 
 
 def test_what_is_not_finite_is_null(run: RunFolder) -> None:
@@ -276,6 +342,13 @@ def test_wandb_is_used_as_openclip_does(
     }  # fmt: skip
     assert fake.logged == [(5, {"train/loss": 2.0, "step": 5}), (10, {"val/R": 0.5, "epoch": 1})]
     assert fake.finished
+
+
+def test_wandb_takes_any_name_of_a_run(monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
+    make_reporter(Config(report_to="wandb"), dataclasses.replace(run, name="a/model_hf-hub:x"), World())
+    assert (fake.asked["name"], fake.asked["id"]) == ("a/model_hf-hub:x", "a-model_hf-hub-x")
 
 
 @pytest.mark.filterwarnings("ignore")

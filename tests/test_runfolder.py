@@ -49,9 +49,9 @@ def test_a_new_run_has_its_folder_and_description(tmp_path: Path) -> None:
 
 def test_places_in_the_folder(tmp_path: Path) -> None:
     run = opened(Config(logs=str(tmp_path), name="a"))
-    places = (run.results, run.train_log, run.tensorboard, run.record)
+    places = (run.results, run.train_log, run.tensorboard, run.record, run.skipped)
     assert [str(path.relative_to(run.path)) for path in places] == [
-        "checkpoints/results.jsonl", "train.jsonl", "tensorboard", "record",
+        "checkpoints/results.jsonl", "train.jsonl", "tensorboard", "record", "skipped.parquet",
     ]  # fmt: skip
 
 
@@ -59,6 +59,39 @@ def test_without_name_the_folder_has_the_automatic_one(tmp_path: Path) -> None:
     run = opened(Config(logs=str(tmp_path)))
     assert run.name.endswith("-model_RN50-lr_None-b_64-j_4-p_amp")
     assert run.path.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "", "/x", "{tmp}/x", "a/../../x", "a/..", "a//b", "a/", "x\n", "\x1b[2J", "\udcff"]
+)
+def test_a_name_that_leads_out_of_the_logs_is_refused(tmp_path: Path, name: str) -> None:
+    config = Config(logs=str(tmp_path / "logs"), name=name.format(tmp=tmp_path))
+    with pytest.raises(SetupError, match=r"--name '.*' is not the name of a folder.*--output-dir") as error:
+        open_run(config, World())
+    assert str(error.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a..b", "..a", "lr=1e-3, ü", "a\\b"])
+def test_a_name_within_the_logs_is_taken(tmp_path: Path, name: str) -> None:
+    run = opened(Config(logs=str(tmp_path), name=name))
+    assert run.path == tmp_path / name
+    assert run.checkpoints.is_dir()
+
+
+@pytest.mark.parametrize("model", ["../../x", "a/b", "..", "local-dir:/x/y", "\x1b[2J\n", "\udcff", ""])
+def test_an_automatic_name_is_one_folder_whatever_the_model(tmp_path: Path, model: str) -> None:
+    name = automatic_name(Config(model=model), NOW)
+    assert name.isprintable()
+    assert "/" not in name
+    run = opened(Config(logs=str(tmp_path), model=model))
+    assert run.path.parent == tmp_path
+
+
+def test_settings_that_are_not_utf_8_are_described(tmp_path: Path) -> None:
+    run = opened(Config(logs=str(tmp_path), name="a", train_data="data-\udcff.tar"))
+    assert b"train_data: data-\xff.tar\n" in (run.path / "params.txt").read_bytes()
+    assert json.loads((run.path / "config.json").read_text())["train_data"] == "data-\udcff.tar"
 
 
 def test_no_logs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

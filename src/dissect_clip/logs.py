@@ -1,6 +1,7 @@
 """What a run says: log lines, a progress bar, and metrics to JSON lines, TensorBoard and wandb.
 
 The console shows this project's lines and everybody's warnings; the log file holds what other libraries say, too.
+Messages quote names and captions of the data, so nothing in them may move a cursor or look like another line.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import importlib
 import json
 import logging
 import math
+import os
+import re
 import sys
 from collections.abc import Mapping
 from datetime import datetime
@@ -27,6 +30,23 @@ from dissect_clip.runfolder import RunFolder, automatic_name
 _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _TIME = "%Y-%m-%d,%H:%M:%S"
 _HANDLERS = ("dissect_clip.console", "dissect_clip.file")
+
+
+def printable(text: str) -> str:
+    """A text with all that a terminal might obey, or a file could not hold, as an escape: ``\\x1b``, ``\\u202e``.
+
+    Tabs and line breaks stay.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Formatter(logging.Formatter):
+    """Lines of printable characters; those that continue a message are indented, so that none can be forged."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)).replace("\n", "\n    ")
 
 
 class _Console(logging.Handler):
@@ -53,7 +73,7 @@ def close_logging() -> None:
 
 def _add(handler: logging.Handler, name: str, line_format: str, level: int) -> None:
     handler.set_name(name)
-    handler.setFormatter(logging.Formatter(line_format, datefmt=_TIME))
+    handler.setFormatter(_Formatter(line_format, datefmt=_TIME))
     handler.setLevel(level)
     logging.root.addHandler(handler)
 
@@ -76,12 +96,16 @@ def setup_logging(path: Path | None, level: int, world: World) -> None:
 
 
 class Progress:
-    """A bar over the steps of an epoch on the terminal of rank 0; nothing elsewhere. A context manager."""
+    """A bar over the steps of an epoch on the terminal of rank 0; nothing elsewhere. A context manager.
 
-    def __init__(self, world: World, total: int, description: str) -> None:
+    ``initial`` steps were done before.
+    """
+
+    def __init__(self, world: World, total: int, description: str, initial: int = 0) -> None:
         # tqdm takes None for "only on a terminal".
         self._bar = tqdm(
             total=total,
+            initial=initial,
             desc=description,
             unit="step",
             leave=False,
@@ -126,15 +150,37 @@ def _json_number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _cut_torn_line(path: Path) -> None:
+    """Cut off what stands behind the last line break: a line that was torn when the run died."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(path, whole)
+
+
+def evaluated_epochs(results: Path) -> set[int]:
+    """The epochs whose evaluation is in a ``results.jsonl``; lines that cannot be read are passed over."""
+    epochs = set()
+    for line in results.read_bytes().splitlines() if results.exists() else ():
+        try:
+            epochs.add(int(json.loads(line)["epoch"]))
+        except (ValueError, TypeError, KeyError):
+            continue
+    return epochs
+
+
 class JsonLines:
     """One JSON object a line: training to ``train``, evaluations to ``results`` as OpenCLIP writes them.
 
-    The files are opened for each line, which is then on the disk.
+    The files are opened for each line, which is then out of this process's hands. What an earlier process of the run
+    left torn is cut off.
     """
 
     def __init__(self, train: Path, results: Path) -> None:
         self._train = train
         self._results = results
+        for path in (train, results):
+            _cut_torn_line(path)
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append ``{"step": ..., ...}``."""
@@ -194,7 +240,7 @@ class Wandb:
         self._run = _optional("wandb", "wandb").init(
             project=config.wandb_project_name,
             name=name,
-            id=name,
+            id=re.sub(r"[/\\#?%:]", "-", name),  # what wandb refuses in an id
             notes=config.wandb_notes,
             resume="auto" if config.resume == "latest" else None,
             config=dataclasses.asdict(config),

@@ -2,7 +2,9 @@
 
 <logs>/<name>/
     out.log  config.json  params.txt  train.jsonl
-    checkpoints/  checkpoints/results.jsonl  tensorboard/  record/  code/
+    checkpoints/  checkpoints/results.jsonl  tensorboard/  record/  skipped.parquet/  code/
+
+A run writes nowhere else: a name that leads out of <logs> is refused.
 """
 
 from __future__ import annotations
@@ -58,10 +60,15 @@ class RunFolder:
         """The folder of the per-sample record."""
         return self.path / "record"
 
+    @property
+    def skipped(self) -> Path:
+        """The folder of what training left out, which Parquet readers take for one file."""
+        return self.path / "skipped.parquet"
+
 
 def _settings_part(config: Config) -> str:
     """The part of an automatic name that is the same for runs with the same main settings."""
-    model = config.model.replace("/", "-")
+    model = "".join(c if c.isprintable() and c != "/" else "-" for c in config.model)
     return f"-model_{model}-lr_{config.lr}-b_{config.batch_size}-j_{config.workers}-p_{config.precision}"
 
 
@@ -87,9 +94,23 @@ def newest_run(config: Config) -> str | None:
 
 def _name(config: Config) -> str:
     if config.name is not None:
-        return config.name
+        return _within_logs(config.name)
     found = newest_run(config) if config.resume == "latest" else None
     return found if found is not None else automatic_name(config, datetime.now())
+
+
+def _within_logs(name: str) -> str:
+    """The name, where it is that of a folder below ``--logs``.
+
+    Raises:
+        SetupError: if it leads elsewhere, or would spoil a terminal.
+    """
+    if not name.isprintable() or any(part in ("", ".", "..") for part in name.split("/")):
+        raise SetupError(
+            f"--name {name!r} is not the name of a folder: give one without .., without / at its begin or end and "
+            "without control characters (a/b is folder b in folder a); --output-dir says where run folders are"
+        )
+    return name
 
 
 def _refuse_to_mix(config: Config, path: Path) -> None:
@@ -128,7 +149,8 @@ def _describe(config: Config, path: Path, name: str) -> None:
     (path / "config.json").write_text(named.to_json() + "\n", encoding="utf-8")
     settings = sorted(dataclasses.asdict(named).items())
     lines = "".join(f"{setting}: {value}\n" for setting, value in settings)
-    (path / "params.txt").write_text(lines, encoding="utf-8")
+    # Paths may hold bytes that are not UTF-8.
+    (path / "params.txt").write_text(lines, encoding="utf-8", errors="surrogateescape")
     if config.copy_codebase:
         package = Path(__file__).resolve().parent
         ignore = shutil.ignore_patterns("__pycache__")
