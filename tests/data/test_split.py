@@ -56,7 +56,7 @@ def test_spans_follow_each_other(world_size, workers, num_batches):
 
 
 def samples_of(parts):
-    return [(part.shard, ordinal) for part in parts for ordinal in range(part.first, part.last)]
+    return [(part.shard, ordinal) for part in parts for ordinal in part.ordinals]
 
 
 def test_cut_shards_is_a_slice_of_the_cycle():
@@ -99,7 +99,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 def test_a_later_attempt_reads_the_same_samples():
     plan, place = SpanPlan(np.array([5, 9, 4, 7]), 4, 3, seed=0), Place(1, 2, 0, 1)
-    assert sorted(plan.parts(place, 0, 1)) == sorted(plan.parts(place, 0, 0))
+    assert sorted(samples_of(plan.parts(place, 0, 1))) == sorted(samples_of(plan.parts(place, 0, 0)))
 
 
 @pytest.mark.parametrize(("world_size", "workers"), GRIDS)

@@ -46,7 +46,11 @@ def load(config, world=None, sizes=None, transform=to_tensor):
 
 def epoch_of(data, epoch=0):
     data.set_epoch(epoch)
-    return list(data.loader)
+    batches = []
+    for batch in data.loader:
+        data.taken(batch)
+        batches.append(batch)
+    return batches
 
 
 def ids_of(batches):

@@ -5,20 +5,26 @@ Shapes: S shards, M samples in the data set, N samples a batch, B batches a rank
 An epoch with known shard sizes is one long row of samples: shards in an order drawn from (seed, epoch), begun at a
 drawn place and continued cyclically to B * N * ranks. Ranks, then their workers, take spans of it that follow each
 other. So every sample is read once an epoch, but for the few that fill up the last batches, and any number of shards
-serves any number of workers.
+serves any number of workers. What is left of an epoch that was stopped in the middle is another, shorter row, which is
+laid out in the same way.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
+from dissect_clip.data.position import Bits, unmarked
 from dissect_clip.seeding import Stream, derive_seed
 
 Ints = NDArray[np.int64]
@@ -52,11 +58,10 @@ def place_here(rank: int, world_size: int) -> Place:
 
 
 class Part(NamedTuple):
-    """Samples ``first`` to before ``last`` of a shard, by their ordinals; ``last`` None is the shard's end."""
+    """Some samples of a shard."""
 
     shard: int
-    first: int
-    last: int | None
+    ordinals: Sequence[int]  # rising; a range up to sys.maxsize is up to the shard's end
 
 
 def count_batches(num_samples: int, batch_size: int, world_size: int, accum_freq: int = 1) -> int:
@@ -92,7 +97,7 @@ def cut_shards(order: Ints, sizes: Ints, first: int, last: int) -> list[Part]:
         shard = int(order[place])
         begin = position - (int(ends[place]) - int(sizes[shard]))
         count = min(int(sizes[shard]) - begin, last - first)
-        parts.append(Part(shard, begin, begin + count))
+        parts.append(Part(shard, range(begin, begin + count)))
         first += count
     return parts
 
@@ -101,12 +106,20 @@ def _generator(*parts: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(derive_seed(*parts)))
 
 
+class Coverage(Enum):
+    """What of a data set an epoch reads."""
+
+    ONCE = "every sample once"
+    CYCLE = "whole shards of unknown sizes, round and round"
+    DRAWS = "shards drawn with replacement"
+
+
 class Plan(Protocol):
     """What a worker reads in an epoch. ``attempt`` counts how often its samples did not suffice for its batches."""
 
     @property
-    def repeats(self) -> bool:
-        """Whether a later attempt reads the same samples again."""
+    def coverage(self) -> Coverage:
+        """What the workers read together."""
         ...
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]: ...
@@ -120,7 +133,7 @@ class SpanPlan:
     num_batches: int
     batch_size: int
     seed: int
-    repeats = True
+    coverage = Coverage.ONCE
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """This worker's span of the epoch's row; the same in every attempt, but for the order."""
@@ -136,17 +149,46 @@ class SpanPlan:
 
 
 @dataclass(frozen=True)
+class RestPlan:
+    """The samples of an epoch that were not visited before it was stopped, each once.
+
+    Where they do not suffice for a worker's batches, as few may be left of which some are bad, it fills up with samples
+    of the whole epoch.
+    """
+
+    whole: SpanPlan
+    visited: Bits
+    num_batches: int  # of a rank, for the rest
+    coverage = Coverage.ONCE
+
+    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+        """This worker's span of the row that is left; in later attempts its span of the epoch's whole row."""
+        if attempt > 0:
+            return self.whole.parts(place, epoch, attempt)
+        ends = np.cumsum(self.whole.sizes)
+        bounds = list(zip((ends - self.whole.sizes).tolist(), ends.tolist(), strict=True))
+        left = np.array([len(unmarked(self.visited, *bound)) for bound in bounds])
+        plan = dataclasses.replace(self.whole, sizes=left, num_batches=self.num_batches)
+        return [self._among_left(part, *bounds[part.shard]) for part in plan.parts(place, epoch, 0)]
+
+    def _among_left(self, part: Part, first: int, last: int) -> Part:
+        """A part counted in unvisited samples, by the ordinals of these; the shard's ids are ``first`` to ``last``."""
+        ordinals = unmarked(self.visited, first, last)
+        return Part(part.shard, array("q", ordinals[part.ordinals[0] : part.ordinals[-1] + 1].tobytes()))
+
+
+@dataclass(frozen=True)
 class CyclePlan:
     """Shards of unknown sizes: each worker has whole shards of its own, and begins again after the last of them."""
 
     num_shards: int  # at least as many as there are workers
     seed: int
-    repeats = True
+    coverage = Coverage.CYCLE
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """Every ``place.total``-th shard of an order that differs by epoch."""
         order = _generator(self.seed, Stream.SHARDS, epoch).permutation(self.num_shards)
-        own = [Part(int(shard), 0, None) for shard in order[place.number :: place.total]]
+        own = [Part(int(shard), range(sys.maxsize)) for shard in order[place.number :: place.total]]
         if attempt > 0:
             random.Random(derive_seed(self.seed, Stream.SHARDS, epoch, *place, attempt)).shuffle(own)
         return own
@@ -164,20 +206,27 @@ class DrawPlan:
     weights: list[float]  # [S]
     sizes: Ints | None  # [S], or None where they are unknown
     seed: int
-    repeats = False
+    coverage = Coverage.DRAWS
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """As many draws as there are shards, other ones in every attempt."""
         seed = derive_seed(self.seed, Stream.RESAMPLE, epoch, *place, attempt)
         shards = draw_shards(self.weights, len(self.weights), seed)
-        return [Part(shard, 0, None if self.sizes is None else int(self.sizes[shard])) for shard in shards]
+        return [Part(shard, range(sys.maxsize if self.sizes is None else int(self.sizes[shard]))) for shard in shards]
 
 
-def span_rows(num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place) -> Ints:
-    """Rows of a table that a worker reads in an epoch: its span of a permutation, continued cyclically."""
-    order = _generator(seed, Stream.SHARDS, epoch).permutation(num_rows)
+def span_rows(
+    num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, visited: Bits | None = None
+) -> Ints:
+    """Rows of a table that a worker reads in an epoch: its span of a permutation, continued cyclically.
+
+    Of an epoch that goes on after a stop with ``visited`` rows, the permutation is that of the others.
+    """
+    order: Ints = _generator(seed, Stream.SHARDS, epoch).permutation(num_rows)
+    if visited is not None:
+        order = order[np.unpackbits(visited, bitorder="little")[order] == 0]
     first, last = worker_span(num_batches, batch_size, place)
-    rows: Ints = order[np.arange(first, last) % num_rows]
+    rows: Ints = order[np.arange(first, last) % len(order)]
     return rows
 
 

@@ -1,16 +1,21 @@
-"""What the training loaders of all formats share: raw samples in, whole batches out.
+"""What the training loaders of all formats share: raw samples in, whole batches out, and on after a stop.
 
-Shapes: N pairs of this rank, L tokens, W bytes of the longest key.
+Shapes: N pairs of this rank, L tokens, W bytes of the longest key, M samples in the data set, V loader workers of all
+ranks, B bytes of packed rows.
 
 Every loader worker owes a fixed number of batches an epoch. Samples that cannot be used are counted and left out; a
 worker that runs short for it reads its own samples again, so that all ranks get the same number of batches.
+
+Each batch tells where its worker stands after it. So the training process knows at any time from where the workers
+would have to go on to make the batches that it has not taken yet, however many they have made ahead.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -21,12 +26,16 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dissect_clip.batch import Batch
 from dissect_clip.config import Config
-from dissect_clip.data.decode import RawSample, decode_captions, decode_image
-from dissect_clip.data.skips import BadSampleError, SkipBoard, SkipCounter, counted_before
-from dissect_clip.data.split import Place, place_here, worker_batches
+from dissect_clip.data.decode import RawSample, decode_captions, decode_image, transform_image
+from dissect_clip.data.position import Bits, Progress, count_marked, mark, no_bits, pack_all, unpack_all
+from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, SkipRow, counted_before, pack_rows
+from dissect_clip.data.split import Coverage, Place, count_batches, place_here, worker_batches
 from dissect_clip.dist import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.seeding import Stream, derive_seed, seeded
+
+_UNION_BYTES = 1 << 20
+"""Bytes of the flags of visited samples that the ranks bring together at a time, as 8 MiB of numbers."""
 
 Transform = Callable[[Any], Tensor]
 """PIL image -> [3, H, W] float."""
@@ -34,21 +43,68 @@ Tokenizer = Callable[[list[str]], Tensor]
 """N texts -> [N, L] int64."""
 
 
+class Samples(Protocol):
+    """A worker's raw samples of one attempt, to be iterated once."""
+
+    def __iter__(self) -> Iterator[RawSample]: ...
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """What :meth:`Source.samples` needs to go on behind the sample that was given last."""
+        ...
+
+
 class Source(Protocol):
     """Where a worker's raw samples come from. Picklable."""
 
     @property
-    def repeats(self) -> bool:
-        """Whether a later attempt gives the same samples again."""
+    def coverage(self) -> Coverage:
+        """What of the data set an epoch reads."""
         ...
 
-    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter) -> Iterator[RawSample]:
-        """This worker's samples of an epoch, in an order that every attempt draws anew."""
+    @property
+    def shuffle_buffer(self) -> int:
+        """In how many samples a worker shuffles; 0 where rows are read in a shuffled order."""
+        ...
+
+    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]) -> Samples:
+        """This worker's samples of an epoch, in an order that every attempt draws anew; those from ``position`` on.
+
+        What lies before is neither decoded nor counted.
+        """
+        ...
+
+    def rest(self, visited: Bits, num_batches: int) -> Source:
+        """The samples that are not visited, each once, as ``num_batches`` batches of each rank.
+
+        Later attempts read the whole epoch's. Only where the coverage is ``ONCE``.
+        """
         ...
 
     def describe(self, place: Place, epoch: int) -> str:
         """The files that the samples come from, for a message."""
         ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What this rank's workers give of an epoch: all of it, or what is left after a stop."""
+
+    source: Source
+    num_batches: int  # of this rank, with those taken before a stop that was gone on from as it was
+    rows: tuple[Progress, ...]  # where its workers begin, by worker
+    first: int = 0  # number of every worker's first batch, which seeds its augmentation
+    visited: Bits | None = None  # samples visited so far; None where they are not told apart
+    left_out: Bits | None = None  # of those the ones that ``source`` leaves out; None where it is the whole epoch
+
+    @property
+    def taken(self) -> int:
+        """Batches that were taken before."""
+        return sum(row.batches for row in self.rows)
+
+
+def _beginnings(workers: int, attempt: int = 0) -> tuple[Progress, ...]:
+    return tuple(Progress(worker, attempt) for worker in range(workers))
 
 
 class Pair(NamedTuple):
@@ -77,67 +133,136 @@ class TrainStream(IterableDataset[Batch]):
         config: Config,
         world: World,
         num_batches: int,
+        num_samples: int,
         transform: Transform,
         tokenizer: Tokenizer,
     ) -> None:
-        self.source = source
-        self.num_batches = num_batches
-        self.skips = SkipBoard(config.workers)
+        self.config, self.world = config, world
+        visited = no_bits(num_samples) if source.coverage is Coverage.ONCE else None
+        self.whole = Pass(source, num_batches, _beginnings(self.workers), visited=visited)
+        self.resumed: tuple[int, Pass] | None = None
+        """An epoch that was stopped, and what is left of it."""
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self._rank, self._world_size = world.rank, world.size
-        self._batch_size, self._seed = config.batch_size, config.seed
-        self._json_field, self._with_keys = config.json_caption_key, config.record
-        self._transform, self._tokenizer = transform, tokenizer
+        self.transform, self.tokenizer = transform, tokenizer
+        self.warned: set[Skip] = set()  # in the process that this object is in
+
+    @property
+    def workers(self) -> int:
+        """Of a rank; the training process itself counts as the only one."""
+        return max(1, self.config.workers)
+
+    @property
+    def layout(self) -> dict[str, int | str | None]:
+        """What the batches of an epoch depend on, by name; where it is equal, an epoch goes on exactly."""
+        config = self.config
+        return {
+            "world size": self.world.size,
+            "--workers": self.workers,
+            "--batch-size": config.batch_size,
+            "--accum-freq": config.accum_freq,
+            "--seed": config.seed,
+            "batches of a rank": self.whole.num_batches,
+            "epoch": self.whole.source.coverage.value,
+            "shuffle buffer": self.whole.source.shuffle_buffer,
+            "--train-data-upsampling-factors": config.train_data_upsampling_factors,
+        }
+
+    def pass_of(self, epoch: int) -> Pass:
+        """What there is to give of an epoch."""
+        return self.resumed[1] if self.resumed is not None and self.resumed[0] == epoch else self.whole
 
     def __iter__(self) -> Iterator[Batch]:
-        place = place_here(self._rank, self._world_size)
         epoch = int(self.epoch)
-        pairs = self._pairs(place, epoch)
-        for number in range(worker_batches(self.num_batches, place.worker, place.workers)):
+        current = self.pass_of(epoch)
+        place = place_here(self.world.rank, self.world.size)
+        # The loader takes the next batch from the first process, whose turn it need not be.
+        place = place._replace(worker=(place.worker + current.taken) % place.workers)
+        pairs = _Pairs(self, current, place, epoch)
+        reading = iter(pairs)
+        made = current.rows[place.worker].batches
+        for number in range(made, worker_batches(current.num_batches, place.worker, place.workers)):
             # Nothing is yielded inside, so the training process's generators are as before when it goes on.
-            with seeded(derive_seed(self._seed, Stream.AUGMENT, epoch, place.rank, place.worker, number)):
-                batch = self._collate(list(itertools.islice(pairs, self._batch_size)))
+            with seeded(
+                derive_seed(self.config.seed, Stream.AUGMENT, epoch, place.rank, place.worker, current.first + number)
+            ):
+                batch = self._collate(list(itertools.islice(reading, self.config.batch_size)), pairs, number + 1)
             yield batch
 
-    def _pairs(self, place: Place, epoch: int) -> Iterator[Pair]:
-        """Decoded pairs without end.
+    def _collate(self, chosen: list[Pair], pairs: _Pairs, batches: int) -> Batch:
+        return Batch(
+            image=torch.stack([pair.image for pair in chosen]),
+            text=self.tokenizer([pair.caption for pair in chosen]),
+            sample_id=torch.tensor([pair.sample_id for pair in chosen], dtype=torch.int64),
+            key=pack_keys([pair.key for pair in chosen]) if self.config.record else None,
+            progress=pairs.progress(batches).pack(),
+            skipped=pairs.drain(),
+        )
+
+
+class _Pairs:
+    """The decoded pairs of a worker, without end, and where it stands."""
+
+    def __init__(self, stream: TrainStream, current: Pass, place: Place, epoch: int) -> None:
+        self._stream, self._pass, self._place, self._epoch = stream, current, place, epoch
+        begin = current.rows[place.worker]
+        self._attempt, self._usable = begin.attempt, begin.usable
+        self._counts = torch.zeros(len(Skip), dtype=torch.int64)
+        self._counts[: len(begin.counts)] = torch.tensor(begin.counts, dtype=torch.int64)
+        self._rows: list[SkipRow] = []
+        self._samples = self._open(begin.position)
+
+    def progress(self, batches: int) -> Progress:
+        """Where the worker stands after so many batches."""
+        counts = tuple(self._counts.tolist())
+        return Progress(self._place.worker, self._attempt, self._usable, batches, counts, self._samples.position)
+
+    def drain(self) -> Tensor | None:
+        """[B] what was left out since the last call; None for nothing."""
+        packed = pack_rows(self._rows) if self._rows else None
+        self._rows.clear()
+        return packed
+
+    def _open(self, position: tuple[int, ...]) -> Samples:
+        source = self._pass.source
+        again = self._attempt > 0 and source.coverage is not Coverage.DRAWS
+        self._skips = counted_before() if again else SkipCounter(self._counts, self._stream.warned, self._rows)
+        return source.samples(self._place, self._epoch, self._attempt, self._skips, position)
+
+    def __iter__(self) -> Iterator[Pair]:
+        """Decoded pairs.
 
         Raises:
-            TrainingError: a whole pass gave none.
+            TrainingError: a whole attempt gave none.
         """
-        skips = self.skips.counter(place.worker)
-        for attempt in itertools.count():
-            if attempt == 1 and self.source.repeats:
-                skips = counted_before()
-            usable = 0
-            for sample in self.source.samples(place, epoch, attempt, skips):
+        while True:
+            for sample in self._samples:
                 try:
                     pair = self._decode(sample)
                 except BadSampleError as bad:
-                    skips.add(bad.kind, sample.shard, sample.key, str(bad))
+                    self._skips.add(bad.kind, sample.shard, sample.key, str(bad))
                 else:
-                    usable += 1
+                    self._usable += 1
                     yield pair
-            if usable == 0:
-                skipped = {kind: count for kind, count in self.skips.totals().items() if count}
-                raise TrainingError(
-                    f"no usable image-caption pair in the training data of rank {place.rank}, loader worker "
-                    f"{place.worker} ({self.source.describe(place, epoch)}); skipped on this rank: "
-                    f"{skipped}. The log says what is wrong with the first of each kind"
-                )
+            # Of the rest of an epoch a worker may have bad samples only; then it has the whole epoch's to fill up with.
+            if self._usable == 0 and (self._attempt > 0 or self._pass.left_out is None):
+                raise TrainingError(self._explain())
+            self._attempt, self._usable = self._attempt + 1, 0
+            self._samples = self._open(())
 
     def _decode(self, sample: RawSample) -> Pair:
-        caption = decode_captions(sample.files, self._json_field)[0]
-        image = self._transform(decode_image(sample.files))
+        if sample.problem is not None:
+            raise sample.problem
+        caption = decode_captions(sample.files, self._stream.config.json_caption_key)[0]
+        image = transform_image(self._stream.transform, decode_image(sample.files))
         return Pair(image, caption, sample.sample_id, sample.key)
 
-    def _collate(self, pairs: list[Pair]) -> Batch:
-        return Batch(
-            image=torch.stack([pair.image for pair in pairs]),
-            text=self._tokenizer([pair.caption for pair in pairs]),
-            sample_id=torch.tensor([pair.sample_id for pair in pairs], dtype=torch.int64),
-            key=pack_keys([pair.key for pair in pairs]) if self._with_keys else None,
+    def _explain(self) -> str:
+        skipped = {kind.label: count for kind, count in zip(Skip, self._counts.tolist(), strict=True) if count}
+        return (
+            f"no usable image-caption pair in the training data of rank {self._place.rank}, loader worker "
+            f"{self._place.worker} ({self._pass.source.describe(self._place, self._epoch)}); skipped by this worker: "
+            f"{skipped}. The log says what is wrong with the first of each kind"
         )
 
 
@@ -154,6 +279,25 @@ def make_loader(stream: IterableDataset[Any], workers: int, world: World) -> Dat
     )
 
 
+def _union(bits: Bits, world: World) -> Bits:
+    """Flags that are set on any rank, as a copy; collective."""
+    union: Bits = bits.copy()
+    if world.size > 1:
+        for begin in range(0, len(bits), _UNION_BYTES):
+            part = slice(begin, begin + _UNION_BYTES)
+            flags = torch.from_numpy(np.unpackbits(bits[part])).to(world.device)  # NCCL has no bitwise or
+            union[part] = np.packbits(world.max(flags).cpu().numpy())
+    return union
+
+
+def _tensor(bits: Bits | None) -> Tensor | None:
+    return None if bits is None else torch.from_numpy(bits)
+
+
+def _differences(then: dict[str, int | str | None], now: dict[str, int | str | None]) -> str:
+    return ", ".join(f"{name} is {now[name]}, was {then.get(name)}" for name in now if now[name] != then.get(name))
+
+
 @dataclass
 class TrainData:
     """The training data as this rank sees it."""
@@ -166,21 +310,150 @@ class TrainData:
     fingerprint: str
     """Hex digest of what the ids stand for: base names and sizes of the shards, or the rows of a table."""
     shard_names: tuple[str, ...]
+    shard_sizes: NDArray[np.int64] | None
+    """Samples of each shard in ``shard_names``; None where they are not known."""
     find_shard: Callable[[NDArray[np.int64]], NDArray[np.int32]]
+    _rows: list[Progress] = field(init=False)  # where the workers stand after the last taken batch
+    _visited: Bits | None = field(init=False)
+    _skip_rows: list[Tensor] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.set_epoch(0)
 
     @property
     def num_batches(self) -> int:
-        """Batches of this rank in an epoch."""
-        return self.stream.num_batches
+        """Batches of this rank in a whole epoch."""
+        return self.stream.whole.num_batches
+
+    @property
+    def batches_left(self) -> int:
+        """Batches of this rank in the pass that :meth:`set_epoch` began; fewer where the epoch was resumed inside."""
+        return self._pass.num_batches - self._pass.taken
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next pass over the loader is, from 0; begins the counts of skipped samples anew."""
+        """Say which epoch the next pass over the loader is, from 0; begins the counts of skipped samples anew.
+
+        In an epoch that is resumed they go on.
+        """
         self.stream.epoch.fill_(epoch)
-        self.stream.skips.clear()
+        self._pass = self.stream.pass_of(epoch)
+        self._rows = list(self._pass.rows)
+        self._visited = None if self._pass.visited is None else self._pass.visited.copy()
+
+    def taken(self, batch: Batch) -> None:
+        """Note a batch as taken, before it goes to the device; every batch once, in their order. Not collective."""
+        assert batch.progress is not None
+        row = Progress.unpack(batch.progress.tolist())
+        self._rows[row.worker] = row
+        if self._visited is not None:
+            mark(self._visited, batch.sample_id.numpy())
+        if batch.skipped is not None:
+            self._skip_rows.append(batch.skipped.clone())  # off the memory shared with the worker
 
     def skipped(self) -> dict[str, int]:
-        """Samples of this rank left out since :meth:`set_epoch`, by reason. Not collective."""
-        return self.stream.skips.totals()
+        """Samples of this rank left out in this epoch up to the last taken batch, by reason. Not collective.
+
+        Every reason is there, so that ranks can add their counts up.
+        """
+        totals = dict.fromkeys((kind.label for kind in Skip), 0)
+        for row in self._rows:
+            for kind, count in zip(Skip, row.counts, strict=False):  # an older checkpoint may know fewer kinds
+                totals[kind.label] += count
+        return totals
+
+    def skipped_rows(self) -> Tensor:
+        """[B] uint8 packed rows of what this rank left out since the last call, up to the last taken batch."""
+        rows = torch.cat([torch.empty(0, dtype=torch.uint8), *self._skip_rows])
+        self._skip_rows.clear()
+        return rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loaders of all ranks stand in the epoch after the last taken batch; equal on all ranks. Collective.
+
+        ``layout``: what the order of the batches depends on, by name.
+        ``batches``, ``first``: see :class:`Pass`.
+        ``workers`` [sum of P + V] int64: the progress of every worker, rank by rank.
+        ``visited`` [ceil(M / 8)] uint8: the samples that were in a batch; None where they are not told apart.
+        ``left_out`` [ceil(M / 8)] uint8: of these, the ones from before the epoch was laid out anew; None where it
+        never was.
+        """
+        world = self.stream.world
+        rows = world.all_gather_uneven(pack_all(self._rows).to(world.device)).cpu()
+        return {
+            "layout": self.stream.layout,
+            "batches": self._pass.num_batches,
+            "first": self._pass.first,
+            "workers": rows,
+            "visited": _tensor(None if self._visited is None else _union(self._visited, world)),
+            "left_out": _tensor(self._pass.left_out),
+        }
+
+    def resume(self, state: dict[str, Any], epoch: int) -> str | None:
+        """Go on in an epoch where :meth:`state_dict` left it; the next pass over it gives what is left. Not collective.
+
+        With an equal layout the batches are those that would have come. Otherwise the samples not yet visited are laid
+        out anew, in whole optimizer steps; what was left out as bad is met, and counted, again. Samples that are drawn
+        go on with other draws; where shard sizes are unknown, the epoch begins again.
+
+        To be called before the first pass over the loader.
+
+        Returns:
+            A sentence that says what differs or is repeated; None where the epoch goes on exactly.
+        """
+        rows = unpack_all(state["workers"])
+        if state["layout"] == self.stream.layout:
+            resumed, sentence = self._as_it_was(state, rows), None
+        else:
+            resumed, told = self._laid_out_anew(state, rows)
+            sentence = f"epoch {epoch} goes on otherwise ({_differences(state['layout'], self.stream.layout)}): {told}"
+        self.stream.resumed = (epoch, resumed)
+        self.set_epoch(epoch)
+        return sentence
+
+    def _as_it_was(self, state: dict[str, Any], rows: list[Progress]) -> Pass:
+        source, left_out, visited = self.stream.whole.source, state["left_out"], state["visited"]
+        if left_out is not None:
+            source = source.rest(left_out.numpy(), state["batches"])
+        first = self.stream.world.rank * self.stream.workers
+        return Pass(
+            source=source,
+            num_batches=state["batches"],
+            rows=tuple(rows[first : first + self.stream.workers]),
+            first=state["first"],
+            visited=None if visited is None else visited.numpy(),
+            left_out=None if left_out is None else left_out.numpy(),
+        )
+
+    def _laid_out_anew(self, state: dict[str, Any], rows: list[Progress]) -> tuple[Pass, str]:
+        """The rest of an epoch in another layout, and what is to say about it."""
+        whole, then = self.stream.whole, state["layout"]
+        taken = sum(row.batches for row in rows)  # of all ranks
+        first = state["first"] + taken // then["world size"]
+        if whole.source.coverage is Coverage.DRAWS:
+            left = (state["batches"] * then["world size"] - taken) * then["--batch-size"]
+            # Draws of an attempt that no worker has begun.
+            begin = _beginnings(self.stream.workers, 1 + max(row.attempt for row in rows))
+            resumed = Pass(whole.source, self._batches(left), begin, first)
+            return resumed, f"its last {left} samples are other draws than they would have been"
+        if state["visited"] is None or whole.visited is None:
+            seen = taken * then["--batch-size"]
+            resumed = dataclasses.replace(whole, first=first)
+            return (
+                resumed,
+                f"which samples were seen is not known, so the epoch begins again and repeats {seen} samples",
+            )
+        visited: Bits = state["visited"].numpy()
+        left = self.num_samples - count_marked(visited)
+        num_batches = self._batches(left)
+        resumed = Pass(whole.source.rest(visited, num_batches), num_batches, whole.rows, first, visited, visited)
+        return resumed, (
+            f"the {left} samples not yet seen are spread anew, each once but for those that fill up the last step; bad "
+            "samples met before are met and counted again"
+        )
+
+    def _batches(self, num_samples: int) -> int:
+        config, world = self.stream.config, self.stream.world
+        return count_batches(num_samples, config.batch_size, world.size, config.accum_freq)
 
     def locate(self, sample_id: NDArray[np.int64]) -> NDArray[np.int32]:
         """[N] ids -> [N] places of their shards in ``shard_names``."""

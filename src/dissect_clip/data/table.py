@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from dissect_clip.config import Config
 from dissect_clip.data.decode import RawSample
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
+from dissect_clip.data.position import Bits
 from dissect_clip.data.skips import BadSampleError, SkipCounter
-from dissect_clip.data.split import Place, count_batches, span_rows
+from dissect_clip.data.split import Coverage, Place, count_batches, span_rows
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
@@ -37,6 +38,27 @@ class Table(Protocol):
         ...
 
 
+class Rows:
+    """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.stream.Samples`."""
+
+    def __init__(self, table: Table, rows: NDArray[np.int64], skips: SkipCounter, done: int) -> None:
+        self._table, self._rows, self._skips, self._done = table, rows, skips, done
+
+    def __iter__(self) -> Iterator[RawSample]:
+        """Those that can be read; the others are counted."""
+        for row in self._rows[self._done :].tolist():
+            self._done += 1
+            try:
+                yield self._table.read(row)
+            except BadSampleError as bad:
+                self._skips.add(bad.kind, self._table.name, f"row {row}", str(bad))
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """How many rows are done."""
+        return (self._done,)
+
+
 @dataclass(frozen=True)
 class TableSource:
     """Every row of a table once an epoch, in an order drawn from (seed, epoch)."""
@@ -45,19 +67,28 @@ class TableSource:
     num_batches: int
     batch_size: int
     seed: int
-    repeats = True
+    visited: Bits | None = None  # rows that the first attempt leaves out
+    rest_batches: int = 0  # of a rank, for those that it does not
+    coverage = Coverage.ONCE
+    shuffle_buffer = 0
 
-    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter) -> Iterator[RawSample]:
-        """This worker's rows; see :class:`Source`."""
-        rows = span_rows(len(self.table), self.num_batches, self.batch_size, self.seed, epoch, place)
+    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]) -> Rows:
+        """See :class:`dissect_clip.data.stream.Source`."""
+        (done,) = position or (0,)
+        if attempt == 0 and self.visited is not None:
+            return Rows(self.table, self._span(self.rest_batches, epoch, place, self.visited), skips, done)
+        rows = self._span(self.num_batches, epoch, place)
         if attempt > 0:
             seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
             np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
-        for row in rows:
-            try:
-                yield self.table.read(int(row))
-            except BadSampleError as bad:
-                skips.add(bad.kind, self.table.name, f"row {row}", str(bad))
+        return Rows(self.table, rows, skips, done)
+
+    def _span(self, num_batches: int, epoch: int, place: Place, visited: Bits | None = None) -> NDArray[np.int64]:
+        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, visited)
+
+    def rest(self, visited: Bits, num_batches: int) -> TableSource:
+        """See :class:`dissect_clip.data.stream.Source`."""
+        return dataclasses.replace(self, visited=visited, rest_batches=num_batches)
 
     def describe(self, place: Place, epoch: int) -> str:
         """The table's name."""
@@ -96,13 +127,14 @@ def table_train(
         raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
     num_batches = count_batches(len(table), config.batch_size, world.size, config.accum_freq)
     source = TableSource(table, num_batches, config.batch_size, config.seed)
-    stream = TrainStream(source, _for_tables(config), world, num_batches, transform, tokenizer)
+    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer)
     return TrainData(
         loader=make_loader(stream, config.workers, world),
         stream=stream,
         num_samples=len(table),
         fingerprint=fingerprint,
         shard_names=(table.name,),
+        shard_sizes=np.array([len(table)]),
         find_shard=all_in_first,
     )
 

@@ -68,6 +68,17 @@ class TarSample(NamedTuple):
     too_large: list[str]  # suffixes of files of more than MAX_FILE_SIZE bytes, which were passed over
 
 
+class Ordinals(Protocol):
+    """Which samples of a tar to read, as a range says it."""
+
+    @property
+    def stop(self) -> int:
+        """The first ordinal behind them."""
+        ...
+
+    def __contains__(self, ordinal: int, /) -> bool: ...
+
+
 class _Readable(Protocol):
     def read(self, count: int, /) -> bytes | None: ...
     def close(self) -> None: ...
@@ -301,7 +312,7 @@ class ShardReader:
                     yield Member(name if path is None else _text(path), size)
                 override = {}
 
-    def read(self, keep: range) -> Iterator[TarSample]:
+    def read(self, keep: Ordinals) -> Iterator[TarSample]:
         """The samples whose ordinals are in ``keep``, with the files of the wanted suffixes; stops at its end.
 
         Raises:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import random
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,21 +19,24 @@ from webdataset.filters import shuffle
 from dissect_clip.config import Config
 from dissect_clip.data.decode import MAX_FILE_SIZE, RawSample, caption_suffixes
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
+from dissect_clip.data.position import Bits
 from dissect_clip.data.shards import ShardIndex, display_names, fingerprint, index_shards
 from dissect_clip.data.sizes import known_sizes
-from dissect_clip.data.skips import Skip, SkipCounter
+from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter
 from dissect_clip.data.split import (
+    Coverage,
     CyclePlan,
     DrawPlan,
     Part,
     Place,
     Plan,
+    RestPlan,
     SpanPlan,
     count_batches,
     share_shards,
 )
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
-from dissect_clip.data.tar import DamagedTarError, ShardReader
+from dissect_clip.data.tar import DamagedTarError, ShardReader, TarSample
 from dissect_clip.data.urls import check_not_empty, check_present, expand, is_local, name_some
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
@@ -45,6 +49,26 @@ _SHUFFLE_INITIAL = 1000
 _log = logging.getLogger(__name__)
 
 
+def _problem(sample: TarSample) -> BadSampleError | None:
+    if not sample.too_large:
+        return None
+    suffixes = " and ".join(sample.too_large)
+    return BadSampleError(Skip.TOO_LARGE_FILE, f"its {suffixes} has more than {MAX_FILE_SIZE} bytes")
+
+
+class Wanted:
+    """Which samples of a shard to read: those of rising ordinals, but for the first ``done`` of them."""
+
+    def __init__(self, ordinals: Sequence[int], done: int = 0) -> None:
+        left = ordinals[done:]
+        self.stop = ordinals.stop if isinstance(ordinals, range) else ordinals[-1] + 1
+        """The first ordinal behind them."""
+        self._left = left if isinstance(left, range) else frozenset(left)
+
+    def __contains__(self, ordinal: int) -> bool:
+        return ordinal in self._left
+
+
 @dataclass(frozen=True)
 class Shard:
     """A shard as its reader needs to know it."""
@@ -55,32 +79,115 @@ class Shard:
     size: int | None  # samples it is said to hold; None where that is not known
     timeout: float  # seconds to wait for a remote shard that sends nothing
 
-    def read(self, keep: range, suffixes: frozenset[str], skips: SkipCounter) -> Iterator[RawSample]:
-        """The samples whose ordinals are in ``keep``; counts those that are not there or not readable.
+    def read(
+        self,
+        ordinals: Sequence[int],
+        suffixes: frozenset[str],
+        skips: SkipCounter,
+        given: int = 0,
+        beyond: bool = True,
+    ) -> Iterator[RawSample]:
+        """The samples of these rising ordinals but for the first ``given``, which were given before.
 
-        Where the size is not known, a shard that cannot be read to its end counts as one lost sample.
+        Counts those that are not there or not readable and, with ``beyond``, those behind the recorded size where
+        ``ordinals`` go up to it. Where the size is not known, a shard that cannot be read to its end counts as one lost
+        sample.
         """
-        given, kind, reason = 0, Skip.BELOW_RECORDED_SIZE, f"it has fewer than the recorded {self.size} samples"
-        lost = 0 if self.size is None else len(keep)
+        wanted = Wanted(ordinals, given)
+        kind, reason = Skip.BELOW_RECORDED_SIZE, f"it has fewer than the recorded {self.size} samples"
+        lost = 0 if self.size is None else len(ordinals)
         try:
             with ShardReader(self.url, suffixes, self.timeout) as reader:
-                for sample in reader.read(keep):
+                for sample in reader.read(wanted):
                     given += 1
-                    if sample.too_large:
-                        reason_here = f"its {' and '.join(sample.too_large)} has more than {MAX_FILE_SIZE} bytes"
-                        skips.add(Skip.TOO_LARGE_FILE, self.name, sample.key, reason_here)
-                        continue
                     sample_id = -1 if self.first_id is None else self.first_id + sample.ordinal
-                    yield RawSample(sample_id, self.name, sample.key, sample.files)
-                if keep.stop == self.size and (beyond := reader.finish() - self.size) > 0:
-                    reason = f"it has {beyond} samples more than the recorded {self.size}"
-                    skips.add(Skip.BEYOND_RECORDED_SIZE, self.name, None, reason, beyond)
+                    yield RawSample(sample_id, self.name, sample.key, sample.files, _problem(sample))
+                if beyond and wanted.stop == self.size and (extra := reader.finish() - self.size) > 0:
+                    reason = f"it has {extra} samples more than the recorded {self.size}"
+                    skips.add(Skip.BEYOND_RECORDED_SIZE, self.name, None, reason, extra)
         except (DamagedTarError, OSError) as error:
             unread = given == 0 and isinstance(error, OSError)
             kind, reason = (Skip.UNREADABLE_SHARD if unread else Skip.DAMAGED_SHARD), str(error)
             lost = max(lost, given + 1) if self.size is None else lost
         if lost > given:
             skips.add(kind, self.name, None, reason, lost - given)
+
+
+class ReadPart(Protocol):
+    """:meth:`Shard.read` of a part's shard."""
+
+    def __call__(self, part: Part, given: int = 0, beyond: bool = True) -> Iterator[RawSample]: ...
+
+
+class PartsInOrder:
+    """The samples of parts of shards, one part after the other, from some place on; knows how far it is."""
+
+    def __init__(self, parts: list[Part], read: ReadPart, done: int, given: int, uneven: dict[int, int]) -> None:
+        self.parts, self._read = parts, read
+        self.done = done  # parts read to their end
+        self.given = given  # samples of the part after these
+        self.uneven = uneven  # samples that a part gave, by its place, where it was not as many as it names
+
+    def __iter__(self) -> Iterator[RawSample]:
+        for part in self.parts[self.done :]:
+            for sample in self._read(part, given=self.given):
+                self.given += 1
+                yield sample
+            if self.given != len(part.ordinals):
+                self.uneven[self.done] = self.given
+            self.done, self.given = self.done + 1, 0
+
+    def counts(self) -> list[int]:
+        """Samples that each part has given, of those that were begun."""
+        ended = [self.uneven.get(place, len(part.ordinals)) for place, part in enumerate(self.parts[: self.done])]
+        return [*ended, self.given]
+
+
+class Shuffled:
+    """The samples of parts through a shuffle buffer; see :class:`dissect_clip.data.stream.Samples`.
+
+    To go on at a position, the buffer is run with numbers in place of the samples that went into it before. It then
+    holds the numbers of a few thousand; only these are read again, and only when they come out are they decoded.
+    """
+
+    def __init__(self, parts: list[Part], read: ReadPart, seed: int, position: tuple[int, ...]) -> None:
+        self._drawn, done, given, *uneven = position or (0, 0, 0)
+        self._in_order = PartsInOrder(parts, read, done, given, dict(zip(uneven[::2], uneven[1::2], strict=True)))
+        self._read, self._seed = read, seed
+
+    def __iter__(self) -> Iterator[RawSample]:
+        counts = np.array(self._in_order.counts())
+        waiting = np.ones(counts.sum(), bool)
+        buffer = shuffle(_SHUFFLE_BUFFER, initial=_SHUFFLE_INITIAL, rng=random.Random(self._seed))
+        mixed: Iterator[int | RawSample] = buffer(chain(range(len(waiting)), self._in_order))
+        waiting[np.fromiter(islice(mixed, self._drawn), np.int64)] = False
+        again = self._read_again(np.flatnonzero(waiting), counts)
+        for item in mixed:
+            self._drawn += 1
+            sample = again.pop(item, None) if isinstance(item, int) else item
+            if sample is not None:
+                yield sample
+
+    def _read_again(self, numbers: NDArray[np.int64], counts: NDArray[np.int64]) -> dict[int, RawSample]:
+        """Samples by their numbers, which count what the parts have given; those that are gone are counted as lost."""
+        samples: dict[int, RawSample] = {}
+        ends = np.cumsum(counts)
+        cuts = np.searchsorted(numbers, ends)
+        for place, own in enumerate(np.split(numbers, cuts[:-1])):
+            if len(own):
+                ordinals = self._in_order.parts[place].ordinals
+                begin = int(ends[place] - counts[place])
+                part = Part(self._in_order.parts[place].shard, [ordinals[number - begin] for number in own.tolist()])
+                # As many as can still be read: the first ones.
+                read = self._read(part, beyond=False)
+                samples |= {number: sample for sample, number in zip(read, own.tolist(), strict=False)}
+        return samples
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Samples out of the buffer, parts read to their end, samples of the next; then parts with their samples."""
+        order = self._in_order
+        return (self._drawn, order.done, order.given, *chain.from_iterable(order.uneven.items()))
 
 
 @dataclass(frozen=True)
@@ -93,23 +200,30 @@ class ShardSource:
     seed: int
 
     @property
-    def repeats(self) -> bool:
+    def coverage(self) -> Coverage:
         """See :class:`dissect_clip.data.stream.Source`."""
-        return self.plan.repeats
+        return self.plan.coverage
 
-    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter) -> Iterator[RawSample]:
+    @property
+    def shuffle_buffer(self) -> int:
         """See :class:`dissect_clip.data.stream.Source`."""
-        parts = self.plan.parts(place, epoch, attempt)
-        in_order = chain.from_iterable(self._read(part, skips) for part in parts)
+        return _SHUFFLE_BUFFER
+
+    def samples(
+        self, place: Place, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]
+    ) -> Shuffled:
+        """See :class:`dissect_clip.data.stream.Source`."""
+
+        def read(part: Part, given: int = 0, beyond: bool = True) -> Iterator[RawSample]:
+            return self.shards[part.shard].read(part.ordinals, self.suffixes, skips, given, beyond)
+
         seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
-        mixed: Iterator[RawSample] = shuffle(_SHUFFLE_BUFFER, initial=_SHUFFLE_INITIAL, rng=random.Random(seed))(
-            in_order
-        )
-        return mixed
+        return Shuffled(self.plan.parts(place, epoch, attempt), read, seed, position)
 
-    def _read(self, part: Part, skips: SkipCounter) -> Iterator[RawSample]:
-        keep = range(part.first, sys.maxsize if part.last is None else part.last)
-        return self.shards[part.shard].read(keep, self.suffixes, skips)
+    def rest(self, visited: Bits, num_batches: int) -> ShardSource:
+        """See :class:`dissect_clip.data.stream.Source`."""
+        assert isinstance(self.plan, SpanPlan)
+        return dataclasses.replace(self, plan=RestPlan(self.plan, visited, num_batches))
 
     def describe(self, place: Place, epoch: int) -> str:
         """See :class:`dissect_clip.data.stream.Source`."""
@@ -252,13 +366,14 @@ def train_data(
     plan = _plan(config, num_batches, index, sources)
     suffixes = caption_suffixes(config.json_caption_key)
     source = ShardSource(_shards(urls, names, index, config.data_timeout), plan, suffixes, config.seed)
-    stream = TrainStream(source, config, world, num_batches, transform, tokenizer)
+    stream = TrainStream(source, config, world, num_batches, num_samples, transform, tokenizer)
     return TrainData(
         loader=make_loader(stream, config.workers, world),
         stream=stream,
         num_samples=num_samples,
         fingerprint=fingerprint(names, [-1] * len(names)) if index is None else index.fingerprint,
         shard_names=names,
+        shard_sizes=None if index is None else index.sizes,
         find_shard=_no_ids if index is None else index.locate,
     )
 
@@ -314,7 +429,11 @@ class SharedShards:
     def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
         """See :class:`dissect_clip.data.evalstream.EvalSource`."""
         for shard, ordinals in share_shards(len(self.shards), place):
-            yield from self.shards[shard].read(ordinals, self.suffixes, skips)
+            for sample in self.shards[shard].read(ordinals, self.suffixes, skips):
+                if sample.problem is None:
+                    yield sample
+                else:
+                    skips.add(sample.problem.kind, sample.shard, sample.key, str(sample.problem))
 
 
 def shared_shards(urls: list[str], suffixes: frozenset[str], flag: str, timeout: float) -> SharedShards:

@@ -1,0 +1,81 @@
+"""Where loader workers stand in an epoch, and which samples the epoch has visited, so that it can go on after a stop.
+
+Shapes: M samples in the data set, N samples a batch, P numbers of a worker's progress, V workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Bits = NDArray[np.uint8]
+"""A flag for each sample, eight to a byte; that of sample i is bit i % 8 of byte i // 8."""
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a loader worker stands after a batch: all that it needs to go on with its next."""
+
+    worker: int  # in its rank
+    attempt: int = 0  # how often its samples did not suffice for its batches
+    usable: int = 0  # samples of this attempt that went into batches
+    batches: int = 0  # made in this pass
+    counts: tuple[int, ...] = ()  # what it left out in this epoch, by the number of its kind
+    position: tuple[int, ...] = ()  # of its source in this attempt; empty is the beginning
+
+    def pack(self) -> Tensor:
+        """[P] int64."""
+        head = (self.worker, self.attempt, self.usable, self.batches, len(self.counts))
+        return torch.tensor((*head, *self.counts, *self.position))
+
+    @staticmethod
+    def unpack(numbers: Sequence[int]) -> Progress:
+        """Of the numbers of :meth:`pack`."""
+        worker, attempt, usable, batches, kinds, *rest = numbers
+        return Progress(worker, attempt, usable, batches, tuple(rest[:kinds]), tuple(rest[kinds:]))
+
+
+def pack_all(rows: Sequence[Progress]) -> Tensor:
+    """V workers -> [sum of P + V] int64, the length of each before its numbers."""
+    packed = [row.pack() for row in rows]
+    return torch.cat([part for row in packed for part in (torch.tensor([len(row)]), row)])
+
+
+def unpack_all(numbers: Tensor) -> list[Progress]:
+    """[sum of P + V] int64 of one :func:`pack_all`, or several joined, -> V workers."""
+    left, rows = numbers.tolist(), []
+    begin = 0
+    while begin < len(left):
+        end = begin + 1 + left[begin]
+        rows.append(Progress.unpack(left[begin + 1 : end]))
+        begin = end
+    return rows
+
+
+def no_bits(num_samples: int) -> Bits:
+    """[ceil(M / 8)], of samples none of which is marked."""
+    return np.zeros(-(-num_samples // 8), np.uint8)
+
+
+def mark(bits: Bits, sample_id: NDArray[np.int64]) -> None:
+    """Set the bits of the samples [N], which may name one several times."""
+    np.bitwise_or.at(bits, sample_id >> 3, np.left_shift(1, sample_id & 7).astype(np.uint8))
+
+
+def count_marked(bits: Bits) -> int:
+    """How many samples are marked."""
+    return int(_ONES[bits].sum(dtype=np.int64))
+
+
+def unmarked(bits: Bits, first: int, last: int) -> NDArray[np.int64]:
+    """Those of the samples ``first`` to before ``last`` that are not marked, counted from ``first``; rising."""
+    begin = first // 8
+    flags = np.unpackbits(bits[begin : -(-last // 8)], bitorder="little")[first - 8 * begin : last - 8 * begin]
+    return np.flatnonzero(flags == 0)
