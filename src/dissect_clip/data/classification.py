@@ -16,9 +16,9 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from dissect_clip.config import Config
-from dissect_clip.data.decode import IMAGE_SUFFIXES, RawSample
+from dissect_clip.data.decode import IMAGE_SUFFIXES, RawSample, read_file
 from dissect_clip.data.evalstream import ClassificationData, EvalSource, classification_data
-from dissect_clip.data.skips import Skip, SkipCounter
+from dissect_clip.data.skips import BadSampleError, SkipCounter
 from dissect_clip.data.split import Place
 from dissect_clip.data.stream import Transform
 from dissect_clip.data.webdataset import benchmark_shards, shared_shards
@@ -43,9 +43,9 @@ class FolderSource:
         for number in range(place.number, len(self.files), place.total):
             path, label = self.files[number]
             try:
-                image = Path(path).read_bytes()
-            except OSError as error:
-                skips.add(Skip.BAD_IMAGE, self.root, path, str(error))
+                image = read_file(path)
+            except BadSampleError as bad:
+                skips.add(bad.kind, self.root, path, str(bad))
             else:
                 yield RawSample(number, self.root, path, {"jpg": image, "cls": str(label).encode()})
 

@@ -12,9 +12,8 @@ import pyarrow.compute
 import pyarrow.csv
 
 from dissect_clip.config import Config
-from dissect_clip.data.decode import RawSample
+from dissect_clip.data.decode import RawSample, read_file
 from dissect_clip.data.evalstream import RetrievalData
-from dissect_clip.data.skips import BadSampleError, Skip
 from dissect_clip.data.stream import Tokenizer, TrainData, Transform
 from dissect_clip.data.table import table_retrieval, table_train
 from dissect_clip.dist import World
@@ -81,12 +80,9 @@ class CsvTable:
             BadSampleError: the image cannot be read.
         """
         path: bytes = self._paths[row].as_py()
-        try:
-            with open(path, "rb") as file:
-                image = file.read()
-        except OSError as error:
-            raise BadSampleError(Skip.NO_IMAGE, str(error)) from error
-        return RawSample(row, self.name, os.fsdecode(path), {"jpg": image, "txt": self._captions[row].as_py()})
+        return RawSample(
+            row, self.name, os.fsdecode(path), {"jpg": read_file(path), "txt": self._captions[row].as_py()}
+        )
 
     def fingerprint(self) -> str:
         """Hex digest over the rows: images' base names and captions."""

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import CenterCrop, Compose
 
 from dissect_clip.batch import LabelledBatch, RetrievalBatch
 from dissect_clip.config import Config
-from dissect_clip.data.decode import RawSample, decode_captions, decode_image, decode_label, split_lines
+from dissect_clip.data.decode import RawSample, decode_captions, decode_image, decode_label, transform_image
 from dissect_clip.data.skips import BadSampleError, SkipBoard, SkipCounter
 from dissect_clip.data.split import Place, place_here
 from dissect_clip.data.stream import Tokenizer, Transform, make_loader
@@ -25,6 +27,8 @@ from dissect_clip.dist import World
 from dissect_clip.seeding import Stream, derive_seed, seeded
 
 B = TypeVar("B")
+
+_MAX_RATIO = 100
 
 
 class EvalSource(Protocol):
@@ -83,6 +87,29 @@ class EvalStream(IterableDataset[B]):
                 yield image
 
 
+def _keeps_the_middle(transform: Transform) -> bool:
+    """Whether the transform resizes the shorter side, then keeps the middle, as open_clip's does unless told else."""
+    return isinstance(transform, Compose) and any(isinstance(step, CenterCrop) for step in transform.transforms)
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of an image whose sides are in a ratio above 100, as much of it as has a ratio of about 100.
+
+    Resizing the shorter side to 224 would make a gigabyte of 20000 x 3 pixels. Whole multiples of 4 shorter sides go,
+    so that the middle of the resized image stays where it was: some of its pixels change by a level or two.
+    """
+    short, long = sorted(image.size)
+    cut = 2 * short * max(0, -(-(long - _MAX_RATIO * short) // (4 * short)))  # on both sides
+    if image.width == long:
+        return image.crop((cut, 0, image.width - cut, image.height))
+    return image.crop((0, cut, image.width, image.height - cut))
+
+
+def _eval_image(transform: Transform, sample: RawSample) -> Tensor:
+    image = decode_image(sample.files)
+    return transform_image(transform, middle(image) if _keeps_the_middle(transform) else image)
+
+
 @dataclass(frozen=True)
 class DecodeRetrieval:
     """Images with all their captions."""
@@ -93,10 +120,8 @@ class DecodeRetrieval:
 
     def __call__(self, sample: RawSample) -> Described:
         """Raises BadSampleError where the image or every caption is missing or broken."""
-        captions = decode_captions(sample.files, self.json_field)
-        if self.by_line and self.json_field is None:
-            captions = split_lines(captions)
-        return Described(self.transform(decode_image(sample.files)), captions, sample.sample_id)
+        captions = decode_captions(sample.files, self.json_field, self.by_line)
+        return Described(_eval_image(self.transform, sample), captions, sample.sample_id)
 
 
 @dataclass(frozen=True)
@@ -120,11 +145,12 @@ class DecodeLabelled:
     """Images with their class."""
 
     transform: Transform
+    num_classes: int
 
     def __call__(self, sample: RawSample) -> Described:
         """Raises BadSampleError where image or label is missing or broken."""
-        label = decode_label(sample.files)
-        return Described(self.transform(decode_image(sample.files)), [], label)
+        label = decode_label(sample.files, self.num_classes)
+        return Described(_eval_image(self.transform, sample), [], label)
 
 
 def collate_labelled(images: list[Described]) -> LabelledBatch:
@@ -183,5 +209,5 @@ def classification_data(
     transform: Transform,
 ) -> ClassificationData:
     """Labelled images of a source as a set for zero-shot classification."""
-    stream = EvalStream(source, DecodeLabelled(transform), collate_labelled, config, world)
+    stream = EvalStream(source, DecodeLabelled(transform, len(classnames)), collate_labelled, config, world)
     return ClassificationData(name, make_loader(stream, config.workers, world), stream, classnames, templates)

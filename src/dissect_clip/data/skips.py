@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_MAX_REASON = 500
+
 _log = logging.getLogger(__name__)
 
 
@@ -38,6 +40,12 @@ class Skip(IntEnum):
     def label(self) -> str:
         """The kind's name in logs and files."""
         return self.name.lower()
+
+
+def printable(text: str, length: int = 300) -> str:
+    """Text of unknown origin for a log line: its beginning, with escapes for what moves cursors or breaks lines."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:length])
+    return shown if len(text) <= length else f"{shown}..."
 
 
 class BadSampleError(Exception):
@@ -83,11 +91,14 @@ class SkipCounter:
         """Count ``count`` samples of ``kind`` in a shard; ``key`` names the sample where it is a single one."""
         self._counts[kind] += count
         if self._rows is not None:
-            self._rows.append(SkipRow(int(kind), shard, key, reason, count))
+            self._rows.append(SkipRow(int(kind), shard, key, reason[:_MAX_REASON], count))
         if kind not in self._warned:
             self._warned.add(kind)
             where = shard if key is None else f"sample {key} of {shard}"
-            _log.warning("skipping %s: %s (%s); more of this kind are only counted", where, reason, kind.label)
+            _log.warning(
+                "skipping %s: %s (%s); more of this kind are only counted",
+                printable(where), printable(reason), kind.label,
+            )  # fmt: skip
 
 
 class SkipBoard:
