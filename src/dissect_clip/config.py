@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +23,7 @@ from typing import Any, NoReturn, Union
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The numbers a setting may take; an open end is None."""
+    """The finite numbers a setting may take; an open end is None."""
 
     above: float | None = None
     at_least: float | None = None
@@ -29,20 +31,22 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         return (
-            (self.above is None or value > self.above)
+            abs(value) < math.inf
+            and (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
         )
 
     def __str__(self) -> str:
         ends = [("above", self.above), ("at least", self.at_least), ("at most", self.at_most)]
-        return " and ".join(f"{name} {end:g}" for name, end in ends if end is not None)
+        return " and ".join(f"{name} {end:g}" for name, end in ends if end is not None) or "finite"
 
 
 POSITIVE = Range(above=0)
 NOT_NEGATIVE = Range(at_least=0)
 COUNT = Range(at_least=1)
 FRACTION = Range(above=0, at_most=1)
+FINITE = Range()
 
 
 def setting(
@@ -143,9 +147,11 @@ class Config:
         0, "with --lock-text: leave the last n layers unlocked", within=NOT_NEGATIVE
     )
     lock_text_freeze_layer_norm: bool = setting(False, "with --lock-text: freeze LayerNorm in the locked layers")
-    image_mean: tuple[float, ...] | None = setting(None, "override the mean the images are normalised with")
+    image_mean: tuple[float, ...] | None = setting(
+        None, "override the mean the images are normalised with", within=FINITE
+    )
     image_std: tuple[float, ...] | None = setting(
-        None, "override the standard deviation the images are normalised with"
+        None, "override the standard deviation the images are normalised with", within=POSITIVE
     )
     image_interpolation: str | None = setting(
         None, "override the resize interpolation", choices=("bicubic", "bilinear", "random")
@@ -401,7 +407,7 @@ def default_adam(model: str) -> dict[str, float]:
 
 
 class _KeyValues(argparse.Action):
-    """``key=value ...`` into a dict, values as Python literals where they are some."""
+    """``key=value ...`` into a dict, values as Python literals where they are some that JSON can hold."""
 
     def __call__(
         self,
@@ -415,10 +421,11 @@ class _KeyValues(argparse.Action):
             key, equals, text = item.partition("=")
             if not equals or not key:
                 parser.error(f"argument {option}: {item!r} is not of the form key=value")
-            try:
-                pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pairs[key] = text
+            pairs[key] = text
+            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+                literal = ast.literal_eval(text)
+                json.dumps(literal, allow_nan=False)
+                pairs[key] = literal
         setattr(namespace, self.dest, pairs)
 
 
@@ -444,7 +451,8 @@ class _Parser(argparse.ArgumentParser):
             known = difflib.get_close_matches(word.split("=")[0], list(self._option_string_actions), n=1)
             if known:
                 message += f" (did you mean {known[0]}?)"
-        self.exit(2, f"error: {message}\nSee --help for all flags.\n")
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
+        self.exit(2, f"error: {line}\nSee --help for all flags.\n")
 
 
 def _strip_none(hint: Any) -> Any:
@@ -603,6 +611,9 @@ def parse_args(argv: Sequence[str], strategies: Mapping[str, str]) -> Config:
     """
     parser = build_parser(strategies)
     values = vars(parser.parse_args(argv))
+    for name, value in values.items():
+        if value == []:  # what argparse makes of --name=-- before Python 3.13
+            parser.error(f"argument --{name.replace('_', '-')}: it cannot be --")
     names = {field.name for field in dataclasses.fields(Config)}
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
     config = Config(**values)
