@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from distributed import run_on_ranks
+from torch import nn
 from toy import make_config, make_module, random_pairs
 
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.model import Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.model import RunningBuffers, Scorer, autocast_for, build_model, wrap_model
 
 CPU = torch.device("cpu")
 
@@ -143,3 +145,38 @@ def test_compiled_scores_agree(tmp_path: Path):
 def test_one_process_is_not_wrapped(tmp_path: Path):
     module = make_module(tmp_path)
     assert wrap_model(module, make_config(tmp_path), World()) == (module, module)
+
+
+def test_running_statistics_stay_finite(tmp_path: Path):
+    module = make_module(tmp_path, model="toy-rn")
+    buffers = RunningBuffers(module, World())
+    norm = next(part for part in module.modules() if isinstance(part, nn.BatchNorm2d))
+    norm.running_mean += 1
+    buffers.settle()
+    assert norm.running_mean.mean() == 1
+    norm.running_mean[0] = torch.nan
+    norm.running_var += 1
+    buffers.settle()
+    assert norm.running_mean.mean() == 1
+    assert norm.running_var.mean() == 1
+
+
+def test_models_without_running_statistics_have_nothing_to_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    buffers = RunningBuffers(make_module(tmp_path), World())
+    monkeypatch.setattr(World, "copy_from_main", None)
+    buffers.settle()
+
+
+def _settle(world: World, folder: str) -> list[float]:
+    module = make_module(Path(folder), model="toy-rn")
+    buffers = RunningBuffers(module, world)
+    for buffer in module.buffers():
+        buffer += world.rank
+    buffers.settle()
+    return [buffer.double().sum().item() for name, buffer in module.named_buffers() if "running" in name]
+
+
+@pytest.mark.dist
+def test_running_statistics_are_those_of_rank_0(tmp_path: Path):
+    first, second = run_on_ranks(2, _settle, str(tmp_path))
+    assert first == second

@@ -1,6 +1,8 @@
 """The step and the epoch, on toy models and batches in memory."""
 
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +17,9 @@ from dissect_clip.batch import Batch
 from dissect_clip.cli import build_state
 from dissect_clip.clock import PhaseClock
 from dissect_clip.config import Config
+from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.dist import World
-from dissect_clip.errors import TrainingError
+from dissect_clip.errors import Stopped, TrainingError
 from dissect_clip.model import build_model
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.train import TrainState, train_epoch, train_step
@@ -30,21 +33,30 @@ class MemoryData:
     def __init__(self, world: World, image_size: int = 16) -> None:
         self.world = world
         self.image_size = image_size
-        self.num_batches = STEPS
+        self.num_batches = self.batches_left = STEPS
         self.epochs: list[int] = []
+        self.count = 2  # of samples skipped
 
     @property
     def loader(self) -> Iterator[Batch]:
         for step in range(STEPS):
             ids = torch.arange(N) + N * ((step + self.world.rank) % STEPS)
             image, text = random_pairs(SAMPLES, self.image_size)
-            yield Batch(image[ids], text[ids], ids)
+            yield self.change(Batch(image[ids], text[ids], ids), step)
+
+    def change(self, batch: Batch, step: int) -> Batch:
+        return batch
+
+    def taken(self, batch: Batch) -> None: ...
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
     def skipped(self) -> dict[str, int]:
-        return {"image_undecodable": 2, "caption_missing": 0}
+        return {"bad_image": self.count, "no_caption": 0}
+
+    def skipped_rows(self) -> Tensor:
+        return pack_rows([SkipRow(int(Skip.BAD_IMAGE), "shard.tar", "key", "reason", self.count)])
 
 
 class Reports:
@@ -62,15 +74,19 @@ class Reports:
 
 def make_state(folder: Path, world: World | None = None, **changes: Any) -> TrainState:
     world = world or World()
-    config: Config = make_config(folder, **({"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5} | changes))
+    config: Config = make_config(
+        folder, **({"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5, "max_skip_fraction": 0.1} | changes)
+    )
     data: Any = SimpleNamespace(num_samples=SAMPLES)
     return build_state(config, world, build_model(config, world), data, None, STEPS)
 
 
-def train(state: TrainState, epochs: int = 2, image_size: int = 16) -> list[dict[str, float]]:
+def train(
+    state: TrainState, epochs: int = 2, image_size: int = 16, kind: type[MemoryData] = MemoryData
+) -> list[dict[str, float]]:
     reports = Reports()
     for _ in range(epochs):
-        train_epoch(state, MemoryData(state.world, image_size), reports)  # type: ignore[arg-type]
+        train_epoch(state, kind(state.world, image_size), reports)  # type: ignore[arg-type]
     return reports.lines
 
 
@@ -192,12 +208,107 @@ def test_logit_scale_stays_below_100(tmp_path: Path):
     assert state.module.logit_scale.exp().item() <= 100.01
 
 
-def test_a_loss_that_is_not_finite_stops_with_what_to_look_at(tmp_path: Path):
-    state = make_state(tmp_path)
+class BrokenData(MemoryData):
+    """The images of the second batch hold what is not a number."""
+
+    def change(self, batch: Batch, step: int) -> Batch:
+        return replace(batch, image=torch.full_like(batch.image, torch.nan)) if step == 1 else batch
+
+
+@pytest.mark.parametrize("model", ["toy-vit", "toy-rn"])
+@pytest.mark.parametrize("strategy", [None, "random", "clipscore"])
+def test_a_step_that_is_not_finite_changes_nothing(
+    tmp_path: Path, model: str, strategy: str | None, caplog: pytest.LogCaptureFixture
+):
+    chosen = {} if strategy is None else {"select": True, "select_strategy": strategy, "select_rate": 0.5}
+    size = 32 if model == "toy-rn" else 16
+    state = make_state(tmp_path, model=model, wd=0.0, **chosen)
+    lines = train(state, epochs=1, image_size=size, kind=BrokenData)
+    assert [line["nonfinite_steps"] for line in lines] == [0, 1, 0]
+    assert lines[1]["nonfinite_samples"] > 0
+    assert all(math.isfinite(line["loss"]) for line in (lines[0], lines[2]))
+    assert all(value.isfinite().all() for value in weights(state).values())
+    assert "changed no weights" in caplog.text
+
+    other = make_state(tmp_path, model=model, wd=0.0, **chosen)
+    _, second, third = MemoryData(other.world, size).loader
+    first = next(MemoryData(other.world, size).loader)
+    clock = PhaseClock(torch.device("cpu"))
+    other.model.train()
+    train_step(other, [first], clock)
+    before = weights(other)
+    train_step(other, [BrokenData(other.world).change(second, 1)], clock)
+    assert same({k: v for k, v in before.items() if "num_batches" not in k}, {
+        k: v for k, v in weights(other).items() if "num_batches" not in k
+    })  # fmt: skip
+    train_step(other, [third], clock)
+    assert not same(before, weights(other))
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_too_many_steps_in_a_row_stop_with_what_to_look_at(tmp_path: Path, with_folder: bool):
+    state = make_state(tmp_path, max_nonfinite_steps=2)
+    state.folder = tmp_path if with_folder else None
     with torch.no_grad():
         state.module.text_projection.fill_(torch.nan)
-    with pytest.raises(TrainingError, match=r"steps 0 to 0.*--lr.*--precision"):
+    message = r"2 steps in a row, 0 to 1, on rank 0 .*--lr.*--precision"
+    with pytest.raises(TrainingError, match=message):
         train(state, epochs=1)
+    if with_folder:
+        (kept,) = (tmp_path / "nonfinite").iterdir()
+        content = torch.load(kept, weights_only=True)
+        assert content["step"] == 1
+        assert content["batches"][0]["sample_id"].tolist() == list(range(N, 2 * N))
+        assert content["batches"][0]["image"].shape == (N, 3, 16, 16)
+
+
+def test_too_many_samples_that_cannot_be_used_stop(tmp_path: Path):
+    class Rotten(MemoryData):
+        def __init__(self, world: World, image_size: int) -> None:
+            super().__init__(world, image_size)
+            self.count = 13  # of the epoch's 24
+
+    train(make_state(tmp_path, max_skip_fraction=0.6), epochs=1, kind=Rotten)
+    with pytest.raises(TrainingError, match=r"13 bad_image.*shard\.tar"):
+        train(make_state(tmp_path, max_skip_fraction=0.5), epochs=1, kind=Rotten)
+
+
+def test_saves_inside_the_epoch_and_not_at_its_end(tmp_path: Path):
+    state = make_state(tmp_path, save_every_n_steps=1)
+    saved: list[tuple[int, int]] = []
+    data: Any = MemoryData(state.world)
+    for _ in range(2):
+        train_epoch(state, data, Reports(), lambda: saved.append((state.counters.epoch, state.counters.epoch_step)))
+    assert saved == [(0, 1), (0, 2), (1, 1), (1, 2)]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
+    state = make_state(tmp_path)
+    saved: list[int] = []
+    data: Any = MemoryData(state.world)
+
+    class Interrupting(Reports):
+        def train(self, step_now: int, metrics: Mapping[str, float]) -> None:
+            if step_now == step:
+                state.world.watch.ask("SIGTERM")
+
+    if step == STEPS:  # the epoch's own checkpoint follows
+        assert train_epoch(state, data, Interrupting(), lambda: saved.append(state.counters.step)) == "SIGTERM"
+        assert saved == []
+    else:
+        with pytest.raises(Stopped, match="SIGTERM"):
+            train_epoch(state, data, Interrupting(), lambda: saved.append(state.counters.step))
+        assert saved == [step]
+
+
+def test_a_killed_loader_worker_is_named(tmp_path: Path):
+    class Gone(MemoryData):
+        def change(self, batch: Batch, step: int) -> Batch:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.raises(TrainingError, match=r"pid 7.*--workers"):
+        train(make_state(tmp_path), epochs=1, kind=Gone)
 
 
 def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -233,8 +344,8 @@ def test_metrics_have_openclips_names_and_the_phases(tmp_path: Path):
 
 def test_skipped_samples_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     train(make_state(tmp_path), epochs=1)
-    assert "2 image_undecodable" in caplog.text
-    assert "caption_missing" not in caplog.text
+    assert "2 bad_image" in caplog.text
+    assert "no_caption" not in caplog.text
 
 
 RANK_VARIANTS: list[dict[str, Any]] = [

@@ -38,13 +38,14 @@ from dissect_clip.errors import SetupError, TrainingError
 from dissect_clip.evaluation import Tokenizer, evaluate
 from dissect_clip.logs import Reporter, close_logging, make_reporter, setup_logging
 from dissect_clip.loss import SampleLoss, build_loss
-from dissect_clip.model import Model, Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.model import Model, RunningBuffers, Scorer, autocast_for, build_model, wrap_model
 from dissect_clip.optim import build_optimizer, build_scaler
 from dissect_clip.record import NullRecorder, Recorder
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.schedule import learning_rate
 from dissect_clip.selection import build_selector, summaries
-from dissect_clip.train import Counters, TrainState, train_epoch
+from dissect_clip.skipped import SkipLog
+from dissect_clip.train import Counters, Tally, TrainState, train_epoch
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +226,11 @@ def build_state(
         input_dtype=open_clip.get_input_dtype(config.precision),
         selector=selector,
         scorer=Scorer(module, autocast, config.select_score_mode, config.torchcompile),
+        buffers=RunningBuffers(module, world),
         recorder=recorder,
+        skip_log=SkipLog(folder.skipped if folder else None, world),
+        tally=Tally(world.device),
+        folder=folder.path if folder else None,
     )
 
 

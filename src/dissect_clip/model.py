@@ -207,6 +207,7 @@ def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Modu
         model = DistributedDataParallel(
             module,
             device_ids=None if world.device.type == "cpu" else [world.device],
+            broadcast_buffers=False,  # RunningBuffers does it after each step
             static_graph=config.ddp_static_graph,
         )
     if config.torchcompile:
@@ -217,6 +218,45 @@ def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Modu
             logging.getLogger(name).setLevel(logging.WARNING)
         model = torch.compile(model)  # type: ignore[assignment]
     return module, model
+
+
+class RunningBuffers:
+    """The buffers that training changes, BatchNorm's statistics: equal on all ranks between steps, and always finite.
+
+    DDP copies rank 0's before each forward pass, so that the ranks would score with different ones, evaluate with
+    different ones, and a resumed run, in which all ranks load rank 0's, would not go on as if it had never stopped.
+    """
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        saved = module.state_dict()
+        self._buffers = [
+            buffer for name, buffer in module.named_buffers() if buffer.is_floating_point() and name in saved
+        ]
+        self._world = world
+        self.remember()
+
+    def _flat(self) -> Tensor:
+        return torch.cat([buffer.reshape(-1) for buffer in self._buffers])
+
+    def remember(self) -> None:
+        """Take the present values for good ones, as after a checkpoint was loaded."""
+        if self._buffers:
+            self._last = self._flat()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Rank 0's values on all ranks, or the last ones where those are not finite; after each step. No device sync.
+
+        Collective where the module has such buffers: one broadcast.
+        """
+        if not self._buffers:
+            return
+        flat = self._flat()
+        self._world.copy_from_main(flat)
+        self._last = flat.where(flat.isfinite().all(), self._last)
+        parts = self._last.split([buffer.numel() for buffer in self._buffers])  # type: ignore[no-untyped-call]
+        for buffer, part in zip(self._buffers, parts, strict=True):
+            buffer.copy_(part.view_as(buffer))
 
 
 class Scorer:

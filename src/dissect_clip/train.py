@@ -13,8 +13,10 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,42 +28,63 @@ from dissect_clip.clock import PHASES, PhaseClock
 from dissect_clip.config import Config
 from dissect_clip.data import TrainData
 from dissect_clip.dist import World
-from dissect_clip.errors import TrainingError
+from dissect_clip.errors import Stopped, TrainingError
 from dissect_clip.logs import Progress, Reporter
-from dissect_clip.model import Autocast, Scorer
+from dissect_clip.model import Autocast, RunningBuffers, Scorer
 from dissect_clip.optim import optimizer_step, set_learning_rate
 from dissect_clip.record import NullRecorder, Recorder
 from dissect_clip.schedule import Schedule
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
 from dissect_clip.selection import Selector
+from dissect_clip.skipped import SkipLog
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 """The logit scale is kept from growing past 100 (Radford et al., 2021, section 2.5)."""
 
 _NOT_FEATURES = ("logit_scale", "logit_bias")
 
+_RANKS_KEPT = 4
+"""Of how many ranks a batch is saved where training ends in steps that are not finite."""
+
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Counters:
-    """How far training is. Samples are counted over all ranks; saved in checkpoints."""
+    """How far training is. Samples are counted over all ranks."""
 
     epoch: int = 0  # completed epochs
+    epoch_step: int = 0  # optimizer steps done in the epoch after them
     step: int = 0  # optimizer steps
     batch: int = 0  # batches of this rank, accum_freq for each step
     seen: int = 0  # samples loaded, and scored where the strategy scores
     trained: int = 0  # samples that the loss was computed on
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # of this rank, by phase
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {**vars(self), "seconds": dict(self.seconds)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over saved counters."""
-        for name in vars(self):
-            setattr(self, name, state[name])
+class Tally:
+    """What was not finite since the last reading, counted on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._steps = torch.zeros((), dtype=torch.int64, device=device)
+        self._samples = torch.zeros((), dtype=torch.int64, device=device)
+        self._run = torch.zeros((), dtype=torch.int64, device=device)
+
+    def add_samples(self, *features: Tensor) -> None:
+        """Count the rows [K, ...] whose features are not finite."""
+        for part in features:
+            self._samples += (~part.detach().flatten(1).isfinite().all(dim=1)).sum()
+
+    def add_step(self, finite: Tensor) -> None:
+        """Count an optimizer step; ``finite`` is a scalar bool: whether its loss and gradient were."""
+        self._steps += ~finite
+        self._run = torch.where(finite, 0, self._run + 1)
+
+    def read(self) -> Tensor:
+        """[3] int64 on the device: steps, steps in a row up to now, samples; begins to count anew, but for the row."""
+        counts = torch.stack([self._steps, self._run, self._samples])
+        self._steps, self._samples = torch.zeros_like(self._steps), torch.zeros_like(self._samples)
+        return counts
 
 
 @dataclass
@@ -81,8 +104,13 @@ class TrainState:
     input_dtype: torch.dtype | None
     selector: Selector | None
     scorer: Scorer
+    buffers: RunningBuffers
     recorder: Recorder | NullRecorder
+    skip_log: SkipLog
+    tally: Tally
+    folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
+    saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last begun
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -> dict[str, Tensor]:
@@ -90,20 +118,26 @@ def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -
 
     Returns the losses by name, with their sum as ``loss``, and ``logit_scale``: scalars on the device, detached.
     """
-    config, counters = state.config, state.counters
+    config, counters, watch = state.config, state.counters, state.world.watch
     seed_everything(derive_seed(config.seed, Stream.MODEL, counters.step, state.world.rank))
     if not config.skip_scheduler:
         set_learning_rate(state.optimizer, state.schedule(counters.step))
+    watch.mark("score", counters.step)
     chosen = [_select(state, batch) for batch in batches]
     clock.lap("score")
+    watch.mark("train", counters.step)
     state.optimizer.zero_grad(set_to_none=True)
     outputs = _forward_backward(state, chosen[0]) if len(chosen) == 1 else _accumulate(state, chosen)
     clock.lap("train")
-    optimizer_step(state.optimizer, state.scaler, state.module.parameters(), config.grad_clip_norm)
+    watch.mark("optimizer", counters.step)
+    finite = optimizer_step(state.optimizer, state.scaler, state.module.parameters(), config.grad_clip_norm)
     with torch.no_grad():
         state.module.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
+    state.buffers.settle()
+    state.tally.add_step(finite & outputs["loss"].isfinite())
     clock.lap("optimizer")
     counters.step += 1
+    counters.epoch_step += 1
     return outputs
 
 
@@ -137,12 +171,15 @@ def _forward_backward(state: TrainState, batch: Batch) -> dict[str, Tensor]:
                 taught = state.teacher(batch.image, batch.text)
             out |= {f"dist_{name}": value for name, value in taught.items()}
         losses = state.loss(**out, output_dict=True)
+    state.tally.add_samples(out["image_features"], out["text_features"])
     return _backward(state, losses, out["logit_scale"])
 
 
 def _accumulate(state: TrainState, batches: Sequence[Batch]) -> dict[str, Tensor]:
     with torch.no_grad(), state.autocast():
         cached = [state.module(batch.image, batch.text) for batch in batches]
+    for part in cached:
+        state.tally.add_samples(part["image_features"], part["text_features"])
     outputs: dict[str, Tensor] = {}
     for place, batch in enumerate(batches):
         with _sync_gradients(state.model, place == len(batches) - 1):
@@ -166,52 +203,106 @@ def _sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextMa
     return inner.no_sync()
 
 
+def _next(batches: Iterator[Batch]) -> Batch | None:
+    """The loader's next batch; None after the last.
+
+    Raises:
+        TrainingError: if a loader worker failed or was killed.
+    """
+    try:
+        return next(batches, None)
+    except TrainingError as error:  # of a worker, with its traceback in the message
+        raise TrainingError(str(error).rpartition("TrainingError: ")[2]) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a loader worker is gone ({str(error).strip()}). It was probably killed for memory (dmesg tells): give "
+            "fewer --workers, or more memory. --resume latest goes on from the last checkpoint"
+        ) from error
+
+
 def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[list[Batch]]:
-    """The epoch's batches on the device, ``accum_freq`` at a time."""
+    """What is left of the epoch's batches, on the device, ``accum_freq`` at a time."""
+    loader = iter(data.loader)
     group: list[Batch] = []
-    for batch in data.loader:
+    state.world.watch.mark("load", state.counters.step)
+    while (batch := _next(loader)) is not None:
+        data.taken(batch)
         group.append(batch.to(state.world.device, state.input_dtype))
         if len(group) == state.config.accum_freq:
             clock.lap("load")
             yield group
             group = []
+            state.world.watch.mark("load", state.counters.step)
 
 
-def train_epoch(state: TrainState, data: TrainData, reporter: Reporter) -> None:
-    """Train one epoch; logs every ``--log-every-n-steps`` steps and at the end.
+def train_epoch(
+    state: TrainState, data: TrainData, reporter: Reporter, save: Callable[[], None] | None = None
+) -> str | None:
+    """Train one epoch, or what is left of one; logs every ``--log-every-n-steps`` steps and at the end. Collective.
+
+    ``save`` is called on all ranks, inside the epoch, when a checkpoint is due. Returns the name of a signal that asks
+    to stop and came with the last step.
 
     Raises:
-        TrainingError: on all ranks at the next log, once a loss has not been finite on any rank.
+        Stopped: on all ranks at the same step, after a checkpoint, once any rank has received a signal to stop.
+        TrainingError: on all ranks at the next log, after too many steps in a row that were not finite, or too many
+            samples that could not be used; on one rank, if its loader fails.
     """
     state.model.train()
-    data.set_epoch(state.counters.epoch)
-    state.recorder.begin(state.counters.epoch)
-    steps = data.num_batches // state.config.accum_freq
+    counters = state.counters
+    data.set_epoch(counters.epoch)
+    first = counters.epoch_step
+    steps = first + data.batches_left // state.config.accum_freq
+    state.recorder.begin(counters.epoch, first)
+    state.skip_log.begin(counters.epoch, first)
     clock = PhaseClock(state.world.device)
-    window = Window(state, steps, clock)
-    with Progress(state.world, steps, f"Epoch {state.counters.epoch}") as progress:
-        for done, batches in enumerate(_batches(state, data, clock), start=1):
+    window = Window(state, data, steps, clock)
+    signal = None
+    with Progress(state.world, steps, f"Epoch {counters.epoch}", initial=first) as progress:
+        for batches in _batches(state, data, clock):
             outputs = train_step(state, batches, clock)
-            window.add(outputs)
             progress.advance()
+            done = counters.epoch_step
             if (done - 1) % state.config.log_every_n_steps == 0 or done == steps:
-                metrics = window.close(done, outputs)
+                metrics = window.close(outputs, batches)
                 progress.show(loss=metrics["loss"])
-                reporter.train(state.counters.step, metrics)
+                reporter.train(counters.step, metrics)
+            orders = state.world.watch.poll(_minutes_are_over(state))
+            signal = orders.stop
+            if done < steps and save is not None and (orders.save or signal is not None or _step_is_due(state)):
+                save_inside(state, data, save)
+                clock.start()
+            if done < steps and signal is not None:
+                raise Stopped(signal)
     state.recorder.end()
-    _share_buffers(state)
-    state.counters.epoch += 1
+    state.skip_log.add(data.skipped_rows())
+    state.skip_log.end()
+    counters.epoch += 1
+    counters.epoch_step = 0
     _report_skipped(state, data)
+    return signal
 
 
-def _share_buffers(state: TrainState) -> None:
-    """Give all ranks rank 0's BatchNorm statistics.
+def _step_is_due(state: TrainState) -> bool:
+    every = state.config.save_every_n_steps
+    return every > 0 and state.counters.step % every == 0
 
-    DDP does so before every forward pass, so after the last one they differ. Evaluation would then depend on the rank,
-    and a resumed run, where all ranks load rank 0's, would not go on as if it had never stopped.
-    """
-    for buffer in state.module.buffers():
-        state.world.copy_from_main(buffer)
+
+def _minutes_are_over(state: TrainState) -> bool:
+    """Whether rank 0, whose clock counts for all, has waited long enough for a checkpoint."""
+    minutes = state.config.save_every_minutes
+    return state.world.is_main and minutes > 0 and time.monotonic() - state.saved_at >= 60 * minutes
+
+
+def save_inside(state: TrainState, data: TrainData, save: Callable[[], None]) -> None:
+    """Save in the middle of an epoch: first the rows of its files that the checkpoint relies on. Collective."""
+    state.world.watch.mark("save", state.counters.step)
+    state.recorder.cut(state.counters.epoch_step)
+    state.skip_log.add(data.skipped_rows())
+    state.skip_log.cut(state.counters.epoch_step)
+    save()
 
 
 def _report_skipped(state: TrainState, data: TrainData) -> None:
@@ -225,10 +316,11 @@ def _report_skipped(state: TrainState, data: TrainData) -> None:
 
 
 class Window:
-    """The steps between two logs: checks their losses and turns them into metrics. Reads the device at its end only."""
+    """The steps between two logs: checks them and turns them into metrics. Reads the device at its end only."""
 
-    def __init__(self, state: TrainState, steps: int, clock: PhaseClock) -> None:
+    def __init__(self, state: TrainState, data: TrainData, steps: int, clock: PhaseClock) -> None:
         self.state = state
+        self.data = data
         self.steps = steps
         self.clock = clock
         self.base = dict(state.counters.seconds)
@@ -238,24 +330,33 @@ class Window:
         self.first_step = self.state.counters.step
         self.seconds = dict(self.state.counters.seconds)
         self.seen = self.state.counters.seen
-        self.not_finite = torch.zeros((), device=self.state.world.device)
 
-    def add(self, outputs: dict[str, Tensor]) -> None:
-        """Note a step's losses, on the device."""
-        self.not_finite += ~outputs["loss"].isfinite()
+    def _counts(self) -> Tensor:
+        """[W, 5] of all ranks: steps, steps in a row and samples not finite, scores not finite, samples skipped."""
+        state = self.state
+        device = state.world.device
+        scores = torch.zeros((), dtype=torch.int64, device=device)
+        if state.selector is not None:
+            scores, state.selector.not_finite = state.selector.not_finite, scores
+        skipped = torch.tensor([sum(self.data.skipped().values())], device=device)
+        return state.world.all_gather(torch.cat([state.tally.read(), scores[None], skipped])[None]).cpu()
 
-    def close(self, done: int, outputs: dict[str, Tensor]) -> dict[str, float]:
+    def close(self, outputs: dict[str, Tensor], batches: Sequence[Batch]) -> dict[str, float]:
         """Metrics of the steps since the last close, with the losses of the last step, and a line in the log.
 
-        Collective: one all_reduce. ``done`` is the number of steps of the epoch that are done.
+        Collective: one all_gather. ``outputs`` and ``batches`` are those of the last step.
+
+        Raises:
+            TrainingError: after too many steps in a row that were not finite, or too many samples skipped.
         """
         counters = self.state.counters
         values = {name: value.item() for name, value in outputs.items()}
-        bad = int(self.state.world.sum(self.not_finite).item())
+        counts = self._counts()
         totals = self.clock.totals()
         counters.seconds = {phase: self.base[phase] + totals[phase] for phase in PHASES}
-        if bad:
-            raise TrainingError(self._explain(bad, values))
+        self._check_finite(counts, values, batches)
+        skipped = int(counts[:, 4].sum())
+        self._check_skipped(skipped)
         spent = {phase: counters.seconds[phase] - self.seconds[phase] for phase in PHASES}
         count = max(1, counters.step - self.first_step)
         batch_time = sum(spent.values()) / count
@@ -272,14 +373,18 @@ class Window:
             **{f"{phase}_seconds": counters.seconds[phase] for phase in PHASES},
             "seen": counters.seen,
             "trained": counters.trained,
-            "epoch": counters.epoch + done / self.steps,
+            "skipped": skipped,
+            "nonfinite_steps": int(counts[:, 0].max()),
+            "nonfinite_samples": int(counts[:, 2:4].sum()),
+            "epoch": counters.epoch + counters.epoch_step / self.steps,
         }
-        self._log(done, metrics, list(values))
+        self._log(metrics, list(values))
         self._open()
         return metrics
 
-    def _log(self, done: int, metrics: dict[str, float], losses: list[str]) -> None:
+    def _log(self, metrics: dict[str, float], losses: list[str]) -> None:
         counters = self.state.counters
+        done = counters.epoch_step
         named = " ".join(f"{name.capitalize()}: {metrics[name]:#.5g}" for name in losses)
         log.info(
             f"Train Epoch: {counters.epoch} [{done}/{self.steps} ({100 * done / self.steps:.0f}%)] "
@@ -289,13 +394,58 @@ class Window:
             f"LR: {metrics['lr']:5g} Logit Scale: {metrics['scale']:.3f} {named}"
         )
 
-    def _explain(self, bad: int, values: dict[str, float]) -> str:
+    def _check_skipped(self, skipped: int) -> None:
+        """An epoch has room for so many: a share of what was read so far would damn a run for one early bad shard."""
+        config, world = self.state.config, self.state.world
+        samples = self.steps * config.accum_freq * config.batch_size * world.size
+        self.state.skip_log.add(self.data.skipped_rows())
+        self.state.skip_log.check(skipped, samples, config.max_skip_fraction, final=True)
+
+    def _check_finite(self, counts: Tensor, values: dict[str, float], batches: Sequence[Batch]) -> None:
+        state, last = self.state, self.state.counters.step - 1
+        failed, in_a_row = int(counts[:, 0].max()), int(counts[:, 1].max())
+        if in_a_row >= state.config.max_nonfinite_steps:
+            broken = counts[:, 2] + counts[:, 3] > 0
+            ranks = (broken if broken.any() else counts[:, 1] > 0).nonzero().flatten().tolist()
+            saved = self._keep_for_study(last, batches, ranks)
+            raise TrainingError(self._explain(in_a_row, last, ranks, values, saved))
+        if failed and state.world.is_main:
+            log.warning(
+                "%d of the steps %d to %d had a loss or gradient that was not finite, and changed no weights; "
+                "--max-nonfinite-steps %d in a row end the run",
+                failed, self.first_step, last, state.config.max_nonfinite_steps,
+            )  # fmt: skip
+        excluded = int(counts[:, 3].sum())
+        if excluded and state.world.is_main:
+            log.warning(
+                "%d samples of the steps %d to %d had scores that were not finite, and were left out",
+                excluded, self.first_step, last,
+            )  # fmt: skip
+
+    def _keep_for_study(self, step: int, batches: Sequence[Batch], ranks: list[int]) -> str:
+        """Save the last batches of the first few of these ranks; returns a sentence that says where."""
+        state = self.state
+        ranks = ranks[:_RANKS_KEPT]
+        if state.folder is None:
+            return "Nothing was saved, since the run has no folder."
+        folder = state.folder / "nonfinite"
+        if state.world.rank in ranks:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = [
+                {"image": batch.image.cpu(), "text": batch.text.cpu(), "sample_id": batch.sample_id.cpu()}
+                for batch in batches
+            ]
+            torch.save({"step": step, "batches": tensors}, folder / f"step_{step}_rank_{state.world.rank}.pt")
+        names = ", ".join(f"step_{step}_rank_{rank}.pt" for rank in ranks)
+        return f"The last batch is in {folder}: {names} (torch.load, with image, text and sample_id)."
+
+    def _explain(self, in_a_row: int, last: int, ranks: list[int], values: dict[str, float], saved: str) -> str:
         config = self.state.config
         return (
-            f"the loss was not finite in {bad} of the steps {self.first_step} to {self.state.counters.step - 1} "
-            f"(counted over all ranks; last loss {values['loss']:g}, logit scale {values['logit_scale']:g}, learning "
-            f"rate {self.state.optimizer.param_groups[0]['lr']:g}). Look at --lr {config.lr} and --warmup "
-            f"{config.warmup} (too steep a start), --precision {config.precision} (try amp_bf16 or fp32), "
-            "--grad-clip-norm (try 1.0), and at the data of these steps. --resume latest continues from the last "
-            "checkpoint, which was written before."
+            f"the loss or gradient was not finite in {in_a_row} steps in a row, {last - in_a_row + 1} to {last}, "
+            f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} (last loss {values['loss']:g}, logit scale "
+            f"{values['logit_scale']:g}, learning rate {self.state.optimizer.param_groups[0]['lr']:g}). {saved} Look "
+            f"at --lr {config.lr} and --warmup {config.warmup} (too steep a start), --precision {config.precision} "
+            "(try amp_bf16 or fp32), --grad-clip-norm (try 1.0), and at the data of these steps. These steps changed "
+            "no weights; --resume latest continues from the last checkpoint"
         )
