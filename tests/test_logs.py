@@ -17,14 +17,13 @@ import pytest
 
 from dissect_clip.config import Config
 from dissect_clip.dist import World
-from dissect_clip.errors import SetupError
+from dissect_clip.errors import SetupError, TrainingError, printable
 from dissect_clip.logs import (
     JsonLines,
     Progress,
     close_logging,
     evaluated_epochs,
     make_reporter,
-    printable,
     setup_logging,
 )
 from dissect_clip.runfolder import RunFolder
@@ -140,6 +139,7 @@ def test_a_log_file_is_appended_to(tmp_path: Path) -> None:
 )
 def test_what_a_terminal_would_obey_is_escaped(text: str, expected: str) -> None:
     assert printable(text) == expected
+    assert str(SetupError(text)) == str(TrainingError(text)) == expected
 
 
 def test_names_from_the_data_can_neither_forge_a_line_nor_move_the_cursor(

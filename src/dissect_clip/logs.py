@@ -24,22 +24,12 @@ from tqdm import tqdm
 
 from dissect_clip.config import Config
 from dissect_clip.dist import World
-from dissect_clip.errors import SetupError
+from dissect_clip.errors import SetupError, printable
 from dissect_clip.runfolder import RunFolder, automatic_name
 
 _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _TIME = "%Y-%m-%d,%H:%M:%S"
 _HANDLERS = ("dissect_clip.console", "dissect_clip.file")
-
-
-def printable(text: str) -> str:
-    """A text with all that a terminal might obey, or a file could not hold, as an escape: ``\\x1b``, ``\\u202e``.
-
-    Tabs and line breaks stay.
-    """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 class _Formatter(logging.Formatter):
