@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -33,8 +34,8 @@ from dissect_clip.data import (
     build_retrieval,
     build_train,
 )
-from dissect_clip.dist import World, init_world, shutdown_world
-from dissect_clip.errors import SetupError, TrainingError
+from dissect_clip.dist import World, init_world, is_loss_of_others, shutdown_world
+from dissect_clip.errors import SetupError, Stopped, TrainingError, printable
 from dissect_clip.evaluation import Tokenizer, evaluate
 from dissect_clip.logs import Reporter, close_logging, make_reporter, setup_logging
 from dissect_clip.loss import SampleLoss, build_loss
@@ -49,21 +50,23 @@ from dissect_clip.train import Counters, Tally, TrainState, train_epoch
 
 log = logging.getLogger(__name__)
 
-EXIT_SETUP = 2
-"""Exit status where flags, data or files are wrong: nothing was trained."""
-
 EXIT_TRAINING = 1
 """Exit status where training could not go on."""
 
+EXIT_SETUP = 2
+"""Exit status where flags, data or files are wrong: nothing was trained."""
+
+EXIT_REQUEUE = 75
+"""Exit status after a signal of a scheduler, when all is saved: start the same command again (EX_TEMPFAIL)."""
 
 EXIT_INTERRUPT = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train or evaluate as the command line says; returns the exit status.
+    """Train or evaluate as the command line says; returns the exit status, of which docs/operations.md has a table.
 
-    0 when done, 2 for what the user can mend before training, 1 when training could not go on, 130 after Ctrl-C.
+    Of several processes, one that cannot go on ends here and now, and the watch ends the others.
     """
     first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     with contextlib.nullcontext() if first else _silent():
@@ -72,20 +75,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             if not first:
                 warnings.simplefilter("ignore")  # one rank's word is enough on a device that is not there
-            world = init_world(config.device, config.dist_backend, config.dist_url, not config.no_set_device_rank)
-        run(config, world)
+            world = init_world(
+                config.device,
+                config.dist_backend,
+                config.dist_url,
+                not config.no_set_device_rank,
+                config.rank_timeout,
+            )
     except SetupError as error:
-        return _fail(error, EXIT_SETUP, first)
-    except TrainingError as error:
-        return _fail(error, EXIT_TRAINING, first)
-    except KeyboardInterrupt:
-        return _fail(
-            TrainingError("interrupted; --resume latest goes on from the last checkpoint"), EXIT_INTERRUPT, first
-        )
+        prefix = "error: " if first else f"error on rank {os.environ['RANK']}: "
+        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        return EXIT_SETUP
+    try:
+        run(config, world)
+        status = 0
+    except Stopped as stopped:
+        log.info("Stopped by %s; --resume latest goes on from here", stopped.signal_name)
+        status = EXIT_INTERRUPT if stopped.signal_name == "SIGINT" else EXIT_REQUEUE
+    except (Exception, KeyboardInterrupt) as error:
+        status = _fail(error, world)
     finally:
         close_logging()
         shutdown_world()
-    return 0
+        world.watch.close()
+    return status
 
 
 @contextlib.contextmanager
@@ -94,10 +107,33 @@ def _silent() -> Iterator[None]:
         yield
 
 
-def _fail(error: Exception, status: int, first: bool) -> int:
-    log.debug("ended with status %d", status, exc_info=error)  # into the log file, with --debug
-    prefix = "error: " if first else f"error on rank {os.environ.get('RANK', '?')}: "
-    print(f"{prefix}{error}", file=sys.stderr, flush=True)
+_EXPECTED: dict[type[BaseException], int] = {
+    SetupError: EXIT_SETUP,
+    TrainingError: EXIT_TRAINING,
+    KeyboardInterrupt: EXIT_INTERRUPT,
+}
+
+
+def _fail(error: BaseException, world: World) -> int:
+    """Say why the run ends; the exit status. Ends the process where there are several.
+
+    Raises:
+        BaseException: ``error``, in a single process, if it is none whose message is enough.
+    """
+    log.debug("ended by", exc_info=error)  # into the log file, with --debug
+    status = _EXPECTED.get(type(error), EXIT_TRAINING)
+    if is_loss_of_others(error):
+        world.watch.lost(error)
+    if type(error) not in _EXPECTED:
+        if world.size == 1:
+            raise error
+        traceback.print_exception(error)
+        words = printable(f"{type(error).__name__}: {error}")
+    elif isinstance(error, KeyboardInterrupt):
+        words = "interrupted; --resume latest goes on from the last checkpoint"
+    else:
+        words = str(error)
+    world.watch.fail(words, status)
     return status
 
 
@@ -115,11 +151,13 @@ def run(config: Config, world: World) -> None:
     _introduce(config, world, folder)
     _allow_tf32(world)
     sync = make_sync(config, folder, world)
-    world.on_main(sync.start)
+    with world.watch.patient():
+        world.on_main(sync.start)
     try:
         _run_in(folder, config, world)
     finally:
-        sync.finish()
+        with world.watch.patient():
+            sync.finish()
 
 
 def _run_in(folder: RunFolder | None, config: Config, world: World) -> None:
@@ -132,7 +170,8 @@ def _run_in(folder: RunFolder | None, config: Config, world: World) -> None:
     )
     retrieval = build_retrieval(config, world, model.preprocess_eval, model.tokenizer)
     classification = build_classification(config, world, model.preprocess_eval)
-    resume = find_resume(config, folder, world)
+    with world.watch.patient():  # of a remote copy
+        resume = find_resume(config, folder, world)
     checkpoint = None if resume is None else load_checkpoint(resume)
     reporter = make_reporter(config, folder, world)
     evaluator = Evaluator(config, world, model.tokenizer, retrieval, classification, reporter)

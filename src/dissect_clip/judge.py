@@ -1,0 +1,158 @@
+"""Whether a run can go on, from what its ranks say of themselves about once a second. Pure functions.
+
+A rank that is killed says nothing any more; one that stalls (a loader that hangs, a GPU that does not answer) goes on
+speaking, since it speaks from a thread of its own, but of no progress.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Phase = Literal["setup", "save", "evaluate", "load", "score", "train", "optimizer"]
+"""What a rank is doing, in the order in which it happens at one number of steps done."""
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+SILENCE = 60.0
+"""Seconds without a sign of life after which a rank is dead, if ``--rank-timeout`` is not shorter."""
+SILENCE_AFTER_SIGTERM = 15.0
+"""The same once a rank has got SIGTERM: torchrun sends it when a rank has died, and kills after 30 seconds."""
+SILENCE_AFTER_LOSS = 5.0
+"""The same once a collective has failed on some rank: the run is over, and only the reason is looked for."""
+
+_LOOK_AT = {
+    "setup": "Look at the file systems of the data and of the run folder, and at downloads; a longer --rank-timeout "
+    "gives them more time",
+    "save": "Look at the file system of the run folder",
+    "evaluate": "Look at the validation data and their file system, and at the GPUs (nvidia-smi, dmesg)",
+    "load": "Look at the training data and their file system, and at the loader processes (--workers)",
+}
+_LOOK_AT_GPU = "Look at the GPUs (nvidia-smi, dmesg) and at the network between them (NCCL_DEBUG=INFO says more)"
+_LOOK_AT_KILLS = (
+    "Look for out-of-memory kills (dmesg), for a scheduler's kill, and at the network; the standard error of that rank "
+    "may say more"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a rank says of itself."""
+
+    number: int  # counts up with every beat
+    phase: Phase
+    step: int  # optimizer steps done
+    idle: float  # seconds since it last got on
+    waits: bool  # for other ranks, and so does not hold them up
+    host: str
+    pid: int
+    state: Literal["runs", "lost", "failed", "done"] = "runs"  # lost: a collective failed, the cause is elsewhere
+    words: str = ""  # why it failed
+    status: int = 0  # the exit status that the failure has
+    stop: str | None = None  # the signal that asked for the end of the run
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(line: str | bytes) -> Beat:
+        """Back from :meth:`to_json`."""
+        return Beat(**json.loads(line))
+
+    @property
+    def place(self) -> str:
+        """Where the rank is, in words."""
+        return f"phase {self.phase}" if self.phase == "setup" else f"phase {self.phase} at step {self.step}"
+
+    @property
+    def progress(self) -> tuple[int, int, bool]:
+        """Orders ranks: the smallest is furthest behind."""
+        return self.step, PHASES.index(self.phase), self.waits
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Why a run cannot go on."""
+
+    message: str
+    status: int  # exit status of all ranks
+    ranks: tuple[int, ...]  # whose fault it is
+    how: Literal["failed", "died", "stalled"]
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    def from_json(line: str | bytes) -> Verdict:
+        """Back from :meth:`to_json`."""
+        fields = json.loads(line)
+        return Verdict(**{**fields, "ranks": tuple(fields["ranks"])})
+
+
+def name_ranks(ranks: Sequence[int], beats: Mapping[int, Beat]) -> str:
+    """ "rank 3 (host, pid 41)", or the numbers of several with the first few places."""
+    if len(ranks) == 1:
+        beat = beats[ranks[0]]
+        return f"rank {ranks[0]} ({beat.host}, pid {beat.pid})"
+    shown = ", ".join(f"{rank} ({beats[rank].host})" for rank in ranks[:8])
+    return f"{len(ranks)} ranks: {shown}{', ...' if len(ranks) > 8 else ''}"
+
+
+def failure(beats: Mapping[int, Beat], world_size: int) -> Verdict | None:
+    """The last words of the ranks that failed: the lowest, with those that said the same."""
+    failed = [rank for rank, beat in sorted(beats.items()) if beat.state == "failed"]
+    if not failed:
+        return None
+    first = beats[failed[0]]
+    same = tuple(rank for rank in failed if beats[rank].words == first.words)
+    if len(same) == world_size:
+        message = first.words
+    elif len(same) == 1:
+        message = f"rank {same[0]} failed while it was in {first.place}: {first.words}"
+    else:
+        message = f"ranks {', '.join(map(str, same))} failed while rank {same[0]} was in {first.place}: {first.words}"
+    return Verdict(message, first.status, same, "failed")
+
+
+def silence_limit(beats: Mapping[int, Beat], timeout: float) -> float:
+    """Seconds without a sign of life that a rank may take."""
+    if any(beat.state == "lost" for beat in beats.values()):
+        return min(SILENCE_AFTER_LOSS, timeout)
+    if any(beat.stop == "SIGTERM" for beat in beats.values()):
+        return min(SILENCE_AFTER_SIGTERM, timeout)
+    return min(SILENCE, timeout)
+
+
+def death(beats: Mapping[int, Beat], silent: Mapping[int, float], timeout: float) -> Verdict | None:
+    """Ranks that have given no sign of life for too long; ``silent`` is in seconds."""
+    limit = silence_limit(beats, timeout)
+    dead = tuple(rank for rank, beat in sorted(beats.items()) if beat.state != "done" and silent[rank] > limit)
+    if not dead:
+        return None
+    first = beats[dead[0]]
+    message = (
+        f"{name_ranks(dead, beats)} died or lost the network in {first.place}: no sign of life for "
+        f"{silent[dead[0]]:.0f} s. {_LOOK_AT_KILLS}"
+    )
+    return Verdict(message, 1, dead, "died")
+
+
+def stall(beats: Mapping[int, Beat], timeout: float) -> Verdict | None:
+    """Where no rank has got on for ``timeout`` seconds: those that are furthest behind hold up the others."""
+    running = {rank: beat for rank, beat in sorted(beats.items()) if beat.state == "runs"}
+    if not running or min(beat.idle for beat in running.values()) <= timeout:
+        return None
+    behind = min(beat.progress for beat in running.values())
+    guilty = tuple(rank for rank, beat in running.items() if beat.progress == behind)
+    first = running[guilty[0]]
+    who = f"all {len(guilty)} ranks" if len(guilty) == len(running) > 1 else name_ranks(guilty, running)
+    message = (
+        f"{who} {'have' if len(guilty) > 1 else 'has'} not got on for {first.idle:.0f} s (--rank-timeout {timeout:g}) "
+        f"in {first.place}. "
+        f"{_LOOK_AT.get(first.phase, _LOOK_AT_GPU)}"
+    )
+    return Verdict(message, 1, guilty, "stalled")
