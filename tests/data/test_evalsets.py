@@ -215,6 +215,22 @@ def test_bad_labels_are_counted(tmp_path):
     assert nonzero(data.skipped()) == {"bad_label": 2}
 
 
+def test_labels_of_no_class_are_counted(tmp_path):
+    benchmark_folder(tmp_path, [0, 2, -1, 10**30, 1, 0])
+    (tmp_path / "classnames.txt").write_text("a\nb")
+    (data,) = classify(zeroshot_data=str(tmp_path))
+    assert labels_of(data) == {0: 0, 4: 1, 5: 0}
+    assert nonzero(data.skipped()) == {"bad_label": 3}
+
+
+def test_files_that_cannot_be_read_are_counted(tmp_path):
+    path = image_folder(tmp_path / "set", ["x", "y"])
+    (data,) = classify(zeroshot_data=path)
+    (tmp_path / "set" / "x" / "0.png").unlink()
+    assert labels_of(data) == {1: 0, 10: 1, 11: 1}
+    assert nonzero(data.skipped()) == {"no_image": 1}
+
+
 def test_bad_sets_are_reported(tmp_path):
     with pytest.raises(SetupError, match=r"--imagenet-val .*there is no such folder"):
         classify(imagenet_val=str(tmp_path / "absent"))

@@ -100,6 +100,8 @@ def middle(image: Image.Image) -> Image.Image:
     """
     short, long = sorted(image.size)
     cut = 2 * short * max(0, -(-(long - _MAX_RATIO * short) // (4 * short)))  # on both sides
+    if cut == 0:
+        return image
     if image.width == long:
         return image.crop((cut, 0, image.width - cut, image.height))
     return image.crop((0, cut, image.width, image.height - cut))
