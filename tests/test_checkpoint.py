@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import resource
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from dissect_clip import checkpoint as module
 from dissect_clip.checkpoint import (
     Checkpoint,
     RunState,
+    Shards,
     changed_settings,
     check_fits,
     checkpoint_content,
@@ -50,7 +53,14 @@ STATE = RunState(
     fingerprint="abc",
     world_size=1,
     columns=("clip_score",),
+    steps_per_epoch=6,
+    batch_size=4,
+    accum_freq=2,
+    workers=0,
 )
+INSIDE = dataclasses.replace(STATE, epoch_step=3)
+LOADER = {"layout": {"world size": 1}, "workers": torch.arange(3), "visited": None}
+SHARDS = Shards(("a.tar", "b.tar"), np.array([2, 3]))
 CONFIG = Config(epochs=10)
 
 
@@ -63,11 +73,15 @@ def make_store(value: float = 1.0, columns: tuple[str, ...] = ("clip_score",)) -
 def make_content(value: float = 1.0, state: RunState = STATE) -> dict[str, Any]:
     weights = {"module.weight": torch.full((2, 3), value), "module.bias": torch.zeros(2)}
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": np.float64(0.1), "params": [0]}]}
-    return checkpoint_content(name="run", model=weights, optimizer=optimizer, scaler=None, state=state)
+    loader = LOADER if state.epoch_step else None
+    return checkpoint_content(
+        name="run", model=weights, optimizer=optimizer, scaler=None, state=state, loader=loader, shards=SHARDS
+    )
 
 
-def save(folder: Path, epoch: int, config: Config = CONFIG, value: float = 1.0) -> Path | None:
-    return save_checkpoint(folder, epoch, make_content(value), make_store(value), config=config)
+def save(folder: Path, epoch: int, config: Config = CONFIG, value: float = 1.0, step: int | None = None) -> Path | None:
+    content = make_content(value, STATE if step is None else INSIDE)
+    return save_checkpoint(folder, epoch, content, make_store(value), config=config, step=step)
 
 
 def names(folder: Path) -> list[str]:
@@ -118,7 +132,7 @@ def test_the_file_has_openclips_keys_and_plain_types_only(tmp_path: Path) -> Non
     content = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
     assert set(content) == {"epoch", "name", "state_dict", "optimizer", "dissect"}
     assert set(content["state_dict"]) == {"weight", "bias"}
-    assert content["dissect"]["format_version"] == 1
+    assert content["dissect"]["format_version"] == 2
 
 
 def test_a_scaler_is_kept(tmp_path: Path) -> None:
@@ -175,6 +189,60 @@ def test_remote_checkpoints_are_read_with_their_scores(tmp_path: Path) -> None:
     assert (weight(loaded), score(loaded)) == (6.0, 6.0)
 
 
+def test_in_the_middle_of_an_epoch_the_loaders_state_is_kept(tmp_path: Path) -> None:
+    path = save(tmp_path, 2, step=15)
+    assert path == tmp_path / "epoch_2_step_15.pt"
+    assert names(tmp_path) == ["epoch_2_step_15.pt", "epoch_2_step_15.scores.safetensors"]
+    loaded = load_checkpoint(path)
+    assert (loaded.epoch, loaded.state) == (2, INSIDE)
+    assert loaded.loader is not None
+    assert loaded.loader["layout"] == {"world size": 1}
+    assert loaded.loader["workers"].tolist() == [0, 1, 2]
+
+
+def test_the_shards_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    shards = load_checkpoint(tmp_path / "epoch_1.pt").shards
+    assert shards is not None
+    assert shards.names == ("a.tar", "b.tar")
+    assert shards.sizes is not None
+    assert shards.sizes.tolist() == [2, 3]
+
+
+def test_forty_thousand_shards_take_little_room_and_time(tmp_path: Path) -> None:
+    shards = Shards(tuple(f"cc12m-train-{n:05d}.tar" for n in range(40_000)), np.full(40_000, 5_000))
+    content = checkpoint_content(
+        name="run", model={"w": torch.ones(1)}, optimizer={}, scaler=None, state=STATE, shards=shards
+    )
+    path = save_checkpoint(tmp_path, 1, content, None, config=CONFIG)
+    assert path is not None
+    assert path.stat().st_size < 2e6
+    began = time.perf_counter()
+    loaded = load_checkpoint(path).shards
+    assert time.perf_counter() - began < 1
+    assert loaded is not None
+    assert loaded.names == shards.names
+
+
+def test_what_is_loaded_needs_the_file_no_more(tmp_path: Path) -> None:
+    save(tmp_path, 1, value=3.0)
+    loaded = load_checkpoint(tmp_path / "epoch_1.pt")
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    assert (weight(loaded), score(loaded)) == (3.0, 3.0)
+
+
+def test_format_1_is_read(tmp_path: Path) -> None:
+    loaded = load_checkpoint(Path(__file__).parent / "assets" / "checkpoint_v1" / "epoch_2.pt")
+    unknown = {"steps_per_epoch": None, "batch_size": None, "accum_freq": None, "workers": None}
+    assert (loaded.epoch, loaded.state) == (2, dataclasses.replace(STATE, **unknown))
+    assert (weight(loaded), score(loaded), loaded.scaler) == (7.0, 4.0, {"scale": 8.0})
+    assert (loaded.loader, loaded.shards) == (None, None)
+    fits(loaded)
+    assert loaded.state is not None
+    assert changed_settings(loaded.state, STATE) == []
+
+
 # ---- which are kept
 
 
@@ -200,6 +268,53 @@ def test_most_recent_is_replaced_with_its_scores(tmp_path: Path) -> None:
     assert len(names(tmp_path)) == 2
     loaded = load_checkpoint(tmp_path / "epoch_latest.pt")
     assert (loaded.epoch, weight(loaded), score(loaded)) == (2, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("step", [None, 30])
+def test_a_newer_checkpoint_replaces_those_inside_the_epoch(tmp_path: Path, step: int | None) -> None:
+    save(tmp_path, 2)
+    save(tmp_path, 2, step=14)
+    (tmp_path / "epoch_2_step_12.scores.safetensors").write_bytes(b"of a crash")
+    assert save(tmp_path, 3, step=step) is not None
+    newest = "epoch_3" if step is None else "epoch_3_step_30"
+    assert names(tmp_path) == [f"{stem}{end}" for stem in ("epoch_2", newest) for end in (".pt", ".scores.safetensors")]
+
+
+def test_with_save_frequency_0_the_newest_inside_an_epoch_stays(tmp_path: Path) -> None:
+    config = Config(epochs=3, save_frequency=0)
+    for epoch in (0, 1):
+        save(tmp_path, epoch, config, step=10 * epoch + 5)
+        assert save(tmp_path, epoch + 1, config) is None
+    assert names(tmp_path) == ["epoch_1_step_15.pt", "epoch_1_step_15.scores.safetensors"]
+    save(tmp_path, 3, config)
+    assert names(tmp_path) == ["epoch_3.pt", "epoch_3.scores.safetensors"]
+
+
+def test_the_most_recent_replaces_those_inside_the_epoch(tmp_path: Path) -> None:
+    config = Config(epochs=10, save_frequency=0, save_most_recent=True)
+    save(tmp_path, 1, config, step=8)
+    save(tmp_path, 2, config)
+    assert names(tmp_path) == ["epoch_latest.pt", "epoch_latest.scores.safetensors"]
+
+
+def test_later_ones_of_a_longer_run_stay(tmp_path: Path) -> None:
+    save(tmp_path, 5, step=50)
+    save(tmp_path, 2, step=14)
+    assert find_latest(tmp_path) == tmp_path / "epoch_5_step_50.pt"
+
+
+def test_what_cannot_be_deleted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 2, step=14)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "not yours")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert save(tmp_path, 2, step=16) == tmp_path / "epoch_2_step_16.pt"
+    assert "Cannot delete" in caplog.text
+    assert find_latest(tmp_path) == tmp_path / "epoch_2_step_16.pt"
 
 
 # ---- interrupted writes
@@ -238,15 +353,29 @@ def test_dying_while_replacing_the_most_recent_leaves_the_one_before(
     assert len(names(tmp_path)) == 2
 
 
-def test_a_pair_torn_while_an_epoch_is_saved_again_is_recognised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("victim", [".scores.safetensors", "epoch_2.pt"])
+def test_dying_while_an_epoch_is_saved_again_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    for epoch in (1, 2):
-        save(tmp_path, epoch)
+    save(tmp_path, 2)
     with monkeypatch.context() as patch:
-        fail_at(patch, lambda name: name == "epoch_2.pt")
+        fail_at(patch, lambda name: name.endswith(victim))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, 2, value=5.0)
+    latest = find_latest(tmp_path)
+    assert latest == tmp_path / "epoch_2.pt"
+    loaded = load_checkpoint(latest)
+    assert (weight(loaded), score(loaded)) == (1.0, 1.0)
+    save(tmp_path, 2, value=6.0)
+    loaded = load_checkpoint(latest)
+    assert (weight(loaded), score(loaded)) == (6.0, 6.0)
+    assert len(names(tmp_path)) == 2
+
+
+def test_scores_of_another_checkpoint_are_recognised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for epoch in (1, 2):
+        save(tmp_path, epoch)
+    shutil.copy(tmp_path / "epoch_1.scores.safetensors", tmp_path / "epoch_2.scores.safetensors")
     with pytest.raises(SetupError, match="belongs to another checkpoint"):
         load_checkpoint(tmp_path / "epoch_2.pt")
     assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
@@ -397,6 +526,32 @@ def test_another_run_does_not_fit(saved: Checkpoint, changes: dict[str, Any], me
         fits(saved, **changes)
 
 
+NOW: list[tuple[Shards, str]] = [
+    (Shards(("a.tar",), np.array([2])), "missing: b.tar"),
+    (Shards(("a.tar", "b.tar", "c.tar"), np.array([2, 3, 1])), "new: c.tar"),
+    (Shards(("a.tar", "b.tar"), np.array([2, 4])), r"of another size: b.tar \(4 samples instead of 3\)"),
+    (Shards(("b.tar", "a.tar"), np.array([3, 2])), "another order"),
+    (Shards(("a.tar", "c.tar"), None), "missing: b.tar; new: c.tar"),
+    (Shards(tuple(f"{n}.tar" for n in range(9)), np.arange(9)), r"new: 0.tar, 1.tar, 2.tar and 6 more"),
+]
+
+
+@pytest.mark.parametrize(("now", "message"), NOW)
+@pytest.mark.parametrize("num_samples", [5, 6])
+def test_the_shards_that_differ_are_named(saved: Checkpoint, now: Shards, message: str, num_samples: int) -> None:
+    with pytest.raises(SetupError, match=message):
+        fits(saved, num_samples=num_samples, fingerprint="xyz", shards=now)
+
+
+def test_inside_an_epoch_the_loaders_state_must_be_there(tmp_path: Path) -> None:
+    content = checkpoint_content(
+        name="run", model=make_content()["state_dict"], optimizer={}, scaler=None, state=INSIDE
+    )
+    save_checkpoint(tmp_path, 1, content, make_store(), config=CONFIG, step=9)
+    with pytest.raises(SetupError, match="after 3 steps of an epoch"):
+        fits(load_checkpoint(tmp_path / "epoch_1_step_9.pt"))
+
+
 def test_everything_that_does_not_fit_is_named_at_once(saved: Checkpoint) -> None:
     with pytest.raises(SetupError) as error:
         fits(saved, model_state_dict={"weight": torch.zeros(1)}, num_samples=6, strategy="big_loss")
@@ -425,8 +580,10 @@ def test_only_the_model_matters_to_an_evaluation(saved: Checkpoint) -> None:
 
 
 def test_changed_settings_are_told() -> None:
-    now = dataclasses.replace(STATE, seed=4, step=99)
-    assert changed_settings(STATE, now) == ["seed is 4, was 3"]
+    now = dataclasses.replace(STATE, seed=4, step=99, batch_size=8, accum_freq=1, workers=2)
+    assert changed_settings(STATE, now) == [
+        "seed is 4, was 3", "batch_size is 8, was 4", "accum_freq is 1, was 2", "workers is 2, was 0"
+    ]  # fmt: skip
 
 
 # ---- finding
@@ -436,6 +593,48 @@ def test_the_newest_is_found_by_number_not_by_name(tmp_path: Path) -> None:
     for epoch in (2, 10, 9):
         save(tmp_path, epoch)
     assert find_latest(tmp_path) == tmp_path / "epoch_10.pt"
+
+
+def test_those_inside_an_epoch_come_after_its_beginning_and_before_its_end(tmp_path: Path) -> None:
+    config = Config(epochs=10)
+    found = []
+    for epoch, step in ((2, None), (2, 9), (2, 10), (3, None)):
+        save(tmp_path, epoch, config, step=step)
+        found.append(find_latest(tmp_path))
+    expected = ("epoch_2.pt", "epoch_2_step_9.pt", "epoch_2_step_10.pt", "epoch_3.pt")
+    assert found == [tmp_path / name for name in expected]
+
+
+def test_a_damaged_one_inside_an_epoch_is_passed_over_and_stays(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    save(tmp_path, 2, step=15)
+    (tmp_path / "epoch_2_step_15.scores.safetensors").unlink()
+    (tmp_path / "epoch_9_step_99.pt.tmp").write_bytes(b"half")
+    before = names(tmp_path)
+    assert find_latest(tmp_path) == tmp_path / "epoch_2.pt"
+    assert names(tmp_path) == before
+
+
+def test_only_what_must_be_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for epoch in (1, 2, 3):
+        save(tmp_path, epoch)
+    read, opened = module._read_file, []
+    monkeypatch.setattr(module, "_read_file", lambda path: (opened.append(path.name), read(path))[1])
+    find_latest(tmp_path)
+    assert opened == ["epoch_3.pt"]
+
+
+def test_values_that_changed_on_the_disk_are_noticed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    path = save(tmp_path, 2, value=7.0)
+    assert path is not None
+    whole = path.read_bytes()
+    seven = np.full(6, 7.0, np.float32).tobytes()
+    assert seven in whole
+    path.write_bytes(whole.replace(seven, np.full(6, 7.5, np.float32).tobytes()))
+    with pytest.raises(SetupError, match=r"epoch_2\.pt.*checksums"):
+        load_checkpoint(path)
+    assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
 
 
 def test_an_empty_or_missing_folder_has_no_newest(tmp_path: Path) -> None:
@@ -488,6 +687,19 @@ def test_resume_latest_of_nothing_starts_anew_and_says_so(tmp_path: Path, caplog
     with caplog.at_level(logging.INFO):
         assert find_resume(Config(resume="latest"), make_run(tmp_path), World()) is None
     assert "starting anew" in caplog.text
+
+
+def test_resume_latest_fetches_one_inside_an_epoch_with_its_scores(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "here")
+    remote = tmp_path / "there" / "run" / "checkpoints"
+    remote.mkdir(parents=True)
+    save(remote, 2, value=1.0)
+    for value in (2.0, 3.0):
+        save(remote, 2, value=value, step=15)  # the second has scores of another name
+    config = Config(resume="latest", remote_sync=f"file://{tmp_path}/there", remote_sync_protocol="fsspec")
+    found = find_resume(config, run, World())
+    assert found == str(run.checkpoints / "epoch_2_step_15.pt")
+    assert score(load_checkpoint(found)) == 3.0
 
 
 def test_resume_latest_fetches_the_newest_whole_remote_one(tmp_path: Path) -> None:

@@ -2,15 +2,17 @@
 
     checkpoints/epoch_7.pt                    OpenCLIP's keys, and "dissect" with what selection needs
     checkpoints/epoch_7.scores.safetensors    the score store, which can be gigabytes; only with --select
+    checkpoints/epoch_7_step_1200.pt          in the middle of an epoch: 7 are complete, 1200 steps done in all
     checkpoints/epoch_latest.pt               with --save-most-recent
-    checkpoints/epoch_latest-TOKEN.scores.safetensors
 
-The scores are in place before the .pt that refers to them, and both hold the same random token: a pair torn by a
-crash is recognised. "epoch" counts complete epochs. Everything is read with ``weights_only=True``.
+The scores are in place before the .pt that names their file, and both hold the same random token. No file is written
+over one that a complete .pt needs, so whatever moment a process dies at, every .pt has its scores. "epoch" counts
+complete epochs. Everything is read with ``weights_only=True``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -18,7 +20,12 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+import types
+import typing
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +33,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from numpy.typing import NDArray
+from safetensors import safe_open
 from torch import Tensor
 
 from dissect_clip.config import Config
 from dissect_clip.dist import World
+from dissect_clip.durable import put_in_place
 from dissect_clip.errors import SetupError, TrainingError
 from dissect_clip.remote import download, glob_remote
 from dissect_clip.runfolder import RunFolder
@@ -39,14 +47,21 @@ from dissect_clip.selection.store import ScoreStore
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-_EPOCH_FILE = re.compile(r"epoch_(\d+)\.pt")
+FORMAT_VERSION = 2
+_FILE = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
+_STEP_FILE = re.compile(r"epoch_(\d+)_step_(\d+)(?:-[0-9a-f]+)?(?:\.scores\.safetensors|\.pt)")
 _LATEST = "epoch_latest"
+
+_Place = tuple[int, int]
+"""Complete epochs, and in the middle of an epoch the optimizer steps done in all, else 0: rises as training goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
-    """Where a run stood and what it was made for; the "dissect" part of a checkpoint."""
+    """Where a run stood and what it was made for; the "dissect" part of a checkpoint.
+
+    None stands for what files of format 1 did not say.
+    """
 
     step: int  # optimizer steps done
     batch: int  # batches done by each rank; with accumulation several make a step
@@ -61,6 +76,19 @@ class RunState:
     fingerprint: str  # of the data set
     world_size: int
     columns: tuple[str, ...]  # of the score store
+    epoch_step: int = 0  # optimizer steps done in the current epoch; 0 at the end of one
+    steps_per_epoch: int | None = None
+    batch_size: int | None = None
+    accum_freq: int | None = None
+    workers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shards:
+    """The shards of a data set in order, S of them."""
+
+    names: tuple[str, ...]  # [S]
+    sizes: NDArray[np.int64] | None  # [S] samples; None where they are not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +98,12 @@ class Checkpoint:
     path: str
     epoch: int  # complete epochs; 0 for bare weights
     state_dict: dict[str, Tensor]  # of the model, without "module."
-    optimizer: dict[str, Any] | None
-    scaler: dict[str, Any] | None
-    state: RunState | None
-    scores: Tensor | None  # [num_samples, C] float32
+    optimizer: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
+    state: RunState | None = None
+    loader: dict[str, Any] | None = None  # where the loaders stood; only in the middle of an epoch
+    shards: Shards | None = None
+    scores: Tensor | None = None  # [num_samples, C] float32
 
 
 # ---- content
@@ -100,13 +130,30 @@ def checkpoint_content(
     optimizer: Mapping[str, Any],
     scaler: Mapping[str, Any] | None,
     state: RunState,
+    loader: Mapping[str, Any] | None = None,
+    shards: Shards | None = None,
 ) -> dict[str, Any]:
-    """What :func:`save_checkpoint` takes, from state dicts: OpenCLIP's keys and "dissect"."""
+    """What :func:`save_checkpoint` takes, from state dicts: OpenCLIP's keys and "dissect".
+
+    Args:
+        loader: in the middle of an epoch, the loader's state: tensors and plain values.
+    """
     content = {"name": name, "state_dict": without_prefix(model), "optimizer": _plain(optimizer)}
     if scaler is not None:
         content["scaler"] = _plain(scaler)
-    content["dissect"] = {"format_version": FORMAT_VERSION, **_plain(dataclasses.asdict(state))}
+    content["dissect"] = {
+        "format_version": FORMAT_VERSION,
+        **_plain(dataclasses.asdict(state)),
+        "loader": _plain(loader),
+        "shards": None if shards is None else _pack_shards(shards),
+    }
     return content
+
+
+def _pack_shards(shards: Shards) -> dict[str, Any]:
+    """Names as one string, since a checkpoint of 40,000 strings takes seconds to be read."""
+    sizes = None if shards.sizes is None else torch.from_numpy(shards.sizes)
+    return {"names": json.dumps(shards.names), "sizes": sizes}
 
 
 # ---- writing
@@ -122,95 +169,263 @@ def _in_place_when_complete(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.tmp")
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as RuntimeError
-        partial.unlink(missing_ok=True)
+        put_in_place(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise TrainingError(
-            f"cannot write the checkpoint {path}: {error}. Earlier checkpoints are whole: make room and go on with "
-            "--resume latest"
+            f"cannot write the checkpoint {path}: {error}. See that its folder is there, can be written to and has "
+            "room. Earlier checkpoints are whole: --resume latest goes on from the newest"
         ) from error
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write_scores(path: Path, scores: Tensor, metadata: Mapping[str, str]) -> None:
+    """A safetensors file of one float32 tensor.
+
+    The library's own function copies the whole table, which can be gigabytes, and holds Python's lock meanwhile
+    (seen with 0.4.3), so that training would stand still.
+    """
+    table = scores.contiguous().numpy()
+    entry = {"dtype": "F32", "shape": table.shape, "data_offsets": [0, table.nbytes]}
+    header = json.dumps({"__metadata__": metadata, "scores": entry}).encode()
+    header += b" " * (-len(header) % 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(table.reshape(-1).view(np.uint8).data)
 
 
-def _write(path: Path, content: Mapping[str, Any], scores: ScoreStore | None, scores_path: Path) -> None:
-    """Write the scores and then the checkpoint that refers to them."""
+def _scores_files(path: Path) -> list[Path]:
+    """All files of scores that are or were of the checkpoint at ``path``."""
+    return [
+        *path.parent.glob(f"{path.stem}.scores.safetensors"),
+        *path.parent.glob(f"{path.stem}-*.scores.safetensors"),
+    ]
+
+
+def _write(path: Path, content: Mapping[str, Any], scores: Mapping[str, Any] | None) -> None:
+    """Write the scores and then the checkpoint that names them; the scores of one it replaces stay until then."""
     token = secrets.token_hex(8)
-    reference = {"token": token, "scores_file": None if scores is None else scores_path.name}
+    again = f"-{token[:8]}" if path.exists() else ""
+    scores_path = path.with_name(f"{path.stem}{again}.scores.safetensors")
     if scores is not None:
-        metadata = {"token": token, "columns": json.dumps(scores.columns), "epoch": str(content["epoch"])}
+        metadata = {"token": token, "columns": json.dumps(scores["columns"]), "epoch": str(content["epoch"])}
         with _in_place_when_complete(scores_path) as partial:
-            save_file({"scores": scores.scores.contiguous()}, partial, metadata=metadata)
-    with _in_place_when_complete(path) as partial:
-        torch.save({**content, "dissect": {**content["dissect"], **reference}}, partial)
+            _write_scores(partial, scores["scores"], metadata)
+    reference = {"token": token, "scores_file": None if scores is None else scores_path.name}
+    try:
+        with _in_place_when_complete(path) as partial:
+            torch.save({**content, "dissect": {**content["dissect"], **reference}}, partial)
+    except TrainingError:
+        if scores is not None:
+            _delete(scores_path)
+        raise
+    for old in _scores_files(path):
+        if scores is None or old != scores_path:
+            _delete(old)
 
 
-def _scores_of(path: Path) -> Path:
-    return path.with_name(f"{path.stem}.scores.safetensors")
+def _delete(path: Path) -> None:
+    """Delete what is not needed; that it stays is no reason to stop."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("Cannot delete %s: %s", path, error)
 
 
-def _save_epoch(folder: Path, content: Mapping[str, Any], scores: ScoreStore | None, delete_previous: bool) -> Path:
-    epoch = content["epoch"]
-    path = folder / f"epoch_{epoch}.pt"
-    _write(path, content, scores, _scores_of(path))
-    if scores is None:
-        _scores_of(path).unlink(missing_ok=True)  # of an earlier run through this epoch
-    earlier = [number for number in _epochs(folder) if number < epoch]
-    if delete_previous and earlier:
-        previous = folder / f"epoch_{max(earlier)}.pt"
-        previous.unlink()
-        _scores_of(previous).unlink(missing_ok=True)
-    return path
+def _delete_steps_before(folder: Path, place: _Place) -> None:
+    """Delete the step checkpoints that one at ``place`` has replaced; the .pt files first, which name the others."""
+    found = [(path, _STEP_FILE.fullmatch(path.name)) for path in folder.glob("epoch_*_step_*")]
+    replaced = [path for path, match in found if match and (int(match[1]), int(match[2])) < place]
+    for path in sorted(replaced, key=lambda path: path.suffix):
+        _delete(path)
 
 
-def _save_latest(folder: Path, content: Mapping[str, Any], scores: ScoreStore | None) -> Path:
-    """Both files change here, so the scores get a name of their own; the old ones go when nothing refers to them."""
-    path = folder / f"{_LATEST}.pt"
-    scores_path = folder / f"{_LATEST}-{secrets.token_hex(4)}.scores.safetensors"
-    _write(path, content, scores, scores_path)
-    for old in folder.glob(f"{_LATEST}-*.scores.safetensors"):
-        if old != scores_path:
-            old.unlink()
-    return path
+def _delete_epoch_before(folder: Path, epoch: int) -> None:
+    earlier = [(place, path) for place, path in _checkpoints(folder) if place < (epoch, 0) and place[1] == 0]
+    if earlier:
+        _, previous = max(earlier)
+        _delete(previous)
+        for scores in _scores_files(previous):
+            _delete(scores)
+
+
+def _wanted(config: Config, epoch: int, step: int | None) -> list[str]:
+    """Names, without their ending, of the checkpoints that ``config`` asks for at this moment."""
+    if step is not None:
+        return [f"epoch_{epoch}_step_{step}"]
+    due = config.save_frequency > 0 and epoch % config.save_frequency == 0
+    names = [f"epoch_{epoch}"] if due or epoch == config.epochs else []
+    return [*names, _LATEST] if config.save_most_recent else names
+
+
+def _save(
+    folder: Path,
+    epoch: int,
+    step: int | None,
+    content: Mapping[str, Any],
+    scores: Mapping[str, Any] | None,
+    config: Config,
+) -> Path | None:
+    """:func:`save_checkpoint`, with the store's state dict."""
+    for leftover in folder.glob("epoch_*.tmp"):  # of a crash
+        _delete(leftover)
+    content = {"epoch": epoch, **content}
+    paths = [folder / f"{name}.pt" for name in _wanted(config, epoch, step)]
+    for path in paths:
+        _write(path, content, scores)
+    if not paths:
+        return None
+    if config.delete_previous_checkpoint and paths[0].stem == f"epoch_{epoch}":
+        _delete_epoch_before(folder, epoch)
+    _delete_steps_before(folder, (epoch, step or 0))
+    return paths[0]
+
+
+def _state_of(store: ScoreStore | None) -> dict[str, Any] | None:
+    """The state of a store; None also where a strategy remembers nothing."""
+    return None if store is None or not store.columns else store.state_dict()
 
 
 def save_checkpoint(
-    folder: Path, epoch: int, content: Mapping[str, Any], scores: ScoreStore | None, *, config: Config
+    folder: Path,
+    epoch: int,
+    content: Mapping[str, Any],
+    scores: ScoreStore | None,
+    *,
+    config: Config,
+    step: int | None = None,
 ) -> Path | None:
-    """Save what ``config`` asks for after ``epoch`` complete epochs; on rank 0. Returns the file, if any.
+    """Save what ``config`` asks for after ``epoch`` complete epochs, here and now; on rank 0. Returns the file, if any.
 
     ``--save-frequency`` decides which epochs are kept, the last always is; ``--save-most-recent`` keeps epoch_latest.pt
-    besides. With ``--delete-previous-checkpoint`` the one before is deleted once the new one is complete.
+    besides. With ``--delete-previous-checkpoint`` the one before is deleted once the new one is complete. Step
+    checkpoints are always deleted once a newer checkpoint is complete.
 
     Args:
         content: of :func:`checkpoint_content`.
+        step: in the middle of an epoch, the optimizer steps done in all.
 
     Raises:
         TrainingError: if a file cannot be written; earlier checkpoints are then whole.
     """
-    content = {"epoch": epoch, **content}
-    if scores is not None and not scores.columns:
-        scores = None  # of a strategy that remembers nothing
-    for leftover in folder.glob("epoch_*.tmp"):  # of a crash
-        leftover.unlink()
-    saved: Path | None = None
-    due = config.save_frequency > 0 and epoch % config.save_frequency == 0
-    if due or epoch == config.epochs:
-        saved = _save_epoch(folder, content, scores, config.delete_previous_checkpoint)
-    if config.save_most_recent:
-        latest = _save_latest(folder, content, scores)
-        saved = saved or latest
-    return saved
+    return _save(folder, epoch, step, content, _state_of(scores), config)
+
+
+# ---- writing while training goes on
+
+
+def _map_tensors(value: Any, function: Callable[[tuple[Any, ...], Tensor], Tensor], path: tuple[Any, ...] = ()) -> Any:
+    """Nested dicts, lists and tuples with every tensor replaced by ``function(path to it, tensor)``."""
+    if isinstance(value, dict):
+        return {key: _map_tensors(item, function, (*path, key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(item, function, (*path, place)) for place, item in enumerate(value))
+    return function(path, value) if isinstance(value, Tensor) else value
+
+
+class HostCopies:
+    """Copies of tensors in main memory, which are kept and filled again; pinned ones of what is on a GPU."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Tensor] = {}  # by the path to it
+        self._pinned = False
+
+    def take(self, value: Any) -> Any:
+        """The same nested containers with copies of all tensors, valid until the next call. At most one device sync."""
+        copied = _map_tensors(value, self._copy)
+        if self._pinned:
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _copy(self, path: tuple[Any, ...], tensor: Tensor) -> Tensor:
+        kept = self._kept.get(path)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self._kept[path] = kept
+        self._pinned |= tensor.is_cuda
+        return kept.copy_(tensor, non_blocking=True)
+
+
+_PATIENCE = 1.0
+"""Seconds that a save may wait for the one before without a word."""
+
+
+class CheckpointWriter:
+    """Saves checkpoints while training goes on; on rank 0, from one thread. See :func:`save_checkpoint` for the files.
+
+    A save copies all tensors to main memory and returns; another thread writes them. Where that fails,
+    ``--on-save-error`` decides: an error in the log and a new attempt at the next save, or a TrainingError.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder = folder
+        self.config = config
+        self._failed = False
+        self._last: Path | None = None
+        self._copies = HostCopies()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last save that came to an end could not be written; with --on-save-error continue."""
+        return self._failed
+
+    def save(self, *, epoch: int, content: Mapping[str, Any], scores: ScoreStore | None, step: int | None) -> None:
+        """Take a copy of all tensors, to be written as a checkpoint after ``epoch`` complete epochs. A device sync.
+
+        Does nothing where the settings ask for none. Waits for the save before.
+
+        Args:
+            content: of :func:`checkpoint_content`.
+            step: in the middle of an epoch, the optimizer steps done in all.
+
+        Raises:
+            TrainingError: if the save before has failed, with ``--on-save-error stop``.
+        """
+        began = time.monotonic()
+        self.wait()
+        waited = time.monotonic() - began
+        if waited > _PATIENCE:
+            log.warning("Training waited %.0f s for the checkpoint before to be written: save less often", waited)
+        if _wanted(self.config, epoch, step):
+            content, state = self._copies.take((dict(content), _state_of(scores)))
+            self._pending = self._thread.submit(self._write, epoch, step, content, state)
+
+    def wait(self) -> None:
+        """Wait until what was saved is on the disk.
+
+        Raises:
+            TrainingError: if it could not be written, with ``--on-save-error stop``; once.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """:meth:`wait`, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(
+        self, epoch: int, step: int | None, content: Mapping[str, Any], scores: Mapping[str, Any] | None
+    ) -> None:
+        try:
+            self._last = _save(self.folder, epoch, step, content, scores, self.config)
+        except TrainingError as error:
+            if self.config.on_save_error == "stop":
+                raise
+            self._failed = True
+            newest = self._last or "the one that this run began from, if any"
+            log.error(
+                "CHECKPOINT NOT SAVED: %s. Training goes on (--on-save-error continue) and tries again at the next "
+                "save. The newest checkpoint is %s", error, newest,
+            )  # fmt: skip
+        else:
+            self._failed = False
+            log.info("Saved %s", self._last)
 
 
 # ---- reading
@@ -252,21 +467,34 @@ def _numpy_scalars() -> list[Any]:
     return [np.dtype, type(dtype), *((scalar, name) for name in names)]
 
 
-def _read_file(path: Path, *, mapped: bool = False) -> dict[str, Any]:
-    """The content of a .pt on the CPU; ``mapped`` leaves the tensors' values on the disk."""
+def _read_file(path: Path) -> dict[str, Any]:
+    """The content of a .pt on the CPU. The tensors' values stay on the disk, where they are mapped from.
+
+    Mapped, a tensor that claims to be larger than the file is refused; older versions of torch read past its end.
+    Checksums, which torch does not look at, are compared in our own files.
+    """
+    zipped = zipfile.is_zipfile(path)  # else of a torch before 1.6, which cannot be mapped
     with torch.serialization.safe_globals(_numpy_scalars()):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     if not isinstance(content, dict):
         raise SetupError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    if "dissect" in content:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise SetupError(f"{path} is damaged (its checksums are wrong): give --resume another")
     return content
 
 
 def _scores_path(path: str, content: Mapping[str, Any]) -> str | None:
     """The scores that a checkpoint at ``path`` refers to, which stand beside it; None where it has none."""
-    if "dissect" not in content or content["dissect"]["scores_file"] is None:
+    name = content["dissect"]["scores_file"] if "dissect" in content else None
+    if name is None:
         return None
+    if re.fullmatch(r"[\w.-]+", name) is None:
+        raise SetupError(f"{path} names its scores {name!r}, which is no file beside it: give --resume another")
     folder, slash, _ = path.rpartition("/")
-    return f"{folder}{slash}{content['dissect']['scores_file']}"
+    return f"{folder}{slash}{name}"
 
 
 @contextmanager
@@ -282,11 +510,46 @@ def _open_scores(path: str, token: str) -> Iterator[Any]:
         yield file
 
 
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type as RunState's fields have them; lists pass for tuples."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(_is(value, option) for option in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(k, inner[0]) and _is(v, inner[1]) for k, v in value.items())
+    if origin is tuple:
+        return isinstance(value, (tuple, list)) and all(_is(item, inner[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
+
+
+def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
+    if not _is(value, hint):
+        raise SetupError(f"{path} cannot be used as a checkpoint: its {name} is {value!r:.60}. Give --resume another")
+    return value
+
+
 def _state(path: str, dissect: Mapping[str, Any]) -> RunState:
-    if dissect["format_version"] > FORMAT_VERSION:
+    if _checked(path, "format_version", dissect["format_version"], int) > FORMAT_VERSION:
         raise SetupError(f"{path} was saved by a newer version of this package: update it")
-    values = {field.name: dissect[field.name] for field in dataclasses.fields(RunState)}
+    hints = typing.get_type_hints(RunState)
+    added = {field.name for field in dataclasses.fields(RunState) if field.default is not dataclasses.MISSING}
+    names = set(hints) - (added if dissect["format_version"] == 1 else set())
+    values = {name: _checked(path, name, dissect[name], hints[name]) for name in names}
     return RunState(**{**values, "columns": tuple(values["columns"])})
+
+
+def _unpack_shards(path: str, packed: Any) -> Shards | None:
+    if packed is None:
+        return None
+    names, sizes = json.loads(packed["names"]), packed["sizes"]
+    _checked(path, "list of shards", names, tuple[str, ...])
+    if sizes is not None and (sizes.dtype != torch.int64 or sizes.shape != (len(names),)):
+        raise SetupError(
+            f"{path} cannot be used as a checkpoint: its list of shards is not whole. Give --resume another"
+        )
+    return Shards(tuple(names), None if sizes is None else sizes.numpy())
 
 
 def _weights(path: str, weights: Any) -> dict[str, Tensor]:
@@ -299,16 +562,36 @@ def _weights(path: str, weights: Any) -> dict[str, Tensor]:
 def _parse(path: str, content: dict[str, Any]) -> Checkpoint:
     """A checkpoint from what its .pt holds, still without scores."""
     if "state_dict" not in content:
-        return Checkpoint(path, 0, _weights(path, content), None, None, None, None)
-    return Checkpoint(
+        return Checkpoint(path, 0, _weights(path, content))
+    epoch = _checked(path, "epoch", content.get("epoch", 0), int)
+    optimizer, scaler = content.get("optimizer"), content.get("scaler")
+    checkpoint = Checkpoint(
         path=path,
-        epoch=content.get("epoch", 0),
+        epoch=epoch,
         state_dict=_weights(path, content["state_dict"]),
-        optimizer=content.get("optimizer"),
-        scaler=content.get("scaler"),
-        state=_state(path, content["dissect"]) if "dissect" in content else None,
-        scores=None,
+        optimizer=None if optimizer is None else _checked(path, "optimizer", optimizer, dict),
+        scaler=None if scaler is None else _checked(path, "scaler", scaler, dict),
     )
+    if "dissect" not in content:
+        return checkpoint
+    dissect = content["dissect"]
+    loader = dissect.get("loader")
+    return dataclasses.replace(
+        checkpoint,
+        state=_state(path, dissect),
+        loader=None if loader is None else _checked(path, "loader", loader, dict),
+        shards=_unpack_shards(path, dissect.get("shards")),
+    )
+
+
+def _scores(path: str, checkpoint: Checkpoint, file: Any) -> Tensor:
+    """The scores in an open file, off the disk; they must be those of the state beside them."""
+    scores: Tensor = file.get_tensor("scores").clone()
+    assert checkpoint.state is not None
+    expected = (checkpoint.state.num_samples, len(checkpoint.state.columns))
+    if scores.dtype != torch.float32 or scores.shape != expected:
+        raise SetupError(f"{path} does not hold the scores of {checkpoint.path}: resume from another checkpoint")
+    return scores
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -319,13 +602,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = os.fspath(path)
     with _explaining(path), _local(path) as local:
-        content = _read_file(local)
+        content = _map_tensors(_read_file(local), lambda _, tensor: tensor.clone())  # off the disk
         checkpoint = _parse(path, content)
         scores_path = _scores_path(path, content)
     if scores_path is None:
         return checkpoint
     with _open_scores(scores_path, content["dissect"]["token"]) as file:
-        return dataclasses.replace(checkpoint, scores=file.get_tensor("scores"))
+        return dataclasses.replace(checkpoint, scores=_scores(scores_path, checkpoint, file))
 
 
 # ---- fitting a checkpoint to a run
@@ -353,11 +636,40 @@ def _model_misfits(checkpoint: Checkpoint, model_name: str, model: Mapping[str, 
         yield f"it is not of --model {model_name}: it {'; it '.join(found)}.{made_by}"
 
 
-def _data_misfits(state: RunState, num_samples: int, fingerprint: str) -> Iterator[str]:
+def _sizes(shards: Shards) -> dict[str, int | None]:
+    """Samples by name of the shard; None where they are not known."""
+    sizes: list[int | None] = [None] * len(shards.names) if shards.sizes is None else shards.sizes.tolist()
+    return dict(zip(shards.names, sizes, strict=True))
+
+
+def _shard_differences(then: Shards, now: Shards) -> Iterator[str]:
+    before, after = _sizes(then), _sizes(now)
+    resized = [
+        f"{name} ({size} samples instead of {before[name]})"
+        for name, size in after.items()
+        if name in before and None not in (size, before[name]) and size != before[name]
+    ]
+    kinds = {
+        "missing": [name for name in before if name not in after],
+        "new": [name for name in after if name not in before],
+        "of another size": resized,
+    }
+    yield from (f"{kind}: {_few(names)}" for kind, names in kinds.items() if names)
+    if not any(kinds.values()) and then.names != now.names:
+        yield "the shards are the same in another order, which gives samples other ids"
+
+
+def _data_misfits(checkpoint: Checkpoint, num_samples: int, fingerprint: str, shards: Shards | None) -> Iterator[str]:
+    state = checkpoint.state
+    if state is None or (state.num_samples, state.fingerprint) == (num_samples, fingerprint):
+        return
     if state.num_samples != num_samples:
-        yield f"it was trained on {state.num_samples} samples, --train-data has {num_samples}"
-    elif state.fingerprint != fingerprint:
-        yield f"it was trained on other data than --train-data: {state.fingerprint[:12]} is not {fingerprint[:12]}"
+        misfit = f"it was trained on {state.num_samples} samples, --train-data has {num_samples}"
+    else:
+        misfit = f"it was trained on other data than --train-data: {state.fingerprint[:12]} is not {fingerprint[:12]}"
+    if shards is not None and checkpoint.shards is not None:
+        misfit = "; ".join([misfit, *_shard_differences(checkpoint.shards, shards)])
+    yield misfit
 
 
 def _selection_misfits(checkpoint: Checkpoint, strategy: str | None, columns: tuple[str, ...]) -> Iterator[str]:
@@ -374,6 +686,12 @@ def _selection_misfits(checkpoint: Checkpoint, strategy: str | None, columns: tu
         yield f"it has no scores for --select-strategy {strategy}"
 
 
+def _loader_misfits(checkpoint: Checkpoint) -> Iterator[str]:
+    state = checkpoint.state
+    if state is not None and state.epoch_step > 0 and checkpoint.loader is None:
+        yield f"it was saved after {state.epoch_step} steps of an epoch, and does not say where the loaders stood"
+
+
 def check_fits(
     checkpoint: Checkpoint,
     *,
@@ -383,6 +701,7 @@ def check_fits(
     fingerprint: str | None,
     strategy: str | None,
     columns: tuple[str, ...],
+    shards: Shards | None = None,
 ) -> None:
     """See that a run can go on from a checkpoint.
 
@@ -391,15 +710,16 @@ def check_fits(
             matters.
         strategy: None without ``--select``.
         columns: what the strategy remembers.
+        shards: of the training data, so that the message can say which differ.
 
     Raises:
         SetupError: naming everything that does not fit.
     """
     misfits = list(_model_misfits(checkpoint, model_name, without_prefix(model_state_dict)))
     if num_samples is not None and fingerprint is not None:
-        if checkpoint.state is not None:
-            misfits += _data_misfits(checkpoint.state, num_samples, fingerprint)
+        misfits += _data_misfits(checkpoint, num_samples, fingerprint, shards)
         misfits += _selection_misfits(checkpoint, strategy, columns)
+        misfits += _loader_misfits(checkpoint)
     if misfits:
         lines = "".join(f"\n  - {misfit}" for misfit in misfits)
         raise SetupError(
@@ -410,30 +730,34 @@ def check_fits(
 
 def changed_settings(then: RunState, now: RunState) -> list[str]:
     """What differs from the run that saved the checkpoint and so makes it go on otherwise than it would have."""
+    names = ("seed", "select_rate", "world_size", "batch_size", "accum_freq", "workers")
     return [
         f"{name} is {getattr(now, name)}, was {getattr(then, name)}"
-        for name in ("seed", "select_rate", "world_size")
-        if getattr(now, name) != getattr(then, name)
+        for name in names
+        if getattr(now, name) != getattr(then, name) and getattr(then, name) is not None
     ]
 
 
 # ---- finding
 
 
-def _epochs(folder: Path) -> list[int]:
-    """The epochs whose checkpoints are in a folder, rising."""
-    matches = (_EPOCH_FILE.fullmatch(path.name) for path in folder.glob("epoch_*.pt"))
-    return sorted(int(match[1]) for match in matches if match)
+def _place(name: str) -> _Place | None:
+    """The place of a checkpoint, by the name of its .pt; None of other files."""
+    match = _FILE.fullmatch(name)
+    return None if match is None else (int(match[1]), int(match[2] or 0))
+
+
+def _checkpoints(folder: Path) -> list[tuple[_Place, Path]]:
+    """The checkpoints in a folder with their places; without epoch_latest."""
+    places = ((_place(path.name), path) for path in folder.glob("epoch_*.pt"))
+    return [(place, path) for place, path in places if place is not None]
 
 
 def _readable_epoch(path: Path) -> int | None:
-    """The complete epochs in a checkpoint; None, with a warning, where it cannot be resumed from.
-
-    Leaves the tensors on the disk.
-    """
+    """The complete epochs in a checkpoint; None, with a warning, where it cannot be resumed from."""
     try:
         with _explaining(str(path)):
-            content = _read_file(path, mapped=True)
+            content = _read_file(path)
             checkpoint = _parse(str(path), content)
             scores_path = _scores_path(str(path), content)
         if scores_path is not None:
@@ -446,15 +770,16 @@ def _readable_epoch(path: Path) -> int | None:
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The checkpoint with the most complete epochs that can be read; of two alike, the one written last.
+    """The checkpoint that is furthest on and can be read; of two alike, the one written last.
 
-    Temporary files are ignored, unreadable ones passed over with a warning.
+    Temporary files are ignored, unreadable ones passed over with a warning. Reads no more than it must: the names tell
+    the order. Changes nothing.
     """
-    candidates = [(epoch, folder / f"epoch_{epoch}.pt") for epoch in _epochs(folder)]
+    candidates = _checkpoints(folder)
     latest = folder / f"{_LATEST}.pt"
     epoch = _readable_epoch(latest) if latest.exists() else None
     if epoch is not None:
-        candidates.append((epoch, latest))
+        candidates.append(((epoch, 0), latest))
     candidates.sort(key=lambda entry: (entry[0], entry[1].stat().st_mtime_ns), reverse=True)
     return next((path for _, path in candidates if _readable_epoch(path) is not None), None)
 
@@ -462,11 +787,12 @@ def find_latest(folder: Path) -> Path | None:
 def _fetch_latest(url: str, folder: Path) -> Path | None:
     """Copy the newest readable checkpoint of a remote folder to ``folder``, with its scores."""
     names = glob_remote(url, "epoch_*")
-    epochs = {name: int(match[1]) for name in names if (match := _EPOCH_FILE.fullmatch(name))}
-    for name in sorted(epochs, key=lambda name: epochs[name], reverse=True):
-        for wanted in (_scores_of(Path(name)).name, name):
-            if wanted in names:
-                download(f"{url}/{wanted}", folder / wanted)
+    places = {name: place for name in names if (place := _place(name)) is not None}
+    for name in sorted(places, key=lambda name: places[name], reverse=True):
+        stem = Path(name).stem
+        scores = [other for other in names if re.fullmatch(rf"{stem}(-[0-9a-f]+)?\.scores\.safetensors", other)]
+        for wanted in (*scores, name):
+            download(f"{url}/{wanted}", folder / wanted)
         if _readable_epoch(folder / name) is not None:
             return folder / name
     return None
