@@ -81,6 +81,7 @@ def test_an_epoch_reads_every_sample_once_and_few_twice(case, epoch):
     total = num_batches * batch_size * world_size
     counts = Counter(samples_of(chain(*parts)))
     assert len(counts) == num_samples
+    assert sorted(samples_of(part for part in chain(*parts) if not part.again)) == sorted(counts)
     assert sum(counts.values()) == total
     assert total - num_samples < batch_size * world_size
     assert max(counts.values()) == -(-total // num_samples)
@@ -135,7 +136,9 @@ def test_draws_differ_by_place_epoch_and_attempt():
 @pytest.mark.parametrize(("world_size", "workers"), GRIDS)
 def test_rows_are_read_once_and_few_twice(num_rows, world_size, workers):
     num_batches = count_batches(num_rows, 4, world_size)
-    rows = np.concatenate([span_rows(num_rows, num_batches, 4, 0, 2, place) for place in places(world_size, workers)])
+    rows = np.concatenate(
+        [span_rows(num_rows, num_batches, 4, 0, 2, place)[0] for place in places(world_size, workers)]
+    )
     counts = np.bincount(rows, minlength=num_rows)
     assert counts.min() >= 1
     assert counts.sum() == num_batches * 4 * world_size

@@ -41,6 +41,7 @@ class RawSample(NamedTuple):
     key: str
     files: dict[str, bytes]  # by suffix, in lower case
     problem: BadSampleError | None = None  # found before decoding: the sample cannot be used
+    again: bool = False  # whether it comes a second time in the epoch, to fill it up, and so is not counted
 
 
 def read_file(path: str | bytes) -> bytes:

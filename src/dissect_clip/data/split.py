@@ -62,6 +62,7 @@ class Part(NamedTuple):
 
     shard: int
     ordinals: Sequence[int]  # rising; a range up to sys.maxsize is up to the shard's end
+    again: bool = False  # whether they come a second time in the epoch, to fill it up
 
 
 def count_batches(num_samples: int, batch_size: int, world_size: int, accum_freq: int = 1) -> int:
@@ -142,7 +143,9 @@ class SpanPlan:
         # Begun at a drawn sample, since with few shards the workers' spans would otherwise meet at the same places.
         start = int(generator.integers(self.sizes.sum()))
         first, last = worker_span(self.num_batches, self.batch_size, place)
-        parts = cut_shards(order, self.sizes, start + first, start + last)
+        once = min(max(first, int(self.sizes.sum())), last)  # from here on the row repeats itself
+        parts = cut_shards(order, self.sizes, start + first, start + once)
+        parts += [part._replace(again=True) for part in cut_shards(order, self.sizes, start + once, start + last)]
         if attempt > 0:
             random.Random(derive_seed(self.seed, Stream.SHARDS, epoch, *place, attempt)).shuffle(parts)
         return parts
@@ -174,7 +177,8 @@ class RestPlan:
     def _among_left(self, part: Part, first: int, last: int) -> Part:
         """A part counted in unvisited samples, by the ordinals of these; the shard's ids are ``first`` to ``last``."""
         ordinals = unmarked(self.visited, first, last)
-        return Part(part.shard, array("q", ordinals[part.ordinals[0] : part.ordinals[-1] + 1].tobytes()))
+        chosen = ordinals[part.ordinals[0] : part.ordinals[-1] + 1]
+        return part._replace(ordinals=array("q", chosen.tobytes()))
 
 
 @dataclass(frozen=True)
@@ -217,17 +221,18 @@ class DrawPlan:
 
 def span_rows(
     num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, visited: Bits | None = None
-) -> Ints:
-    """Rows of a table that a worker reads in an epoch: its span of a permutation, continued cyclically.
+) -> tuple[Ints, int]:
+    """Rows of a table that a worker reads in an epoch, and how many of them come before the epoch repeats itself.
 
-    Of an epoch that goes on after a stop with ``visited`` rows, the permutation is that of the others.
+    They are its span of a permutation, continued cyclically. Of an epoch that goes on after a stop with ``visited``
+    rows, the permutation is that of the others.
     """
     order: Ints = _generator(seed, Stream.SHARDS, epoch).permutation(num_rows)
     if visited is not None:
         order = order[np.unpackbits(visited, bitorder="little")[order] == 0]
     first, last = worker_span(num_batches, batch_size, place)
     rows: Ints = order[np.arange(first, last) % len(order)]
-    return rows
+    return rows, min(max(len(order) - first, 0), len(rows))
 
 
 class Share(NamedTuple):

@@ -137,7 +137,8 @@ class TrainStream(IterableDataset[Batch]):
         transform: Transform,
         tokenizer: Tokenizer,
     ) -> None:
-        self.config, self.world = config, world
+        self.config = config
+        self.rank, self.world_size = world.rank, world.size
         visited = no_bits(num_samples) if source.coverage is Coverage.ONCE else None
         self.whole = Pass(source, num_batches, _beginnings(self.workers), visited=visited)
         self.resumed: tuple[int, Pass] | None = None
@@ -155,15 +156,15 @@ class TrainStream(IterableDataset[Batch]):
     @property
     def layout(self) -> dict[str, int | str | None]:
         """What the batches of an epoch depend on, by name; where it is equal, an epoch goes on exactly."""
-        config = self.config
+        config, coverage = self.config, self.whole.source.coverage
         return {
-            "world size": self.world.size,
+            "world size": self.world_size,
             "--workers": self.workers,
             "--batch-size": config.batch_size,
             "--accum-freq": config.accum_freq,
             "--seed": config.seed,
-            "batches of a rank": self.whole.num_batches,
-            "epoch": self.whole.source.coverage.value,
+            "an epoch": coverage.value,
+            "--train-num-samples": None if coverage is Coverage.ONCE else config.train_num_samples,
             "shuffle buffer": self.whole.source.shuffle_buffer,
             "--train-data-upsampling-factors": config.train_data_upsampling_factors,
         }
@@ -175,7 +176,7 @@ class TrainStream(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         epoch = int(self.epoch)
         current = self.pass_of(epoch)
-        place = place_here(self.world.rank, self.world.size)
+        place = place_here(self.rank, self.world_size)
         # The loader takes the next batch from the first process, whose turn it need not be.
         place = place._replace(worker=(place.worker + current.taken) % place.workers)
         pairs = _Pairs(self, current, place, epoch)
@@ -240,7 +241,8 @@ class _Pairs:
                 try:
                     pair = self._decode(sample)
                 except BadSampleError as bad:
-                    self._skips.add(bad.kind, sample.shard, sample.key, str(bad))
+                    skips = counted_before() if sample.again else self._skips
+                    skips.add(bad.kind, sample.shard, sample.key, str(bad))
                 else:
                     self._usable += 1
                     yield pair
@@ -302,6 +304,7 @@ def _differences(then: dict[str, int | str | None], now: dict[str, int | str | N
 class TrainData:
     """The training data as this rank sees it."""
 
+    world: World
     loader: DataLoader[Batch]
     """One epoch is exactly ``num_batches`` batches of exactly ``--batch-size`` pairs, the same on all ranks."""
     stream: TrainStream
@@ -377,14 +380,13 @@ class TrainData:
         ``left_out`` [ceil(M / 8)] uint8: of these, the ones from before the epoch was laid out anew; None where it
         never was.
         """
-        world = self.stream.world
-        rows = world.all_gather_uneven(pack_all(self._rows).to(world.device)).cpu()
+        rows = self.world.all_gather_uneven(pack_all(self._rows).to(self.world.device)).cpu()
         return {
             "layout": self.stream.layout,
             "batches": self._pass.num_batches,
             "first": self._pass.first,
             "workers": rows,
-            "visited": _tensor(None if self._visited is None else _union(self._visited, world)),
+            "visited": _tensor(None if self._visited is None else _union(self._visited, self.world)),
             "left_out": _tensor(self._pass.left_out),
         }
 
@@ -414,7 +416,7 @@ class TrainData:
         source, left_out, visited = self.stream.whole.source, state["left_out"], state["visited"]
         if left_out is not None:
             source = source.rest(left_out.numpy(), state["batches"])
-        first = self.stream.world.rank * self.stream.workers
+        first = self.world.rank * self.stream.workers
         return Pass(
             source=source,
             num_batches=state["batches"],
@@ -452,8 +454,8 @@ class TrainData:
         )
 
     def _batches(self, num_samples: int) -> int:
-        config, world = self.stream.config, self.stream.world
-        return count_batches(num_samples, config.batch_size, world.size, config.accum_freq)
+        config = self.stream.config
+        return count_batches(num_samples, config.batch_size, self.world.size, config.accum_freq)
 
     def locate(self, sample_id: NDArray[np.int64]) -> NDArray[np.int32]:
         """[N] ids -> [N] places of their shards in ``shard_names``."""

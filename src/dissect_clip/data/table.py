@@ -14,7 +14,7 @@ from dissect_clip.config import Config
 from dissect_clip.data.decode import RawSample
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
 from dissect_clip.data.position import Bits
-from dissect_clip.data.skips import BadSampleError, SkipCounter
+from dissect_clip.data.skips import BadSampleError, SkipCounter, counted_before
 from dissect_clip.data.split import Coverage, Place, count_batches, span_rows
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
 from dissect_clip.dist import World
@@ -39,19 +39,24 @@ class Table(Protocol):
 
 
 class Rows:
-    """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.stream.Samples`."""
+    """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.stream.Samples`.
 
-    def __init__(self, table: Table, rows: NDArray[np.int64], skips: SkipCounter, done: int) -> None:
-        self._table, self._rows, self._skips, self._done = table, rows, skips, done
+    Those after the first ``once`` come a second time in the epoch.
+    """
+
+    def __init__(self, table: Table, rows: NDArray[np.int64], once: int, skips: SkipCounter, done: int) -> None:
+        self._table, self._rows, self._once, self._skips, self._done = table, rows, once, skips, done
 
     def __iter__(self) -> Iterator[RawSample]:
         """Those that can be read; the others are counted."""
         for row in self._rows[self._done :].tolist():
+            again = self._done >= self._once
             self._done += 1
             try:
-                yield self._table.read(row)
+                yield self._table.read(row)._replace(again=again)
             except BadSampleError as bad:
-                self._skips.add(bad.kind, self._table.name, f"row {row}", str(bad))
+                skips = counted_before() if again else self._skips
+                skips.add(bad.kind, self._table.name, f"row {row}", str(bad))
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -76,14 +81,17 @@ class TableSource:
         """See :class:`dissect_clip.data.stream.Source`."""
         (done,) = position or (0,)
         if attempt == 0 and self.visited is not None:
-            return Rows(self.table, self._span(self.rest_batches, epoch, place, self.visited), skips, done)
-        rows = self._span(self.num_batches, epoch, place)
+            rows, once = self._span(self.rest_batches, epoch, place, self.visited)
+            return Rows(self.table, rows, once, skips, done)
+        rows, once = self._span(self.num_batches, epoch, place)
         if attempt > 0:
             seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
             np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
-        return Rows(self.table, rows, skips, done)
+        return Rows(self.table, rows, once, skips, done)
 
-    def _span(self, num_batches: int, epoch: int, place: Place, visited: Bits | None = None) -> NDArray[np.int64]:
+    def _span(
+        self, num_batches: int, epoch: int, place: Place, visited: Bits | None = None
+    ) -> tuple[NDArray[np.int64], int]:
         return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, visited)
 
     def rest(self, visited: Bits, num_batches: int) -> TableSource:
@@ -129,6 +137,7 @@ def table_train(
     source = TableSource(table, num_batches, config.batch_size, config.seed)
     stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer)
     return TrainData(
+        world=world,
         loader=make_loader(stream, config.workers, world),
         stream=stream,
         num_samples=len(table),

@@ -22,7 +22,7 @@ from dissect_clip.data.evalstream import RetrievalData, retrieval_data
 from dissect_clip.data.position import Bits
 from dissect_clip.data.shards import ShardIndex, display_names, fingerprint, index_shards
 from dissect_clip.data.sizes import known_sizes
-from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter
+from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, counted_before
 from dissect_clip.data.split import (
     Coverage,
     CyclePlan,
@@ -85,38 +85,38 @@ class Shard:
         suffixes: frozenset[str],
         skips: SkipCounter,
         given: int = 0,
-        beyond: bool = True,
+        reread: bool = False,
     ) -> Iterator[RawSample]:
         """The samples of these rising ordinals but for the first ``given``, which were given before.
 
-        Counts those that are not there or not readable and, with ``beyond``, those behind the recorded size where
-        ``ordinals`` go up to it. Where the size is not known, a shard that cannot be read to its end counts as one lost
-        sample.
+        Counts those that are not there or not readable, and those behind the recorded size where ``ordinals`` go up to
+        it. Where the size is not known, a shard that cannot be read to its end counts as one lost sample. With
+        ``reread`` the samples were all read before, and only those are counted that no longer can be.
         """
-        wanted = Wanted(ordinals, given)
+        wanted, known = Wanted(ordinals, given), reread or self.size is not None
         kind, reason = Skip.BELOW_RECORDED_SIZE, f"it has fewer than the recorded {self.size} samples"
-        lost = 0 if self.size is None else len(ordinals)
+        lost = len(ordinals) - given if known else 0
         try:
             with ShardReader(self.url, suffixes, self.timeout) as reader:
                 for sample in reader.read(wanted):
-                    given += 1
+                    given, lost = given + 1, lost - 1
                     sample_id = -1 if self.first_id is None else self.first_id + sample.ordinal
                     yield RawSample(sample_id, self.name, sample.key, sample.files, _problem(sample))
-                if beyond and wanted.stop == self.size and (extra := reader.finish() - self.size) > 0:
+                if not reread and wanted.stop == self.size and (extra := reader.finish() - self.size) > 0:
                     reason = f"it has {extra} samples more than the recorded {self.size}"
                     skips.add(Skip.BEYOND_RECORDED_SIZE, self.name, None, reason, extra)
         except (DamagedTarError, OSError) as error:
             unread = given == 0 and isinstance(error, OSError)
             kind, reason = (Skip.UNREADABLE_SHARD if unread else Skip.DAMAGED_SHARD), str(error)
-            lost = max(lost, given + 1) if self.size is None else lost
-        if lost > given:
-            skips.add(kind, self.name, None, reason, lost - given)
+            lost = lost if known else 1
+        if lost > 0:
+            skips.add(kind, self.name, None, reason, lost)
 
 
 class ReadPart(Protocol):
     """:meth:`Shard.read` of a part's shard."""
 
-    def __call__(self, part: Part, given: int = 0, beyond: bool = True) -> Iterator[RawSample]: ...
+    def __call__(self, part: Part, given: int = 0, reread: bool = False) -> Iterator[RawSample]: ...
 
 
 class PartsInOrder:
@@ -175,11 +175,11 @@ class Shuffled:
         cuts = np.searchsorted(numbers, ends)
         for place, own in enumerate(np.split(numbers, cuts[:-1])):
             if len(own):
-                ordinals = self._in_order.parts[place].ordinals
                 begin = int(ends[place] - counts[place])
-                part = Part(self._in_order.parts[place].shard, [ordinals[number - begin] for number in own.tolist()])
+                part = self._in_order.parts[place]
+                part = part._replace(ordinals=[part.ordinals[number - begin] for number in own.tolist()])
                 # As many as can still be read: the first ones.
-                read = self._read(part, beyond=False)
+                read = self._read(part, reread=True)
                 samples |= {number: sample for sample, number in zip(read, own.tolist(), strict=False)}
         return samples
 
@@ -214,8 +214,10 @@ class ShardSource:
     ) -> Shuffled:
         """See :class:`dissect_clip.data.stream.Source`."""
 
-        def read(part: Part, given: int = 0, beyond: bool = True) -> Iterator[RawSample]:
-            return self.shards[part.shard].read(part.ordinals, self.suffixes, skips, given, beyond)
+        def read(part: Part, given: int = 0, reread: bool = False) -> Iterator[RawSample]:
+            counter = counted_before() if part.again else skips
+            samples = self.shards[part.shard].read(part.ordinals, self.suffixes, counter, given, reread)
+            return (sample._replace(again=True) for sample in samples) if part.again else samples
 
         seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
         return Shuffled(self.plan.parts(place, epoch, attempt), read, seed, position)
@@ -368,6 +370,7 @@ def train_data(
     source = ShardSource(_shards(urls, names, index, config.data_timeout), plan, suffixes, config.seed)
     stream = TrainStream(source, config, world, num_batches, num_samples, transform, tokenizer)
     return TrainData(
+        world=world,
         loader=make_loader(stream, config.workers, world),
         stream=stream,
         num_samples=num_samples,
