@@ -135,7 +135,7 @@ def ids_of(batches: Sequence[Batch]) -> list[int]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Fail where the block takes longer."""
+    """Fail where the block takes longer; 0 is for ever."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"not done after {seconds} seconds")
