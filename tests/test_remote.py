@@ -173,12 +173,16 @@ def step_files(epoch: int, step: int) -> list[str]:
     return [f"epoch_{epoch}_step_{step}.pt", f"epoch_{epoch}_step_{step}.scores.safetensors"]
 
 
+SPARE = "epoch_0_step_9-0a.scores.safetensors"  # as where a step was saved a second time
+
+
 @pytest.mark.parametrize(
     ("there", "here", "expected"),
     [
         ([*step_files(1, 50), "epoch_1_step_100.pt"], ["epoch_1_step_100.pt"], step_files(1, 50)),
         ([*step_files(1, 50), "epoch_2.pt"], ["epoch_2.pt"], step_files(1, 50)),
         (["epoch_1_step_9.pt", "epoch_1_step_10.pt"], ["epoch_1_step_10.pt"], ["epoch_1_step_9.pt"]),
+        (["epoch_1.pt", SPARE], ["epoch_1.pt"], [SPARE]),
         (["epoch_1.pt", "epoch_2.pt", "epoch_2.scores.safetensors"], ["epoch_2.pt"], []),  # of whole epochs
         (step_files(1, 50), [], []),  # about to be fetched
         (step_files(1, 50), ["epoch_1.pt"], []),  # newer than what is here

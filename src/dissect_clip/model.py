@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.factory import parse_model_name
+from open_clip.pretrained import download_pretrained_from_hf
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -95,21 +100,41 @@ def _keep_all(record: logging.LogRecord) -> bool:
     return True
 
 
+@contextmanager
+def _without_code() -> Iterator[None]:
+    """Have torch read weights as data only, whichever library calls torch.load, and however."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
 def _create(name: str, pretrained: str | None, config: Config, world: World, **options: Any) -> tuple[Any, Any, Any]:
     check_model_name(name)
     expected = _drop_expected if pretrained is None else _keep_all
     logging.getLogger().addFilter(expected)
     try:
-        created: tuple[Any, Any, Any] = open_clip.create_model_and_transforms(
-            name,
-            pretrained,
-            precision=config.precision,
-            device=world.device,
-            output_dict=True,
-            cache_dir=config.cache_dir,
-            **options,
-        )
-    except (RuntimeError, OSError, ImportError, ValueError) as error:
+        with _without_code():
+            created: tuple[Any, Any, Any] = open_clip.create_model_and_transforms(
+                name,
+                pretrained,
+                precision=config.precision,
+                device=world.device,
+                output_dict=True,
+                cache_dir=config.cache_dir,
+                **options,
+            )
+    except UnpicklingError as error:
+        raise SetupError(
+            f"--model {name}: the weights {pretrained} are damaged, or hold more than tensors and plain values, which "
+            "is not loaded because it could run code. Where you trust the file, save its state dict as .safetensors"
+        ) from error
+    except Exception as error:  # of whatever library builds the towers, or reads a damaged file
         raise SetupError(f"--model {name} (weights {pretrained or 'random'}) cannot be built: {error}") from error
     finally:
         logging.getLogger().removeFilter(expected)
@@ -143,6 +168,7 @@ def build_model(config: Config, world: World) -> Model:
         pretrained_image=config.pretrained_image,
         **siglip,
     )
+    _refuse_code(config)
     tokenizer = open_clip.get_tokenizer(
         config.model, cache_dir=config.cache_dir, context_length=config.force_context_length
     )
@@ -152,6 +178,25 @@ def build_model(config: Config, world: World) -> Model:
     if config.grad_checkpointing:
         module.set_grad_checkpointing()
     return Model(module, preprocess_train, preprocess_eval, tokenizer, _build_teacher(config, world))
+
+
+def _refuse_code(config: Config) -> None:
+    """See that the model's configuration does not tell transformers to run a tokenizer's own code.
+
+    Raises:
+        SetupError: if it does.
+    """
+    kind, place = parse_model_name(config.model)
+    if kind == "hf-hub":
+        file = download_pretrained_from_hf(place, filename="open_clip_config.json", cache_dir=config.cache_dir)
+        model = json.loads(Path(file).read_text(encoding="utf-8")).get("model_cfg", {})
+    else:
+        model = open_clip.get_model_config(config.model) or {}
+    if "trust_remote_code" in model.get("text_cfg", {}).get("tokenizer_kwargs", {}):
+        raise SetupError(
+            f"--model {config.model}: its configuration has trust_remote_code, which would run code that comes with "
+            "its tokenizer. Take a tokenizer that transformers knows"
+        )
 
 
 def _initialise_decoder(module: OpenClip) -> None:

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 # Files that are being written, the parts of an epoch's file, which is copied when it is complete, and the newest
 # checkpoint, whose two files may change in the middle of a copy.
 _LEFT_OUT = (".tmp", ".parts", "epoch_latest")
-_CHECKPOINT = re.compile(r"epoch_(\d+)(?:_step_(\d+))?(?:\.pt|\.scores\.safetensors)")
+_CHECKPOINT = re.compile(r"epoch_(\d+)(?:_step_(\d+))?(?:\.pt|(?:-[0-9a-f]+)?\.scores\.safetensors)")
 _TRIES = 3
 """Times that aws is started for one copy, where it fails because files vanish under it."""
 

@@ -65,7 +65,9 @@ def name_some(urls: Sequence[str]) -> str:
 def _glob(url: str) -> list[str]:
     if not is_local(url) or not re.search(r"[*?]", url) or os.path.exists(local_path(url)):
         return [url]
-    return sorted(glob.glob(local_path(url).replace("[", "[[]")))
+    found = sorted(glob.glob(local_path(url).replace("[", "[[]")))
+    # A file that is called pipe:... is a file.
+    return [f"./{path}" if urlparse(path).scheme else path for path in found]
 
 
 def _expand_source(source: str, flag: str) -> list[str]:

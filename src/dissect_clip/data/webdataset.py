@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -416,7 +417,7 @@ def benchmark_shards(folder: str, flag: str) -> list[str] | None:
         path = os.path.join(place, "nshards.txt")
         if os.path.isfile(path):
             text = Path(path).read_text(encoding="utf-8").strip()
-            if not text.isdigit() or int(text) == 0:
+            if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
                 raise SetupError(f"{flag}: {path} should hold the number of shards, not {text[:40]!r}")
             return [os.path.join(place, f"{number}.tar") for number in range(int(text))]
     return None
