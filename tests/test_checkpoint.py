@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from torch import Tensor
 from dissect_clip import checkpoint as module
 from dissect_clip.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
+    HostCopies,
     RunState,
     Shards,
     changed_settings,
@@ -389,12 +394,27 @@ def test_a_full_disk_names_the_file_and_leaves_earlier_checkpoints(tmp_path: Pat
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(TrainingError, match=r"epoch_2\.pt"):
+        with pytest.raises(TrainingError, match=r"epoch_2\.pt: \[Errno 27\] File too large"):
             save_checkpoint(tmp_path, 2, content, make_store(), config=CONFIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
+    assert names(tmp_path) == ["epoch_1.pt", "epoch_1.scores.safetensors"]
     assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
+
+
+def test_what_a_crash_left_is_deleted_at_the_next_save(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    left = [
+        "epoch_2_step_9.scores.safetensors",
+        "epoch_2-ab12.scores.safetensors",
+        "epoch_latest-ab.scores.safetensors",
+    ]
+    for name in ("epoch_3.pt.tmp", "epoch_5.scores.safetensors", *left):
+        (tmp_path / name).write_bytes(b"")
+    save(tmp_path, 1, step=8)
+    stems = ("epoch_1", "epoch_1_step_8")
+    kept = [f"{stem}{end}" for stem in stems for end in (".pt", ".scores.safetensors")]
+    assert names(tmp_path) == [*kept, "epoch_5.scores.safetensors"]
 
 
 def test_scores_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,6 +422,218 @@ def test_scores_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: py
     with pytest.raises(TrainingError, match=r"epoch_1\.scores\.safetensors"):
         save(tmp_path, 1)
     assert names(tmp_path) == []
+
+
+# ---- written while training goes on
+
+
+class Held:
+    """Lets the writing of checkpoints begin when it is released."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gate = threading.Event()
+        save_now = module._save
+
+        def save_later(*args: Any) -> Path | None:
+            assert self.gate.wait(20)
+            return save_now(*args)
+
+        monkeypatch.setattr(module, "_save", save_later)
+
+
+@pytest.fixture
+def make_writer(tmp_path: Path) -> Iterator[Callable[..., CheckpointWriter]]:
+    with contextlib.ExitStack() as stack:
+
+        def make(**settings: Any) -> CheckpointWriter:
+            writer = CheckpointWriter(tmp_path, Config(epochs=10, **settings))
+            stack.callback(writer.close)
+            return writer
+
+        yield make
+
+
+def save_with(writer: CheckpointWriter, epoch: int, step: int | None = None, value: float = 1.0) -> None:
+    content = make_content(value, STATE if step is None else INSIDE)
+    writer.save(epoch=epoch, content=content, scores=make_store(value), step=step)
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_saved_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_writer: Callable[..., CheckpointWriter]
+) -> None:
+    held, writer = Held(monkeypatch), make_writer()
+    content, store = make_content(2.0, INSIDE), make_store(2.0)
+    writer.save(epoch=1, content=content, scores=store, step=7)
+    for tensor in (content["state_dict"]["weight"], content["optimizer"]["state"][0]["exp_avg"], store.scores):
+        tensor.fill_(9.0)
+    assert names(tmp_path) == []
+    held.gate.set()
+    writer.wait()
+    loaded = load_checkpoint(tmp_path / "epoch_1_step_7.pt")
+    assert (weight(loaded), score(loaded)) == (2.0, 2.0)
+    assert loaded.optimizer is not None
+    assert loaded.optimizer["state"][0]["exp_avg"].tolist() == [1.0, 1.0]
+
+
+def test_a_save_waits_for_the_one_before(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_writer: Callable[..., CheckpointWriter],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    held, writer = Held(monkeypatch), make_writer()
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    save_with(writer, 1)
+    threading.Timer(0.2, held.gate.set).start()
+    save_with(writer, 2, value=2.0)
+    writer.close()
+    assert [score(load_checkpoint(tmp_path / f"epoch_{epoch}.pt")) for epoch in (1, 2)] == [1.0, 2.0]
+    assert "save less often" in caplog.text
+
+
+def test_nothing_is_copied_where_nothing_is_to_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path, Config(epochs=10, save_frequency=0))
+    monkeypatch.setattr(module.HostCopies, "take", None)
+    save_with(writer, 1)
+    writer.close()
+    assert names(tmp_path) == []
+
+
+def test_the_copies_are_kept_and_filled_again() -> None:
+    copies = HostCopies()
+    tensors = {"a": torch.ones(3), "b": [torch.zeros(2, 2).t(), 5, None], "c": (torch.tensor(True),)}
+    first = copies.take(tensors)
+    assert str(first) == str(tensors)
+    tensors["a"].fill_(4.0)  # type: ignore[union-attr]
+    second = copies.take({"new": torch.ones(1), **tensors})
+    assert second["a"].tolist() == [4.0, 4.0, 4.0]
+    assert second["a"].data_ptr() == first["a"].data_ptr() != tensors["a"].data_ptr()  # type: ignore[union-attr]
+    assert copies.take({"a": torch.ones(5)})["a"].tolist() == [1.0] * 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_copies_from_a_gpu_are_pinned_and_whole() -> None:
+    copies = HostCopies()
+    table = torch.rand(1000, 1000, device="cuda")
+    for _ in range(2):
+        table += 1
+        copied = copies.take({"table": table})["table"]
+        assert copied.is_pinned()
+        assert torch.equal(copied, table.cpu())
+
+
+def full_disk(folder: Path) -> Callable[[], None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def deleted_folder(folder: Path) -> Callable[[], None]:
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    return lambda: (aside.rename(folder), None)[1]
+
+
+def read_only(folder: Path) -> Callable[[], None]:
+    if os.geteuid() == 0:
+        pytest.skip("root writes to read-only folders")
+    folder.chmod(0o500)
+    return lambda: folder.chmod(0o700)
+
+
+TROUBLES = (full_disk, deleted_folder, read_only)
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_on_save_error_continue_it_is_said_and_tried_again(
+    tmp_path: Path,
+    trouble: Callable[[Path], Callable[[], None]],
+    make_writer: Callable[..., CheckpointWriter],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    writer = make_writer(on_save_error="continue")
+    save_with(writer, 1, step=10)
+    writer.wait()
+    before = names(tmp_path)
+    mend = trouble(tmp_path)
+    try:
+        save_with(writer, 1, step=11)
+        writer.wait()
+    finally:
+        mend()
+    assert writer.failed
+    (error,) = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert error.startswith("CHECKPOINT NOT SAVED: cannot write the checkpoint ")
+    assert "epoch_1_step_11" in error
+    assert error.endswith(f"The newest checkpoint is {tmp_path / 'epoch_1_step_10.pt'}")
+    assert names(tmp_path) == before
+    assert find_latest(tmp_path) == tmp_path / "epoch_1_step_10.pt"
+    save_with(writer, 1, step=12)
+    writer.wait()
+    assert not writer.failed
+    assert names(tmp_path) == ["epoch_1_step_12.pt", "epoch_1_step_12.scores.safetensors"]
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "close"])
+def test_on_save_error_stop_the_next_call_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_writer: Callable[..., CheckpointWriter], then: str
+) -> None:
+    writer = make_writer(on_save_error="stop")
+    with monkeypatch.context() as patch:
+        fail_at(patch, lambda name: name == "epoch_1.pt", OSError)
+        save_with(writer, 1)
+        calls = {"save": lambda: save_with(writer, 2), "wait": writer.wait, "close": writer.close}
+        with pytest.raises(TrainingError, match=r"epoch_1\.pt: died"):
+            calls[then]()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("rows", [0, 1, 10_001])
+def test_the_library_reads_the_scores_that_we_write(tmp_path: Path, rows: int) -> None:
+    table = torch.arange(2 * rows, dtype=torch.float32).reshape(rows, 2)
+    module._write_scores(tmp_path / "x.safetensors", table, {"token": "t"})
+    with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("scores"), table)
+        assert file.metadata() == {"token": "t"}
+
+
+# ---- killed
+
+
+def save_for_ever(folder: Path, complete: Any) -> None:
+    """Go on from the newest checkpoint, saving at every step, five an epoch; ``complete`` gets the last on the disk."""
+    os.fsync = lambda handle: None  # type: ignore[assignment] # the machine stays up, and this takes most of the time
+    logging.disable()
+    writer = CheckpointWriter(folder, Config(epochs=1000, delete_previous_checkpoint=True, save_most_recent=True))
+    latest = find_latest(folder)
+    at = 0 if latest is None else int(weight(load_checkpoint(latest)))
+    while True:
+        inside = at % 5 != 0
+        save_with(writer, at // 5, at if inside else None, float(at))
+        writer.wait()
+        complete.value = at
+        at += 1
+
+
+def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    random = np.random.default_rng(0)
+    complete = context.Value("i", -1, lock=False)
+    for _ in range(30):
+        process = context.Process(target=save_for_ever, args=(tmp_path, complete))
+        process.start()
+        time.sleep(random.uniform(0.01, 0.15))
+        process.kill()
+        process.join()
+        latest = find_latest(tmp_path)
+        if latest is None:
+            assert complete.value == -1
+            continue
+        loaded = load_checkpoint(latest)
+        assert weight(loaded) == score(loaded) >= complete.value
+        assert loaded.epoch == weight(loaded) // 5
+    assert complete.value > 30
 
 
 # ---- other people's files, and damage

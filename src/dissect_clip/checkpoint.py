@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 _FILE = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
-_STEP_FILE = re.compile(r"epoch_(\d+)_step_(\d+)(?:-[0-9a-f]+)?(?:\.scores\.safetensors|\.pt)")
+_SPARE_SCORES = re.compile(r"(epoch_\d+_step_\d+|epoch_(?:\d+|latest)(?=-))(?:-[0-9a-f]+)?\.scores\.safetensors")
 _LATEST = "epoch_latest"
 
 _Place = tuple[int, int]
@@ -170,11 +170,13 @@ def _in_place_when_complete(path: Path) -> Iterator[Path]:
     try:
         yield partial
         put_in_place(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+        # torch raises a RuntimeError of its own after the one that says that the disk is full
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
         raise TrainingError(
-            f"cannot write the checkpoint {path}: {error}. See that its folder is there, can be written to and has "
+            f"cannot write the checkpoint {path}: {reason}. See that its folder is there, can be written to and has "
             "room. Earlier checkpoints are whole: --resume latest goes on from the newest"
         ) from error
 
@@ -213,8 +215,8 @@ def _write(path: Path, content: Mapping[str, Any], scores: Mapping[str, Any] | N
             _write_scores(partial, scores["scores"], metadata)
     reference = {"token": token, "scores_file": None if scores is None else scores_path.name}
     try:
-        with _in_place_when_complete(path) as partial:
-            torch.save({**content, "dissect": {**content["dissect"], **reference}}, partial)
+        with _in_place_when_complete(path) as partial, partial.open("wb") as file:
+            torch.save({**content, "dissect": {**content["dissect"], **reference}}, file)
     except TrainingError:
         if scores is not None:
             _delete(scores_path)
@@ -232,21 +234,34 @@ def _delete(path: Path) -> None:
         log.warning("Cannot delete %s: %s", path, error)
 
 
-def _delete_steps_before(folder: Path, place: _Place) -> None:
-    """Delete the step checkpoints that one at ``place`` has replaced; the .pt files first, which name the others."""
-    found = [(path, _STEP_FILE.fullmatch(path.name)) for path in folder.glob("epoch_*_step_*")]
-    replaced = [path for path, match in found if match and (int(match[1]), int(match[2])) < place]
-    for path in sorted(replaced, key=lambda path: path.suffix):
+def _delete_checkpoint(path: Path) -> None:
+    """Delete a checkpoint, the .pt first, since it names its scores."""
+    for file in (path, *_scores_files(path)):
+        _delete(file)
+
+
+def _delete_leftovers(folder: Path) -> None:
+    """Delete what crashes have left: temporary files, and scores whose checkpoint never came into being.
+
+    ``epoch_7.scores.safetensors`` stays: somebody may have wanted it without its checkpoint.
+    """
+    for path in folder.glob("epoch_*.tmp"):
         _delete(path)
+    for path in folder.glob("epoch_*.scores.safetensors"):
+        match = _SPARE_SCORES.fullmatch(path.name)
+        if match is not None and not path.with_name(f"{match[1]}.pt").exists():
+            _delete(path)
 
 
-def _delete_epoch_before(folder: Path, epoch: int) -> None:
-    earlier = [(place, path) for place, path in _checkpoints(folder) if place < (epoch, 0) and place[1] == 0]
-    if earlier:
-        _, previous = max(earlier)
-        _delete(previous)
-        for scores in _scores_files(previous):
-            _delete(scores)
+def _delete_replaced(folder: Path, newest: _Place, delete_previous: bool) -> None:
+    """Delete the step checkpoints before the newest, and the last epoch's before it where that is asked for."""
+    before = [(place, path) for place, path in _checkpoints(folder) if place < newest]
+    for (_, step), path in before:
+        if step > 0:
+            _delete_checkpoint(path)
+    epochs = [(place, path) for place, path in before if place[1] == 0]
+    if delete_previous and epochs:
+        _delete_checkpoint(max(epochs)[1])
 
 
 def _wanted(config: Config, epoch: int, step: int | None) -> list[str]:
@@ -267,17 +282,15 @@ def _save(
     config: Config,
 ) -> Path | None:
     """:func:`save_checkpoint`, with the store's state dict."""
-    for leftover in folder.glob("epoch_*.tmp"):  # of a crash
-        _delete(leftover)
+    _delete_leftovers(folder)
     content = {"epoch": epoch, **content}
     paths = [folder / f"{name}.pt" for name in _wanted(config, epoch, step)]
     for path in paths:
         _write(path, content, scores)
     if not paths:
         return None
-    if config.delete_previous_checkpoint and paths[0].stem == f"epoch_{epoch}":
-        _delete_epoch_before(folder, epoch)
-    _delete_steps_before(folder, (epoch, step or 0))
+    kept = paths[0].stem == f"epoch_{epoch}"
+    _delete_replaced(folder, (epoch, step or 0), config.delete_previous_checkpoint and kept)
     return paths[0]
 
 
