@@ -302,15 +302,6 @@ def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
         assert saved == [step]
 
 
-def test_a_killed_loader_worker_is_named(tmp_path: Path):
-    class Gone(MemoryData):
-        def change(self, batch: Batch, step: int) -> Batch:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-
-    with pytest.raises(TrainingError, match=r"pid 7.*--workers"):
-        train(make_state(tmp_path), epochs=1, kind=Gone)
-
-
 def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """On a GPU every one of these would wait for the device."""
     state = make_state(tmp_path, select=True, select_strategy="warmup_base_sampling", select_rate=0.5, warmup_point=1)

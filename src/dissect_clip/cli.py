@@ -7,23 +7,29 @@ import dataclasses
 import io
 import logging
 import os
+import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import open_clip
 import torch
 
 from dissect_clip.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     RunState,
+    Shards,
     changed_settings,
     check_fits,
     checkpoint_content,
     find_resume,
     load_checkpoint,
-    save_checkpoint,
 )
 from dissect_clip.config import Config, parse_args
 from dissect_clip.data import (
@@ -37,14 +43,16 @@ from dissect_clip.data import (
 from dissect_clip.dist import World, init_world, is_loss_of_others, shutdown_world
 from dissect_clip.errors import SetupError, Stopped, TrainingError, printable
 from dissect_clip.evaluation import Tokenizer, evaluate
-from dissect_clip.logs import Reporter, close_logging, make_reporter, setup_logging
+from dissect_clip.logs import Reporter, close_logging, evaluated_epochs, make_reporter, setup_logging
 from dissect_clip.loss import SampleLoss, build_loss
 from dissect_clip.model import Model, RunningBuffers, Scorer, autocast_for, build_model, wrap_model
 from dissect_clip.optim import build_optimizer, build_scaler
 from dissect_clip.record import NullRecorder, Recorder
+from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.schedule import learning_rate
 from dissect_clip.selection import build_selector, summaries
+from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog
 from dissect_clip.train import Counters, Tally, TrainState, train_epoch
 
@@ -96,8 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _fail(error, world)
     finally:
         close_logging()
-        shutdown_world()
-        world.watch.close()
+    shutdown_world()
+    world.watch.close()
     return status
 
 
@@ -107,11 +115,7 @@ def _silent() -> Iterator[None]:
         yield
 
 
-_EXPECTED: dict[type[BaseException], int] = {
-    SetupError: EXIT_SETUP,
-    TrainingError: EXIT_TRAINING,
-    KeyboardInterrupt: EXIT_INTERRUPT,
-}
+_STATUS: dict[type[BaseException], int] = {SetupError: EXIT_SETUP, KeyboardInterrupt: EXIT_INTERRUPT}
 
 
 def _fail(error: BaseException, world: World) -> int:
@@ -120,21 +124,36 @@ def _fail(error: BaseException, world: World) -> int:
     Raises:
         BaseException: ``error``, in a single process, if it is none whose message is enough.
     """
+    if world.size > 1:
+        # torch's handler raises in the main thread for every loader worker that was killed: once is enough.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     log.debug("ended by", exc_info=error)  # into the log file, with --debug
-    status = _EXPECTED.get(type(error), EXIT_TRAINING)
     if is_loss_of_others(error):
         world.watch.lost(error)
-    if type(error) not in _EXPECTED:
+    words = _explain(error)
+    if words is None:
         if world.size == 1:
+            world.watch.close()
             raise error
         traceback.print_exception(error)
         words = printable(f"{type(error).__name__}: {error}")
-    elif isinstance(error, KeyboardInterrupt):
-        words = "interrupted; --resume latest goes on from the last checkpoint"
-    else:
-        words = str(error)
+    status = _STATUS.get(type(error), EXIT_TRAINING)
     world.watch.fail(words, status)
     return status
+
+
+def _explain(error: BaseException) -> str | None:
+    """What to say of an error; None if its traceback has to be seen."""
+    if isinstance(error, (SetupError, TrainingError)):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; --resume latest goes on from the last checkpoint"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"a loader worker is gone ({str(error).strip()}). It was probably killed for memory (dmesg tells): give "
+            "fewer --workers, or more memory. --resume latest goes on from the last checkpoint"
+        )
+    return None
 
 
 def run(config: Config, world: World) -> None:
@@ -154,13 +173,17 @@ def run(config: Config, world: World) -> None:
     with world.watch.patient():
         world.on_main(sync.start)
     try:
-        _run_in(folder, config, world)
+        _run_in(folder, config, world, sync)
     finally:
         with world.watch.patient():
-            sync.finish()
+            copied = sync.finish()
+    if not copied:
+        raise TrainingError(
+            f"the run folder could not be copied to --remote-sync {config.remote_sync}: copy it by hand"
+        )
 
 
-def _run_in(folder: RunFolder | None, config: Config, world: World) -> None:
+def _run_in(folder: RunFolder | None, config: Config, world: World, sync: RemoteSync | NoSync) -> None:
     """Build the parts, then train or evaluate."""
     model = build_model(config, world)
     train_data = (
@@ -179,7 +202,7 @@ def _run_in(folder: RunFolder | None, config: Config, world: World) -> None:
         if train_data is None:
             _evaluate_only(config, model, evaluator, checkpoint)
         else:
-            _train(config, world, model, train_data, evaluator, checkpoint, folder)
+            _train(config, world, model, train_data, evaluator, checkpoint, folder, sync)
     finally:
         reporter.close()
 
@@ -214,18 +237,34 @@ def _train(
     evaluator: Evaluator,
     checkpoint: Checkpoint | None,
     folder: RunFolder | None,
+    sync: RemoteSync | NoSync,
 ) -> None:
     steps_per_epoch = train_data.num_batches // config.accum_freq
     state = build_state(config, world, model, train_data, folder, steps_per_epoch)
     if checkpoint is not None:
         _resume(state, checkpoint, train_data, steps_per_epoch)
     _announce(state, train_data, steps_per_epoch)
+    if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
+        evaluator.after_epoch(state.module, state.counters)
     if state.counters.epoch >= config.epochs:
         log.info("All %d epochs are done already; give a larger --epochs to train on", config.epochs)
-    while state.counters.epoch < config.epochs:
-        train_epoch(state, train_data, evaluator.reporter)
-        _save(state, train_data, folder)
-        evaluator.after_epoch(state.module, state.counters)
+    with Signals(world.watch, world.is_main), Saver(state, train_data, folder, sync) as save:
+        while state.counters.epoch < config.epochs:
+            signal = train_epoch(state, train_data, evaluator.reporter, save)
+            save()
+            if signal is not None:
+                raise Stopped(signal)
+            evaluator.after_epoch(state.module, state.counters)
+
+
+def _was_killed_before_evaluation(
+    checkpoint: Checkpoint, evaluator: Evaluator, folder: RunFolder | None, world: World
+) -> bool:
+    """Whether the run was cut off between an epoch's checkpoint and the end of its evaluation. Collective."""
+    if folder is None or checkpoint.loader is not None or not evaluator.is_due(checkpoint.epoch):
+        return False
+    own = Path(checkpoint.path).resolve().is_relative_to(folder.path.resolve())
+    return own and world.on_main(lambda: checkpoint.epoch not in evaluated_epochs(folder.results))
 
 
 def build_state(
@@ -290,6 +329,8 @@ def _run_state(state: TrainState, data: TrainData) -> RunState:
     config, counters, selector = state.config, state.counters, state.selector
     return RunState(
         step=counters.step,
+        epoch_step=counters.epoch_step,
+        steps_per_epoch=data.num_batches // config.accum_freq,
         batch=counters.batch,
         seen=counters.seen,
         trained=counters.trained,
@@ -301,6 +342,9 @@ def _run_state(state: TrainState, data: TrainData) -> RunState:
         num_samples=data.num_samples,
         fingerprint=data.fingerprint,
         world_size=state.world.size,
+        workers=config.workers,
+        batch_size=config.batch_size,
+        accum_freq=config.accum_freq,
         columns=() if selector is None else selector.strategy.remembers,
     )
 
@@ -316,46 +360,112 @@ def _resume(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         fingerprint=now.fingerprint,
         strategy=now.strategy,
         columns=now.columns,
+        shards=Shards(data.shard_names, data.shard_sizes),
     )
     state.module.load_state_dict(checkpoint.state_dict)
+    state.buffers.remember()
     if checkpoint.optimizer is not None:
         state.optimizer.load_state_dict(checkpoint.optimizer)
     if state.scaler is not None and checkpoint.scaler is not None:
         state.scaler.load_state_dict(checkpoint.scaler)
     if state.selector is not None and checkpoint.scores is not None:
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
+    _resume_counters(state, checkpoint, data, steps_per_epoch)
+    if checkpoint.state is not None:
+        changes = changed_settings(checkpoint.state, now)
+        if checkpoint.state.step != state.counters.step:
+            changes.append(f"this is step {state.counters.step} now, was {checkpoint.state.step}")
+        if changes:
+            log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
+    inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
+    log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
+
+
+def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
+    """Where the run is; with other batches or ranks the steps are counted so that epochs end where they would have."""
     counters, then = state.counters, checkpoint.state
     counters.epoch = checkpoint.epoch
     counters.step = checkpoint.epoch * steps_per_epoch
+    if checkpoint.loader is not None:
+        note = data.resume(checkpoint.loader, checkpoint.epoch)
+        if note is not None:
+            log.warning("%s", note)
+        data.set_epoch(checkpoint.epoch)
+        counters.step += steps_per_epoch - data.batches_left // state.config.accum_freq
     counters.batch = counters.step * state.config.accum_freq
     if then is not None:
+        counters.epoch_step = then.epoch_step
         counters.seen, counters.trained, counters.seconds = then.seen, then.trained, dict(then.seconds)
-        changes = changed_settings(then, now)
-        if then.step != counters.step:
-            changes.append(f"the steps of {checkpoint.epoch} epochs are {counters.step}, were {then.step}")
-        if changes:
-            log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
-    log.info("Resumed from %s after %d epochs", checkpoint.path, counters.epoch)
 
 
-def _save(state: TrainState, data: TrainData, folder: RunFolder | None) -> None:
-    if folder is None:
-        return
+class Saver:
+    """Saves checkpoints when called, on all ranks together; a context manager that waits for the last to be written.
 
-    def save() -> None:
+    Without a run folder nothing is written.
+    """
+
+    def __init__(self, state: TrainState, data: TrainData, folder: RunFolder | None, sync: RemoteSync | NoSync) -> None:
+        self.state = state
+        self.data = data
+        self.folder = folder
+        self.sync = sync
+        self.writer: CheckpointWriter | None = None
+        if folder is not None and state.world.is_main:
+            self.writer = CheckpointWriter(folder.checkpoints, state.config)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises TrainingError on rank 0 if the run ends well otherwise, but its last checkpoint was not written."""
+        if self.writer is None:
+            return
+        self.writer.close()
+        if self.writer.failed and (error is None or isinstance(error, Stopped)):
+            raise TrainingError(
+                f"the last checkpoint could not be written to {self.writer.folder}, see the error above: what was "
+                "trained since the one before is lost. Make room, and go on with --resume latest"
+            )
+
+    def __call__(self) -> None:
+        """Save where the run is: between two epochs, or inside one. Collective.
+
+        Raises:
+            TrainingError: with --on-save-error stop, if the one before could not be written, or not be copied to
+                --remote-sync.
+        """
+        state, world = self.state, self.state.world
+        state.saved_at = time.monotonic()
+        if self.folder is None:
+            return
+        world.watch.mark("save", state.counters.step)
+        inside = state.counters.epoch_step > 0
+        loader = self.data.state_dict() if inside else None
+        world.on_main(lambda: self._save(loader))
+
+    def _save(self, loader: dict[str, Any] | None) -> None:
+        assert self.writer is not None
+        assert self.folder is not None
+        state = self.state
+        if self.sync.failed is not None and state.config.on_save_error == "stop":
+            raise TrainingError(f"{self.sync.failed} (--on-save-error stop); see that it can be reached, then resume")
         content = checkpoint_content(
-            name=folder.name,
+            name=self.folder.name,
             model=state.module.state_dict(),
             optimizer=state.optimizer.state_dict(),
             scaler=None if state.scaler is None else state.scaler.state_dict(),
-            state=_run_state(state, data),
+            state=_run_state(state, self.data),
+            loader=loader,
+            shards=Shards(self.data.shard_names, self.data.shard_sizes),
         )
-        store = None if state.selector is None else state.selector.store
-        path = save_checkpoint(folder.checkpoints, state.counters.epoch, content, store, config=state.config)
-        if path is not None:
-            log.info("Saved %s", path)
-
-    state.world.on_main(save)
+        self.writer.save(
+            epoch=state.counters.epoch,
+            step=None if loader is None else state.counters.step,
+            content=content,
+            scores=None if state.selector is None else state.selector.store,
+        )
 
 
 # ---- evaluation
@@ -374,6 +484,11 @@ class Evaluator:
 
     def _due(self, frequency: int, epoch: int) -> bool:
         return frequency > 0 and (epoch % frequency == 0 or epoch == self.config.epochs)
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether there is anything to evaluate on after so many complete epochs."""
+        retrieval = self.retrieval is not None and self._due(self.config.val_frequency, epoch)
+        return retrieval or (bool(self.classification) and self._due(self.config.zeroshot_frequency, epoch))
 
     def after_epoch(self, module: torch.nn.Module, counters: Counters) -> None:
         """Evaluate on what is due after so many complete epochs; after the last, on all."""

@@ -207,19 +207,12 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
     """The loader's next batch; None after the last.
 
     Raises:
-        TrainingError: if a loader worker failed or was killed.
+        TrainingError: of a loader worker.
     """
     try:
         return next(batches, None)
-    except TrainingError as error:  # of a worker, with its traceback in the message
+    except TrainingError as error:  # torch puts the worker's traceback into the message
         raise TrainingError(str(error).rpartition("TrainingError: ")[2]) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise TrainingError(
-            f"a loader worker is gone ({str(error).strip()}). It was probably killed for memory (dmesg tells): give "
-            "fewer --workers, or more memory. --resume latest goes on from the last checkpoint"
-        ) from error
 
 
 def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[list[Batch]]:

@@ -69,6 +69,8 @@ class _Link(threading.Thread):
         self.broken: str | None = None
         """Why the store cannot be reached any more."""
         self.rounds = 0
+        self.told = ""
+        """What the others can know by now: this rank's state, and of rank 0 the verdict."""
         self.interval = INTERVAL
         self._store, self._rank = store, rank
         self._say, self._heard = say, heard
@@ -117,15 +119,19 @@ class _Link(threading.Thread):
         self._heard()
 
     def _round(self) -> None:
-        self._store.set(f"beat/{self._rank}", self._say().to_json())
+        beat = self._say()
+        self._store.set(f"beat/{self._rank}", beat.to_json())
         keys = [f"beat/{rank}" for rank in self._others]
         if self._rank == 0:
-            if self.verdict:
-                self._store.set("verdict", self.verdict)
+            verdict = self.verdict
+            if verdict:
+                self._store.set("verdict", verdict)
+            self.told = verdict
             self.beats = dict(zip(self._others, self._store.multi_get(keys), strict=True))
         else:
-            main, verdict = self._store.multi_get([*keys, "verdict"])
-            self.verdict = verdict.decode()
+            self.told = beat.state
+            main, told = self._store.multi_get([*keys, "verdict"])
+            self.verdict = told.decode()
             self.beats = {0: main}
 
 
@@ -266,8 +272,11 @@ class Watch:
 
     @property
     def wake_fd(self) -> int:
-        """For :func:`signal.set_wakeup_fd`: Python runs no handler while a collective blocks the main thread."""
-        return self._nudger.fileno()
+        """For :func:`signal.set_wakeup_fd`: Python runs no handler while a collective blocks the main thread.
+
+        -1, which is none, where the watch was not started.
+        """
+        return -1 if self._thread is None else self._nudger.fileno()
 
     def close(self) -> None:
         """All is done. Collective: returns when every rank is here, so that none is killed for one that ends first."""
@@ -411,29 +420,30 @@ class Watch:
         limit.daemon = True
         limit.start()  # whatever blocks below
         link = self._link
-        if self._rank == 0 or link is None or not link.verdict:
+        told = link is not None and self._rank != 0 and link.verdict != ""
+        if not told:
             self._say(verdict.message)
         if verdict.how == "stalled" and self._rank in verdict.ranks:
             faulthandler.dump_traceback()
-        if link is not None and link.broken is None:
+        if link is not None and link.broken is None and (told or self._rank == 0):
             self._tell(link, verdict)
         self._leave(verdict.status)
 
     def _tell(self, link: _Link, verdict: Verdict) -> None:
-        """Rank 0 stays until the others know, since the store may be in its process."""
+        """Rank 0 stays until the others know, since the store may be in its process; the others say that they do."""
         self._state = ("done", "", 0)
         if self._rank == 0:
             link.verdict = verdict.to_json()
         link.hurry()
-        rounds, deadline = link.rounds, time.monotonic() + _LAST_WORDS / 2
-        others = set(link.beats) if self._rank == 0 else set()
-        if verdict.how == "died":
-            others -= set(verdict.ranks)
-        while time.monotonic() < deadline and link.broken is None:
+        deadline = time.monotonic() + _LAST_WORDS / 2
+        while time.monotonic() < deadline and link.broken is None and not self._is_told(link, verdict):
             self._sleep()
-            others = {rank for rank in others if Beat.from_json(link.beats[rank]).state != "done"}
-            if link.rounds > rounds + 1 and not others:
-                return
+
+    def _is_told(self, link: _Link, verdict: Verdict) -> bool:
+        if self._rank != 0:
+            return link.told == "done"
+        here = set(link.beats) - (set(verdict.ranks) if verdict.how == "died" else set())
+        return link.told == link.verdict and all(Beat.from_json(link.beats[rank]).state == "done" for rank in here)
 
     @staticmethod
     def _leave(status: int) -> NoReturn:

@@ -1,0 +1,207 @@
+"""Runs that are stopped inside an epoch go on as if they had not been."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from runs import arguments, lines, losses, record, results, selection, train
+from safetensors.torch import load_file
+
+from dissect_clip import cli
+from dissect_clip import train as training
+from dissect_clip.batch import Batch
+from dissect_clip.clock import PhaseClock
+from dissect_clip.selection import STRATEGIES
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = "train-00000{0,1}.tar"  # 1,000 pairs: ten steps of a hundred
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing catches it, and nothing is saved."""
+
+
+def run_until(step: int, words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run, and be killed before this optimizer step."""
+    real_step = training.train_step
+
+    def killed_at(state: training.TrainState, batches: Sequence[Batch], clock: PhaseClock) -> dict[str, torch.Tensor]:
+        if state.counters.step == step:
+            raise Killed
+        return real_step(state, batches, clock)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", killed_at)
+        with pytest.raises(Killed):
+            cli.main(words)
+
+
+def checkpoint(run: Path, name: str) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(run / "checkpoints" / f"{name}.pt", weights_only=True)
+    return content
+
+
+def last_lines(run: Path, file: str, key: str) -> dict[Any, Any]:
+    """The last line for each step or epoch: a resumed run repeats some."""
+    timed = ("_seconds", "_time", "_per_second", "_per_gpu")
+    return {
+        line[key]: {name: value for name, value in line.items() if not name.endswith(timed)}
+        for line in lines(run / file)
+    }
+
+
+def assert_same(whole: Path, stopped: Path, epochs: int, strategy: str | None) -> None:
+    """Weights, optimizer, scores, losses, evaluations, choices and skips are those of the run that was not stopped."""
+    first, second = (checkpoint(run, f"epoch_{epochs}") for run in (whole, stopped))
+    assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
+    for number, moments in first["optimizer"]["state"].items():
+        assert all(torch.equal(value, second["optimizer"]["state"][number][name]) for name, value in moments.items())
+    counters = ("step", "batch", "seen", "trained", "epoch_step")
+    assert [first["dissect"][name] for name in counters] == [second["dissect"][name] for name in counters]
+    assert last_lines(whole, "train.jsonl", "step") == last_lines(stopped, "train.jsonl", "step")
+    assert last_lines(whole, "checkpoints/results.jsonl", "epoch") == last_lines(
+        stopped, "checkpoints/results.jsonl", "epoch"
+    )
+    assert pq.read_table(whole / "skipped.parquet").equals(pq.read_table(stopped / "skipped.parquet"))
+    if strategy is not None:
+        for epoch in range(epochs):
+            key = lambda row: (row["step"], row["rank"], row["sample_id"])  # noqa: E731
+            assert sorted(record(whole, epoch), key=key) == sorted(record(stopped, epoch), key=key)
+    if strategy is not None and STRATEGIES[strategy].remembers:
+        scores = [load_file(run / "checkpoints" / f"epoch_{epochs}.scores.safetensors") for run in (whole, stopped)]
+        assert torch.equal(scores[0]["scores"].nan_to_num(-1), scores[1]["scores"].nan_to_num(-1))
+
+
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"accum_freq": 2},
+    {"dataset_resampled": True, "train_num_samples": 1000},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
+@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
+def test_a_run_killed_inside_an_epoch_goes_on_exactly(
+    tmp_path: Path, emoji: Path, strategy: str | None, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    flags = selection(strategy) | {"epochs": 2, "save_every_n_steps": 2, "force_patch_dropout": 0.3, **variant}
+    flags |= {"val_data": emoji / "val-000000.tar", "record": True if strategy else None}
+    data = str(emoji / SMALL)
+    whole = train(tmp_path, data, "whole", **flags)
+    steps = checkpoint(whole, "epoch_2")["dissect"]["step"]
+    words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
+    run_until(steps // 2 - 2, words, monkeypatch)
+    run_until(steps // 2 + 3, words, monkeypatch)
+    assert cli.main(words) == 0
+    assert_same(whole, tmp_path / "logs" / "stopped", 2, strategy)
+    left = [path.name for path in (tmp_path / "logs" / "stopped" / "checkpoints").glob("*step*")]
+    assert left == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_same_with_loader_workers_and_broken_samples(
+    tmp_path: Path, emoji: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+):
+    broken = tmp_path / "data"
+    broken.mkdir()
+    for number in range(2):
+        content = (emoji / f"train-00000{number}.tar").read_bytes()
+        # every PNG or JPEG marker of some samples is gone
+        (broken / f"train-{number}.tar").write_bytes(content.replace(b"\xff\xd8\xff", b"\0\0\0", 10))
+    flags = selection("warmup_base_sampling") | {"epochs": 2, "save_every_n_steps": 3, "workers": workers}
+    flags |= {"record": True, "batch_size": 50, "val_data": emoji / "val-000000.tar"}
+    data = str(broken / "train-{0,1}.tar")
+    whole = train(tmp_path, data, "whole", **flags)
+    words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
+    for step in (7, 25):
+        run_until(step, words, monkeypatch)
+    assert cli.main(words) == 0
+    assert_same(whole, tmp_path / "logs" / "stopped", 2, "warmup_base_sampling")
+
+
+def test_a_run_killed_while_it_evaluates_evaluates_when_it_goes_on(
+    tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch
+):
+    flags = {"epochs": 2, "val_data": emoji / "val-000000.tar"}
+    data = str(emoji / SMALL)
+    whole = train(tmp_path, data, "whole", **flags)
+    words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
+
+    def killed(*arguments: object, **named: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "evaluate", killed)
+        with pytest.raises(Killed):
+            cli.main(words)
+    assert cli.main(words) == 0
+    assert results(tmp_path / "logs" / "stopped") == results(whole)
+
+
+def test_other_batches_after_a_stop_see_what_is_left_once(
+    tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    flags = selection("random") | {"epochs": 1, "save_every_n_steps": 2, "record": True}
+    data = str(emoji / SMALL)
+    run_until(5, arguments(tmp_path, data, **flags), monkeypatch)
+    train(tmp_path, data, resume="latest", **flags | {"batch_size": 60, "workers": 2})
+    ids = [row["sample_id"] for row in record(tmp_path / "logs" / "run", 0)]
+    assert len(ids) == 400 + 600
+    assert sorted(ids) == list(range(1000))
+    assert "batch_size is 60, was 100" in capsys.readouterr().err
+
+
+def test_checkpoints_by_the_clock(tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch):
+    words = arguments(tmp_path, str(emoji / SMALL), epochs=1, save_every_minutes=1e-9)
+    run_until(6, words, monkeypatch)
+    (saved,) = (tmp_path / "logs" / "run" / "checkpoints").glob("epoch_0_step_*.pt")
+    assert saved.name == "epoch_0_step_6.pt"
+
+
+# ---- signals
+
+
+def start(words: list[str]) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "src" / "main.py"), *words], stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def wait_for_steps(process: "subprocess.Popen[str]", run: Path, count: int) -> None:
+    log = run / "train.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= count):
+        pass
+    assert process.poll() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
+def test_signals_save_and_stop_with_a_status(tmp_path: Path, emoji: Path, name: str, status: int):
+    flags = {"epochs": 60, "batch_size": 20}
+    words = arguments(tmp_path, str(emoji / SMALL), **flags)
+    run = tmp_path / "logs" / "run"
+    process = start(words)
+    wait_for_steps(process, run, 60)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status, said
+    assert "Traceback" not in said
+    assert name in said
+    done = max(last_lines(run, "train.jsonl", "step"))
+    saved = sorted((run / "checkpoints").glob("epoch_*.pt"), key=os.path.getmtime)[-1]
+    assert checkpoint(run, saved.stem)["dissect"]["step"] == done  # nothing is lost
+
+
+def test_losses_are_equal_whatever_is_saved(tmp_path: Path, emoji: Path):
+    data = str(emoji / SMALL)
+    plain, often = (train(tmp_path, data, f"every{n}", epochs=1, save_every_n_steps=n) for n in (0, 1))
+    assert losses(plain) == losses(often)
