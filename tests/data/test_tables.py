@@ -52,7 +52,7 @@ def test_ids_are_rows(tmp_path, workers):
         assert all(bytes(key.tolist()).rstrip(b"\0").endswith(b".png") for key in batch.key)
         assert data.locate(batch.sample_id.numpy()).tolist() == [0] * 4
     assert set(ids_of(batches)) == set(range(10))
-    assert (data.num_samples, data.shard_names) == (10, ("pairs.csv",))
+    assert (data.num_samples, data.shard_names, data.shard_sizes.tolist()) == (10, ("pairs.csv",), [10])
     assert ids_of(batches) == ids_of(epoch_of(load(data_config(train_data=f"{tmp_path}/pairs.csv", workers=workers))))
     assert ids_of(batches) != ids_of(epoch_of(data, 1))
 

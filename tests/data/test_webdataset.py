@@ -87,6 +87,7 @@ def test_every_sample_is_seen_once_an_epoch(tmp_path, world_size, workers, sizes
 def test_ids_belong_to_keys_and_shards(tmp_path):
     config = data_config(train_data=make_shards(tmp_path, [3, 5, 2]), select=True, record=True)
     data = load(config)
+    assert data.shard_sizes.tolist() == [3, 5, 2]
     for batch in epoch_of(data):
         keys = [bytes(key.tolist()).rstrip(b"\0").decode() for key in batch.key]
         assert [int(key) for key in keys] == batch.sample_id.tolist()
@@ -272,6 +273,7 @@ def test_openclip_command_lines_for_remote_shards_need_no_count(tmp_path):
     assert {n for batch in batches for n in batch.text[:, 0].tolist()} == set(range(12))
     assert data.num_samples == 16
     assert not (tmp_path / "sizes.json").exists()
+    assert data.shard_sizes is None
     with pytest.raises(ValueError, match="not numbered"):
         data.locate(np.array([-1]))
 

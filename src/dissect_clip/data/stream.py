@@ -316,6 +316,7 @@ class TrainData:
     shard_sizes: NDArray[np.int64] | None
     """Samples of each shard in ``shard_names``; None where they are not known."""
     find_shard: Callable[[NDArray[np.int64]], NDArray[np.int32]]
+    _pass: Pass = field(init=False)
     _rows: list[Progress] = field(init=False)  # where the workers stand after the last taken batch
     _visited: Bits | None = field(init=False)
     _skip_rows: list[Tensor] = field(init=False, default_factory=list)
