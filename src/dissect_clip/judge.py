@@ -135,8 +135,8 @@ def death(beats: Mapping[int, Beat], silent: Mapping[int, float], timeout: float
         return None
     first = beats[dead[0]]
     message = (
-        f"{name_ranks(dead, beats)} died or lost the network in {first.place}: no sign of life for "
-        f"{silent[dead[0]]:.0f} s. {_LOOK_AT_KILLS}"
+        f"{name_ranks(dead, beats)} died or lost the network: no sign of life for {silent[dead[0]]:.0f} s, last in "
+        f"{first.place}. {_LOOK_AT_KILLS}"
     )
     return Verdict(message, 1, dead, "died")
 
