@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import re
 import secrets
 import tempfile
@@ -468,6 +469,8 @@ def _explaining(path: str) -> Iterator[None]:
         raise SetupError(f"{path} does not exist: give --resume another checkpoint") from error
     except Exception as error:
         reason = str(error).partition("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # whose message says how to run what it holds
+            reason = "it holds something other than tensors and plain values"
         raise SetupError(
             f"{path} cannot be read as a checkpoint, damaged or not one ({reason}): give --resume another"
         ) from error
@@ -504,23 +507,24 @@ def _scores_path(path: str, content: Mapping[str, Any]) -> str | None:
     name = content["dissect"]["scores_file"] if "dissect" in content else None
     if name is None:
         return None
-    if re.fullmatch(r"[\w.-]+", name) is None:
+    if re.fullmatch(r"[\w.-]+\.scores\.safetensors", name) is None:
         raise SetupError(f"{path} names its scores {name!r}, which is no file beside it: give --resume another")
     folder, slash, _ = path.rpartition("/")
     return f"{folder}{slash}{name}"
 
 
-@contextmanager
-def _open_scores(path: str, token: str) -> Iterator[Any]:
-    """A file of scores, open to be read, once it is sure that it belongs to the checkpoint with this token.
+def _check_scores(path: str, file: Any, token: Any, state: RunState) -> None:
+    """See that an open file of scores belongs to the checkpoint with this token and state.
 
     Raises:
-        SetupError: if it is missing, damaged, or belongs to another checkpoint.
+        SetupError: if it does not.
     """
-    with _explaining(path), _local(path) as local, safe_open(local, framework="pt") as file:
-        if (file.metadata() or {}).get("token") != token:
-            raise SetupError(f"{path} belongs to another checkpoint, saving was cut short: resume from an earlier one")
-        yield file
+    if (file.metadata() or {}).get("token") != token:
+        raise SetupError(f"{path} belongs to another checkpoint, saving was cut short: resume from an earlier one")
+    table = file.get_slice("scores")
+    found, expected = (table.get_dtype(), table.get_shape()), ("F32", [state.num_samples, len(state.columns)])
+    if found != expected:
+        raise SetupError(f"{path} holds scores of another data set or strategy, {found} instead of {expected}")
 
 
 def _is(value: Any, hint: Any) -> bool:
@@ -597,14 +601,23 @@ def _parse(path: str, content: dict[str, Any]) -> Checkpoint:
     )
 
 
-def _scores(path: str, checkpoint: Checkpoint, file: Any) -> Tensor:
-    """The scores in an open file, off the disk; they must be those of the state beside them."""
-    scores: Tensor = file.get_tensor("scores").clone()
+def _read(path: str, keep: Callable[[Tensor], Tensor]) -> Checkpoint:
+    """Read and check a checkpoint and its scores; ``keep`` is given every tensor, whose values are still on the disk.
+
+    Raises:
+        SetupError: if the file is missing, damaged, something else, or torn from its scores.
+    """
+    with _explaining(path), _local(path) as local:
+        content = _map_tensors(_read_file(local), lambda _, tensor: keep(tensor))
+        checkpoint = _parse(path, content)
+        scores_path = _scores_path(path, content)
+        token: Any = None if scores_path is None else content["dissect"]["token"]
+    if scores_path is None:
+        return checkpoint
     assert checkpoint.state is not None
-    expected = (checkpoint.state.num_samples, len(checkpoint.state.columns))
-    if scores.dtype != torch.float32 or scores.shape != expected:
-        raise SetupError(f"{path} does not hold the scores of {checkpoint.path}: resume from another checkpoint")
-    return scores
+    with _explaining(scores_path), _local(scores_path) as local, safe_open(local, framework="pt") as file:
+        _check_scores(scores_path, file, token, checkpoint.state)
+        return dataclasses.replace(checkpoint, scores=keep(file.get_tensor("scores")))
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -613,15 +626,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         SetupError: if the file is missing, damaged, something else, or torn from its scores.
     """
-    path = os.fspath(path)
-    with _explaining(path), _local(path) as local:
-        content = _map_tensors(_read_file(local), lambda _, tensor: tensor.clone())  # off the disk
-        checkpoint = _parse(path, content)
-        scores_path = _scores_path(path, content)
-    if scores_path is None:
-        return checkpoint
-    with _open_scores(scores_path, content["dissect"]["token"]) as file:
-        return dataclasses.replace(checkpoint, scores=_scores(scores_path, checkpoint, file))
+    return _read(os.fspath(path), torch.clone)
 
 
 # ---- fitting a checkpoint to a run
@@ -769,14 +774,7 @@ def _checkpoints(folder: Path) -> list[tuple[_Place, Path]]:
 def _readable_epoch(path: Path) -> int | None:
     """The complete epochs in a checkpoint; None, with a warning, where it cannot be resumed from."""
     try:
-        with _explaining(str(path)):
-            content = _read_file(path)
-            checkpoint = _parse(str(path), content)
-            scores_path = _scores_path(str(path), content)
-        if scores_path is not None:
-            with _open_scores(scores_path, content["dissect"]["token"]):
-                pass
-        return checkpoint.epoch
+        return _read(str(path), lambda tensor: tensor).epoch
     except SetupError as error:
         log.warning("Passed over a checkpoint: %s", error)
         return None
