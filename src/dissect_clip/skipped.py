@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from dissect_clip.epochfile import EpochFile
 from dissect_clip.errors import TrainingError
 
 WAITING = 64 << 20
-"""Bytes of packed rows that a rank keeps between two gathers; some 500,000 samples."""
+"""Bytes of packed rows that a rank keeps between two gathers; hundreds of thousands of samples."""
 
 PIECE = 16 << 20
 """Bytes of packed rows of all ranks that are gathered at a time."""
@@ -205,20 +205,24 @@ def gather_rows(rows: Tensor, world: World, piece: int = PIECE) -> Iterator[list
             yield found
 
 
-def _clean(texts: Iterable[str | None]) -> pa.Array:
+def _strings(texts: Sequence[str | None]) -> pa.Array:
     """Texts for Arrow; what was not UTF-8 where it came from is U+FFFD, as in the record."""
-    return pa.array([None if text is None else _LONE_SURROGATE.sub("�", text) for text in texts], pa.string())
+    try:
+        return pa.array(texts, pa.string())
+    except UnicodeEncodeError:
+        return pa.array([text and _LONE_SURROGATE.sub("�", text) for text in texts], pa.string())
 
 
 def _table(epoch: int, piece: list[tuple[int, Tensor]]) -> pa.Table:
-    ranks, rows = zip(*((rank, row) for rank, packed in piece for row in unpack_rows(packed)), strict=True)
+    parts = [(rank, unpack_rows(packed)) for rank, packed in piece]
+    kinds, shards, keys, reasons, samples = zip(*(row for _, rows in parts for row in rows), strict=True)
     columns = [
-        pa.array([epoch] * len(rows), pa.int32()),
-        pa.array([Skip(row.kind).label for row in rows]).dictionary_encode(),
-        _clean(row.shard or None for row in rows).dictionary_encode(),
-        _clean(row.key for row in rows),
-        _clean(row.reason for row in rows),
-        pa.array([row.samples for row in rows], pa.int64()),
-        pa.array(ranks, pa.int16()),
+        pa.array([epoch] * len(kinds), pa.int32()),
+        pa.DictionaryArray.from_arrays(pa.array(kinds, pa.int32()), pa.array([kind.label for kind in Skip])),
+        _strings([shard or None for shard in shards]).dictionary_encode(),
+        _strings(keys),
+        _strings(reasons),
+        pa.array(samples, pa.int64()),
+        pa.array([rank for rank, rows in parts for _ in rows], pa.int16()),
     ]
     return pa.Table.from_arrays(columns, schema=_SCHEMA)
