@@ -91,7 +91,7 @@ class _LocalFile:
         self._file, self._size = file, os.fstat(file.fileno()).st_size
 
     def read(self, count: int) -> bytes:
-        return self._file.read(count)
+        return self._file.read(min(count, self._size))
 
     def skip(self, count: int) -> None:
         if count > self._size or (count and self._file.seek(count, io.SEEK_CUR) > self._size):
@@ -108,13 +108,14 @@ class _Stream:
         self._top, self._layers = layers[0], layers
 
     def read(self, count: int) -> bytes:
+        pieces, left = [], count
         try:
-            data = self._top.read(count) or b""
-            while len(data) < count and (more := self._top.read(count - len(data))):
-                data += more
+            while left and (piece := self._top.read(min(left, _CHUNK))):
+                pieces.append(piece)
+                left -= len(piece)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, MemoryError) as error:
             raise DamagedTarError(f"its compression is broken ({error})") from error
-        return data
+        return b"".join(pieces)
 
     def skip(self, count: int) -> None:
         while count > 0:
@@ -209,8 +210,7 @@ def _parse_pax(data: bytes) -> dict[bytes, bytes]:
     while data[start : start + 1].strip(b"\0"):
         space = data.find(b" ", start, start + len(str(_MAX_NAMES)) + 1)
         length = data[start : max(start, space)]
-        end = start + int(length) if length.isdigit() else 0
-        if not space < end <= len(data):
+        if not length.isdigit() or not space < (end := start + int(length)) <= len(data):
             raise DamagedTarError("a pax header makes no sense")
         key, _, value = data[space + 1 : end - 1].partition(b"=")
         records[key] = value
