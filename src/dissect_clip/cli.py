@@ -511,6 +511,7 @@ class Evaluator:
         step: int,
         progress: dict[str, float],
     ) -> None:
+        self.world.watch.mark("evaluate", step)
         metrics = evaluate(
             module,
             retrieval,

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +104,14 @@ def count_samples(url: str, timeout: float = Config.data_timeout) -> int:
 class Scan:
     """Counts the samples of shards in background threads, with a progress bar on a terminal."""
 
-    def __init__(self, urls: Sequence[str], threads: int = _SCAN_THREADS, timeout: float = Config.data_timeout) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        threads: int = _SCAN_THREADS,
+        timeout: float = Config.data_timeout,
+        counted: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._counted = counted  # called after every shard
         self._left = len(urls)
         self._done: SimpleQueue[tuple[str, Future[int]]] = SimpleQueue()
         self._bar = tqdm(total=len(urls), desc="counting samples", unit="shard", disable=None)
@@ -130,6 +137,7 @@ class Scan:
                 self.sizes[url] = future.result()
                 self._left -= 1
                 self._bar.update()
+                self._counted()
         except Empty:
             return False
         except SetupError:
@@ -155,7 +163,7 @@ def _announce(urls: Sequence[str]) -> None:
 def count_shards(urls: Sequence[str], world: World, timeout: float = Config.data_timeout) -> dict[str, int]:
     """Samples by URL, counted on rank 0; collective.
 
-    The other ranks hear from rank 0 every minute, so that a long count does not run into the process group's timeout.
+    Every shard counted is a sign of life, so that a long count does not run into ``--rank-timeout``.
 
     Raises:
         SetupError: a shard cannot be read, or holds no sample.
@@ -163,7 +171,7 @@ def count_shards(urls: Sequence[str], world: World, timeout: float = Config.data
     scan = None
     if world.is_main:
         _announce(urls)
-        scan = Scan(urls, timeout=timeout)
+        scan = Scan(urls, timeout=timeout, counted=world.watch.alive)
 
     def go_on() -> bool:
         assert scan is not None

@@ -33,6 +33,7 @@ from dissect_clip.data.split import Coverage, Place, count_batches, place_here, 
 from dissect_clip.dist import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.seeding import Stream, derive_seed, seeded
+from dissect_clip.signals import leave_to_the_parent
 
 _UNION_BYTES = 1 << 20
 """Bytes of the flags of visited samples that the ranks bring together at a time, as 8 MiB of numbers."""
@@ -179,10 +180,13 @@ class TrainStream(IterableDataset[Batch]):
         place = place_here(self.rank, self.world_size)
         # The loader takes the next batch from the first process, whose turn it need not be.
         place = place._replace(worker=(place.worker + current.taken) % place.workers)
+        made = current.rows[place.worker].batches
+        left = range(made, worker_batches(current.num_batches, place.worker, place.workers))
+        if not left:  # nor need there be anything to read
+            return
         pairs = _Pairs(self, current, place, epoch)
         reading = iter(pairs)
-        made = current.rows[place.worker].batches
-        for number in range(made, worker_batches(current.num_batches, place.worker, place.workers)):
+        for number in left:
             # Nothing is yielded inside, so the training process's generators are as before when it goes on.
             with seeded(
                 derive_seed(self.config.seed, Stream.AUGMENT, epoch, place.rank, place.worker, current.first + number)
@@ -278,6 +282,7 @@ def make_loader(stream: IterableDataset[Any], workers: int, world: World) -> Dat
         pin_memory=world.device.type == "cuda",
         # Without one of its own the loader draws a seed from the training process's generator in every epoch.
         generator=torch.Generator(),
+        worker_init_fn=leave_to_the_parent,
     )
 
 
@@ -436,20 +441,17 @@ class TrainData:
             left = (state["batches"] * then["world size"] - taken) * then["--batch-size"]
             # Draws of an attempt that no worker has begun.
             begin = _beginnings(self.stream.workers, 1 + max(row.attempt for row in rows))
-            resumed = Pass(whole.source, self._batches(left), begin, first)
-            return resumed, f"its last {left} samples are other draws than they would have been"
+            told = f"its last {left} samples are other draws than they would have been"
+            return Pass(whole.source, self._batches(left), begin, first), told
         if state["visited"] is None or whole.visited is None:
             seen = taken * then["--batch-size"]
-            resumed = dataclasses.replace(whole, first=first)
-            return (
-                resumed,
-                f"which samples were seen is not known, so the epoch begins again and repeats {seen} samples",
-            )
+            told = f"which samples were seen is not known, so the epoch begins again and repeats {seen} samples"
+            return dataclasses.replace(whole, first=first), told
         visited: Bits = state["visited"].numpy()
         left = self.num_samples - count_marked(visited)
         num_batches = self._batches(left)
-        resumed = Pass(whole.source.rest(visited, num_batches), num_batches, whole.rows, first, visited, visited)
-        return resumed, (
+        rest = whole.source.rest(visited, num_batches)
+        return Pass(rest, num_batches, whole.rows, first, visited, visited), (
             f"the {left} samples not yet seen are spread anew, each once but for those that fill up the last step; bad "
             "samples met before are met and counted again"
         )

@@ -81,7 +81,9 @@ def share(count: int, world: World) -> range:
     return range(count * world.rank // world.size, count * (world.rank + 1) // world.size)
 
 
-def progress(items: Iterable[T], world: World, title: str) -> Iterable[T]:
-    """The items, with a progress bar on rank 0 where a terminal shows it."""
+def progress(items: Iterable[T], world: World, title: str) -> Iterator[T]:
+    """The items, each a sign of life, with a progress bar on rank 0 where a terminal shows it."""
     shown = world.is_main and sys.stderr.isatty()
-    return tqdm(items, desc=title, unit="batch", leave=False, disable=not shown)
+    for item in tqdm(items, desc=title, unit="batch", leave=False, disable=not shown):
+        world.watch.alive()
+        yield item

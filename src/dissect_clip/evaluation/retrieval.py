@@ -175,7 +175,7 @@ def rank_all(
     queries, groups = torch.split(query, chunk), torch.split(query_group, chunk)
     ranks = [
         best_rank(similarity(queries[i], candidate), groups[i][:, None] == candidate_group)
-        for i in share(len(queries), world)
+        for i in progress(share(len(queries), world), world, "ranking")
     ]
     return world.all_gather_uneven(torch.cat([query_group.new_zeros(0), *ranks]))
 

@@ -70,11 +70,16 @@ def build_classifier(
     mine = share(num_batches, world)
     names = classnames[mine.start * CLASSES_PER_BATCH : mine.stop * CLASSES_PER_BATCH]
     weights = torch.zeros(0, 0, device=world.device)
+
+    def alive_tokenizer(texts: list[str]) -> Tensor:
+        world.watch.alive()
+        return tokenizer(texts)
+
     if names:
         with encoder.autocast():
             columns = build_zero_shot_classifier(
                 encoder.module,
-                tokenizer=tokenizer,
+                tokenizer=alive_tokenizer,
                 classnames=names,
                 templates=[partial(fill, template) for template in templates],
                 num_classes_per_batch=CLASSES_PER_BATCH,
