@@ -30,9 +30,6 @@ WAITING = 64 << 20
 PIECE = 16 << 20
 """Bytes of packed rows of all ranks that are gathered at a time."""
 
-ENOUGH = 1000
-"""Samples that must have been read before a limit is applied in the middle of an epoch."""
-
 _WORST = 5
 _UNTOLD = "more of this kind, only counted"
 _SENT = 1000
@@ -130,19 +127,18 @@ class SkipLog:
 
         self.world.on_main(complete)
 
-    def check(self, skipped: int, read: int, limit: float, final: bool) -> None:
-        """See that no larger share of the samples was left out than ``limit``. Collective where it was.
+    def check(self, skipped: int, samples: int, limit: float) -> None:
+        """See that no larger share of an epoch's samples was left out than ``limit``. Collective where it was.
 
         Args:
             skipped: left-out samples of the epoch so far, over all ranks.
-            read: those, and the ones that were used.
+            samples: of the whole epoch, over all ranks.
             limit: in [0, 1].
-            final: the epoch is over.
 
         Raises:
-            TrainingError: on all ranks, once enough was read: says how many of which kind, and names the worst shards.
+            TrainingError: on all ranks; says how many of which kind, and names the worst shards.
         """
-        if skipped <= limit * read or not (final or read >= ENOUGH):
+        if skipped <= limit * samples:
             return
         mine = [SkipRow(kind, shard, None, "", n) for (kind, shard), n in self._samples.most_common(_SENT)]
         kinds: Counter[int] = Counter()
@@ -153,17 +149,17 @@ class SkipLog:
                     kinds[row.kind] += row.samples
                     shards[row.shard] += row.samples
         self.end()
-        raise TrainingError(self._explain(skipped, read, limit, kinds, shards))
+        raise TrainingError(self._explain(skipped, samples, limit, kinds, shards))
 
-    def _explain(self, skipped: int, read: int, limit: float, kinds: Counter[int], shards: Counter[str]) -> str:
+    def _explain(self, skipped: int, samples: int, limit: float, kinds: Counter[int], shards: Counter[str]) -> str:
         since = " since the run was resumed" if self._resumed else ""
         by_kind = ", ".join(f"{count} {Skip(kind).label}" for kind, count in kinds.most_common())
         by_shard = ", ".join(f"{shard} ({count})" for shard, count in shards.most_common(_WORST))
         look = "" if self.folder is None else f"{self.folder} names each with the reason. "
         return (
-            f"{skipped} of {read} training samples of epoch {self._epoch} could not be used ({skipped / read:.1%}), "
-            f"more than --max-skip-fraction {limit:g}. By kind{since}: {by_kind}. Worst shards: {by_shard}. {look}"
-            "Mend these shards or leave them out of --train-data, or train without their samples with a larger "
+            f"{skipped} training samples of epoch {self._epoch} could not be used so far, {skipped / samples:.1%} of "
+            f"its {samples}, more than --max-skip-fraction {limit:g}. By kind{since}: {by_kind}. Worst shards: "
+            f"{by_shard}. {look}Mend these shards or leave them out of --train-data, or train without their samples with a larger "
             "--max-skip-fraction (1 never stops)"
         )
 

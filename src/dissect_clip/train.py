@@ -392,7 +392,7 @@ class Window:
         config, world = self.state.config, self.state.world
         samples = self.steps * config.accum_freq * config.batch_size * world.size
         self.state.skip_log.add(self.data.skipped_rows())
-        self.state.skip_log.check(skipped, samples, config.max_skip_fraction, final=True)
+        self.state.skip_log.check(skipped, samples, config.max_skip_fraction)
 
     def _check_finite(self, counts: Tensor, values: dict[str, float], batches: Sequence[Batch]) -> None:
         state, last = self.state, self.state.counters.step - 1
