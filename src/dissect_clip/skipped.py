@@ -159,8 +159,8 @@ class SkipLog:
         return (
             f"{skipped} training samples of epoch {self._epoch} could not be used so far, {skipped / samples:.1%} of "
             f"its {samples}, more than --max-skip-fraction {limit:g}. By kind{since}: {by_kind}. Worst shards: "
-            f"{by_shard}. {look}Mend these shards or leave them out of --train-data, or train without their samples with "
-            "a larger --max-skip-fraction (1 never stops)"
+            f"{by_shard}. {look}Mend these shards or leave them out of --train-data, or train without their samples "
+            "with a larger --max-skip-fraction (1 never stops)"
         )
 
 
