@@ -40,9 +40,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 class _Download(io.RawIOBase):
     """What a command writes."""
 
-    def __init__(self, url: str, timeout: float) -> None:
-        self._pipe = _start(url)
-        self._process: subprocess.Popen[bytes] = self._pipe.proc
+    def __init__(self, pipe: Pipe, timeout: float) -> None:
+        self._pipe = pipe
+        self._process: subprocess.Popen[bytes] = pipe.proc
         self._timeout = timeout
         self._poll = select.poll()
         self._poll.register(self._pipe.stream, select.POLLIN)
@@ -90,4 +90,4 @@ def open_remote(url: str, timeout: float = Config.data_timeout) -> io.BufferedRe
     Raises:
         OSError: the command cannot be started, or the scheme is not known.
     """
-    return io.BufferedReader(_Download(url, timeout), _BUFFER)
+    return io.BufferedReader(_Download(_start(url), timeout), _BUFFER)
