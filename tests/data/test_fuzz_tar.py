@@ -170,7 +170,7 @@ def count(path):
 
 
 @given(shards, st.integers(0, 5), st.integers(0, 5))
-@tries(150)
+@tries(400)
 def test_what_is_counted_is_what_is_read(tmp_path, data, first, more):
     path = tmp_path / "0.tar"
     path.write_bytes(data)
@@ -193,7 +193,7 @@ def test_what_is_counted_is_what_is_read(tmp_path, data, first, more):
 
 
 @given(shards, st.none() | st.integers(0, 8), st.sampled_from([None, "x"]))
-@tries(100)
+@tries(300)
 def test_every_sample_is_used_or_counted(tmp_path, data, size, json_field):
     path = tmp_path / "0.tar"
     path.write_bytes(data)
