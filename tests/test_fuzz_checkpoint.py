@@ -14,12 +14,12 @@ import json
 import os
 import pickle
 import pickletools
-import shutil
 import struct
 import subprocess
+import tempfile
 import typing
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +78,20 @@ def make_content() -> dict[str, Any]:
 @functools.cache
 def whole() -> dict[str, bytes]:
     """The files of a checkpoint."""
-    folder = Path(os.environ["PYTEST_TMP"])
-    save_checkpoint(folder, 2, make_content(), ScoreStore(5, ("loss",), World()), config=Config(epochs=9), step=12)
-    return {name: (folder / name).read_bytes() for name in (NAME, SCORES)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_checkpoint(folder, 2, make_content(), ScoreStore(5, ("loss",), World()), config=Config(epochs=9), step=12)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a whole checkpoint; the files are in memory, so that none is left over from another example."""
-    (tmp_path / "made").mkdir()
-    monkeypatch.setenv("PYTEST_TMP", str(tmp_path / "made"))
+def folder(tmp_path: Path) -> Path:
+    """A folder with a whole checkpoint."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name, content in whole().items():
         (folder / name).write_bytes(content)
-    yield folder
-    shutil.rmtree(tmp_path)
+    return folder
 
 
 def load(folder: Path) -> Checkpoint | None:
