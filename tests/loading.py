@@ -77,15 +77,16 @@ def _turns(data: TrainData) -> Iterator[Batch]:
     """The workers' batches in turn, as torch's loader hands them out, but all made in this process."""
     workers = data.stream.workers
     making = [iter(data.stream) for _ in range(workers)]
-    for turn in range(data.batches_left):
+    for turn in range(data.batches_left + workers):
         place = Place(data.world.rank, data.world.size, turn % workers, workers)
         original, stream.place_here = stream.place_here, lambda rank, size, place=place: place
         try:
-            batch = next(making[turn % workers])
+            batch = next(making[turn % workers], None)
         finally:
             stream.place_here = original
-        yield batch
-    assert all(next(rest, None) is None for rest in making[: data.batches_left])
+        assert (batch is None) == (turn >= data.batches_left)
+        if batch is not None:
+            yield batch
 
 
 def passing(data: TrainData, epoch: int, real: bool = False) -> Iterator[Batch]:

@@ -1,5 +1,8 @@
 """Going on inside an epoch: the batches that would have come, or in another layout each sample that was not seen."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 
@@ -228,6 +231,22 @@ def test_workers_without_a_batch_yet_begin_at_their_beginning(tmp_path):
     assert [row.batches for row in unpack_all(stopped.state_dict()["workers"])] == [1, 1, 0, 0]
 
 
+LIVE_AT_EXIT = """
+from loading import load
+from shards_util import data_config
+data = load(data_config(train_data={pattern!r}, workers=1, batch_size=2), sizes=[9])
+batches = iter(data.loader)
+next(batches)
+raise SystemExit(5)
+"""
+
+
+def test_workers_end_with_a_process_that_stops_inside_an_epoch(tmp_path):
+    script = LIVE_AT_EXIT.format(pattern=make_shards(tmp_path, [9]))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    assert subprocess.run([sys.executable, "-c", script], env=environment, timeout=100, check=False).returncode == 5
+
+
 # ---- another layout
 
 
@@ -355,11 +374,13 @@ def test_bad_samples_alone_are_no_end_of_the_run(tmp_path, name):
     assert set(ids_of(batches)) <= good
 
 
-def test_nothing_is_left_of_an_epoch_whose_samples_were_all_seen(tmp_path):
-    (data,), _, seen = resumed(tmp_path, "spans", 8)
+@pytest.mark.parametrize("real", [False, True])
+def test_nothing_is_left_of_an_epoch_whose_samples_were_all_seen(tmp_path, real):
+    (data,), _, seen = resumed(tmp_path, "spans", 8, after=BEFORE | {"world_size": 1, "batch_size": 5})
     assert set(seen) == set(range(30))
     assert data.batches_left == 0
-    assert take(data, 0) == []
+    assert take(data, 0, real=real) == []
+    assert len(take(data, 1, real=real)) == data.num_batches == 6
 
 
 def test_augmentation_is_drawn_anew_in_another_layout(tmp_path):

@@ -12,8 +12,10 @@ would have to go on to make the batches that it has not taken yet, however many 
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -274,7 +276,7 @@ class _Pairs:
 
 def make_loader(stream: IterableDataset[Any], workers: int, world: World) -> DataLoader[Any]:
     """A loader of a stream's whole batches, in ``workers`` processes that stay alive between epochs."""
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         stream,
         batch_size=None,
         num_workers=workers,
@@ -284,6 +286,18 @@ def make_loader(stream: IterableDataset[Any], workers: int, world: World) -> Dat
         generator=torch.Generator(),
         worker_init_fn=leave_to_the_parent,
     )
+    atexit.register(_end_workers, weakref.ref(loader))
+    return loader
+
+
+def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
+    """End the workers of a loader that is still there when Python exits, as after an error.
+
+    Python itself would send them one SIGTERM, which they leave to the training process, and wait for ever.
+    """
+    alive = loader()
+    if alive is not None and alive._iterator is not None:  # only a loader with workers keeps its iterator
+        alive._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def _union(bits: Bits, world: World) -> Bits:
