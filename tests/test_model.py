@@ -1,8 +1,10 @@
 """Models from settings, and the scoring pass."""
 
 import copy
+import pickle
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from distributed import run_on_ranks
@@ -12,7 +14,7 @@ from toy import make_config, make_module, random_pairs
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.model import RunningBuffers, Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.model import KnownWords, RunningBuffers, Scorer, autocast_for, build_model, wrap_model
 
 CPU = torch.device("cpu")
 
@@ -180,3 +182,12 @@ def _settle(world: World, folder: str) -> list[float]:
 def test_running_statistics_are_those_of_rank_0(tmp_path: Path):
     first, second = run_on_ranks(2, _settle, str(tmp_path))
     assert first == second
+
+
+def test_the_tokenizer_forgets_words_before_they_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(KnownWords, "limit", 10)
+    bounded = build_model(make_config(tmp_path), World()).tokenizer
+    texts = ["one two three four five six", "seven eight nine ten eleven twelve <end_of_text>", "one two"]
+    for tokenizer in (bounded, pickle.loads(pickle.dumps(bounded))):
+        assert torch.equal(torch.cat([tokenizer([text]) for text in texts]), open_clip.tokenize(texts, 8))
+        assert len(tokenizer.cache) <= 10

@@ -172,12 +172,33 @@ def build_model(config: Config, world: World) -> Model:
     tokenizer = open_clip.get_tokenizer(
         config.model, cache_dir=config.cache_dir, context_length=config.force_context_length
     )
+    if isinstance(tokenizer, open_clip.SimpleTokenizer):
+        tokenizer.cache = KnownWords(tokenizer.cache)
     if isinstance(module, open_clip.CoCa) and not config.pretrained:
         _initialise_decoder(module)
     _lock(module, config)
     if config.grad_checkpointing:
         module.set_grad_checkpointing()
     return Model(module, preprocess_train, preprocess_eval, tokenizer, _build_teacher(config, world))
+
+
+class KnownWords(dict[str, str]):
+    """The words that open_clip's tokenizer has met, which it keeps without end: gigabytes in each worker on web data.
+
+    This forgets them at ``limit``, but for those that were there from the beginning, the special tokens.
+    """
+
+    limit = 1 << 19  # at some 200 bytes each
+
+    def __init__(self, words: dict[str, str]) -> None:
+        super().__init__(words)
+        self.special = dict(words)
+
+    def __setitem__(self, word: str, tokens: str) -> None:
+        if len(self) >= self.limit:
+            self.clear()
+            self.update(self.special)
+        super().__setitem__(word, tokens)
 
 
 def _refuse_code(config: Config) -> None:
