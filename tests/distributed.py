@@ -1,10 +1,14 @@
 """Run a test's function on several real processes that share a gloo group."""
 
 import os
+import signal
 import socket
+import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,3 +75,80 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
             if process.is_alive():
                 process.kill()
     return [answers[rank] for rank in range(world_size)]
+
+
+# ---- processes that may die
+
+
+def _stand_in(folder: str, rank: int, size: int, port: int, function: Callable[..., Any], arguments: Any) -> None:
+    """A rank as torchrun would start it, with its output in a file."""
+    file = os.open(f"{folder}/rank{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
+    torch.set_num_threads(1)
+    master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if size > 1 else {}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **master}
+    sys.exit(function(*arguments))
+
+
+class Ranks:
+    """Processes that run ``function(*arguments)`` as ranks of one run; they may fail, and be killed.
+
+    A context manager. ``function`` must be importable; what it returns is the exit status.
+    """
+
+    def __init__(self, folder: Path, size: int, function: Callable[..., Any], *arguments: Any) -> None:
+        self.folder = folder
+        # Forked from a process that has imported all already.
+        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["dissect_clip.cli"])
+        port = free_port()
+        self.processes = [
+            context.Process(target=_stand_in, args=(str(folder), rank, size, port, function, arguments))
+            for rank in range(size)
+        ]
+
+    def __enter__(self) -> "Ranks":
+        for process in self.processes:
+            process.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def said(self, rank: int) -> str:
+        """Standard output and error of a rank."""
+        path = self.folder / f"rank{rank}.err"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, text: str, rank: int = 0, seconds: float = 60) -> None:
+        """Until a rank has said something."""
+        deadline = time.monotonic() + seconds
+        while text not in self.said(rank):
+            assert time.monotonic() < deadline, f"rank {rank} did not say {text!r}: {self.said(rank)}"
+            assert self.processes[rank].is_alive(), f"rank {rank} ended before it said {text!r}: {self.said(rank)}"
+            time.sleep(0.05)
+
+    def signal(self, rank: int, number: int) -> None:
+        """Send a signal to a rank."""
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
+    def children(self, rank: int) -> list[int]:
+        """Process ids of a rank's children."""
+        pid = self.processes[rank].pid
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(word) for word in words]
+
+    def ends(self, ranks: Iterable[int], seconds: float) -> list[int | None]:
+        """Exit statuses of these ranks, which must end within so many seconds; minus the signal that killed one."""
+        deadline = time.monotonic() + seconds
+        for rank in ranks:
+            self.processes[rank].join(max(0.0, deadline - time.monotonic()))
+            assert not self.processes[rank].is_alive(), f"rank {rank} goes on after {seconds} s: {self.said(rank)}"
+        return [self.processes[rank].exitcode for rank in ranks]

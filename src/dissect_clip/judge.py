@@ -16,12 +16,15 @@ Phase = Literal["setup", "save", "evaluate", "load", "score", "train", "optimize
 """What a rank is doing, in the order in which it happens at one number of steps done."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
+State = Literal["runs", "lost", "failed", "done", "gone"]
+"""Lost: a collective failed, the cause is elsewhere. Done: waits for the others to be so. Gone: knows that all are."""
+
 SILENCE = 60.0
-"""Seconds without a sign of life after which a rank is dead, if ``--rank-timeout`` is not shorter."""
+"""Seconds without a sign of life after which a rank is dead; ``--rank-timeout`` where that is shorter."""
 SILENCE_AFTER_SIGTERM = 15.0
 """The same once a rank has got SIGTERM: torchrun sends it when a rank has died, and kills after 30 seconds."""
 SILENCE_AFTER_LOSS = 5.0
-"""The same once a collective has failed on some rank: the run is over, and only the reason is looked for."""
+"""The same once a collective has failed on some rank: the run is over, and only the reason is looked for. The least."""
 
 _LOOK_AT = {
     "setup": "Look at the file systems of the data and of the run folder, and at downloads; a longer --rank-timeout "
@@ -48,7 +51,7 @@ class Beat:
     waits: bool  # for other ranks, and so does not hold them up
     host: str
     pid: int
-    state: Literal["runs", "lost", "failed", "done"] = "runs"  # lost: a collective failed, the cause is elsewhere
+    state: State = "runs"
     words: str = ""  # why it failed
     status: int = 0  # the exit status that the failure has
     stop: str | None = None  # the signal that asked for the end of the run
@@ -120,17 +123,20 @@ def failure(beats: Mapping[int, Beat], world_size: int) -> Verdict | None:
 
 def silence_limit(beats: Mapping[int, Beat], timeout: float) -> float:
     """Seconds without a sign of life that a rank may take."""
+    limit = SILENCE
     if any(beat.state == "lost" for beat in beats.values()):
-        return min(SILENCE_AFTER_LOSS, timeout)
-    if any(beat.stop == "SIGTERM" for beat in beats.values()):
-        return min(SILENCE_AFTER_SIGTERM, timeout)
-    return min(SILENCE, timeout)
+        limit = SILENCE_AFTER_LOSS
+    elif any(beat.stop == "SIGTERM" for beat in beats.values()):
+        limit = SILENCE_AFTER_SIGTERM
+    return min(limit, max(timeout, SILENCE_AFTER_LOSS))  # a busy machine may delay a beat by seconds
 
 
 def death(beats: Mapping[int, Beat], silent: Mapping[int, float], timeout: float) -> Verdict | None:
     """Ranks that have given no sign of life for too long; ``silent`` is in seconds."""
     limit = silence_limit(beats, timeout)
-    dead = tuple(rank for rank, beat in sorted(beats.items()) if beat.state != "done" and silent[rank] > limit)
+    dead = tuple(
+        rank for rank, beat in sorted(beats.items()) if beat.state not in ("done", "gone") and silent[rank] > limit
+    )
     if not dead:
         return None
     first = beats[dead[0]]

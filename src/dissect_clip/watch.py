@@ -11,6 +11,7 @@ Rank 0 alone reads all beats: W ranks mean W writes and W reads a second. The ot
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import json
 import logging
@@ -31,7 +32,7 @@ from typing import Literal, NoReturn
 from torch.distributed.distributed_c10d import Store
 
 from dissect_clip.errors import SetupError
-from dissect_clip.judge import SILENCE_AFTER_LOSS, Beat, Phase, Verdict, death, failure, silence_limit, stall
+from dissect_clip.judge import SILENCE_AFTER_LOSS, Beat, Phase, State, Verdict, death, failure, silence_limit, stall
 
 INTERVAL = 1.0
 """Seconds between two beats, and about between two looks at whether to save or stop."""
@@ -71,6 +72,7 @@ class _Link(threading.Thread):
         self.rounds = 0
         self.told = ""
         """What the others can know by now: this rank's state, and of rank 0 the verdict."""
+        self.ended = False
         self.interval = INTERVAL
         self._store, self._rank = store, rank
         self._say, self._heard = say, heard
@@ -106,14 +108,12 @@ class _Link(threading.Thread):
     def run(self) -> None:
         """See :class:`threading.Thread`."""
         try:
-            while self.verdict != _CLOSED:
+            while not self.ended:
                 self._round()
                 self.rounds += 1
                 self._heard()
                 self._soon.wait(self.interval)
                 self._soon.clear()
-            if self._rank == 0:
-                self._store.set("verdict", _CLOSED)
         except Exception as error:  # every kind of store has errors of its own
             self.broken = str(error).partition("\n")[0]
         self._heard()
@@ -192,7 +192,7 @@ class Watch:
         self._mark: tuple[Phase, int] = ("setup", 0)
         self._waits = self._patient = False
         self._stop: str | None = None
-        self._state: tuple[Literal["runs", "lost", "failed", "done"], str, int] = ("runs", "", 0)
+        self._state: tuple[State, str, int] = ("runs", "", 0)
         self._idle = 0.0
         self._link: _Link | None = None
         self._agreement: _Agreement | None = None
@@ -253,6 +253,11 @@ class Watch:
         Raises:
             SetupError: a rank has not started within the timeout.
         """
+        self._number = self._rounds = 0
+        if beats is not None and orders is not None:
+            self._link = _Link(beats, self._rank, self._size, self._beat, self._nudge)
+            self._link.meet(self._timeout, self._size)
+            self._agreement = _Agreement(orders, self._rank)
         self._ears, self._nudger = socket.socketpair()
         self._ears.settimeout(INTERVAL)
         self._nudger.setblocking(False)
@@ -260,13 +265,9 @@ class Watch:
         self._heard: dict[int, bytes] = {}
         self._beats: dict[int, Beat] = {}
         self._silent: dict[int, float] = {}
-        self._number = self._rounds = 0
-        self._unanswered = self._failing = 0.0
-        if beats is not None and orders is not None:
-            self._link = _Link(beats, self._rank, self._size, self._beat, self._nudge)
-            self._link.meet(self._timeout, self._size)
+        self._unanswered = self._failing = self._closing = 0.0
+        if self._link is not None:
             self._link.start()
-            self._agreement = _Agreement(orders, self._rank)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -353,7 +354,7 @@ class Watch:
                 verdict = self._judge(self._link, passed) if self._rank == 0 else self._obey(self._link)
             if verdict is not None:
                 self._end(verdict)
-            if self._is_over():
+            if self._is_over(passed):
                 return
 
     def _hear(self, link: _Link, passed: float) -> None:
@@ -389,23 +390,31 @@ class Watch:
         """On the other ranks."""
         if link.verdict and link.verdict != _CLOSED:
             return Verdict.from_json(link.verdict)
-        timeout = self._timeout if link.broken is None else min(SILENCE_AFTER_LOSS, self._timeout)
-        return death(self._beats, self._silent, timeout)
+        if link.broken is None:
+            return death(self._beats, self._silent, self._timeout)
+        verdict = death(self._beats, self._silent, SILENCE_AFTER_LOSS)
+        if verdict is None:
+            return None
+        gone = f"The store that the ranks met at is gone ({link.broken}), held by rank 0 or torchrun"
+        return dataclasses.replace(verdict, message=f"{verdict.message}. {gone}")
 
-    def _is_over(self) -> bool:
-        """Whether this rank is done, and may go."""
-        if self._state[0] != "done":
+    def _is_over(self, passed: float) -> bool:
+        """Whether this rank is done, and may go: all are done, and on rank 0, all know."""
+        link = self._link
+        if self._state[0] not in ("done", "gone"):
             return False
-        if self._link is None:
+        if link is None or link.broken is not None:
             return True
-        if self._rank == 0 and len(self._beats) == self._size:
-            if all(beat.state == "done" for beat in self._beats.values()):
-                self._link.verdict = _CLOSED
-                self._link.hurry()
-                self._link.join(_LAST_WORDS)
-                return True
-            return False
-        return self._link.verdict == _CLOSED or self._link.broken is not None
+        if self._rank != 0:
+            if link.verdict == _CLOSED:
+                self._state = ("gone", "", 0)
+            link.ended = link.told == "gone"
+        elif len(self._beats) == self._size and all(beat.state in ("done", "gone") for beat in self._beats.values()):
+            link.verdict = _CLOSED
+            self._closing += passed
+            waits = any(beat.state != "gone" for rank, beat in self._beats.items() if rank != 0)
+            link.ended = not waits or self._closing > _LAST_WORDS
+        return link.ended
 
     # ---- the end of a run that cannot go on
 
@@ -431,7 +440,7 @@ class Watch:
 
     def _tell(self, link: _Link, verdict: Verdict) -> None:
         """Rank 0 stays until the others know, since the store may be in its process; the others say that they do."""
-        self._state = ("done", "", 0)
+        self._state = ("gone", "", 0)
         if self._rank == 0:
             link.verdict = verdict.to_json()
         link.hurry()
@@ -441,9 +450,9 @@ class Watch:
 
     def _is_told(self, link: _Link, verdict: Verdict) -> bool:
         if self._rank != 0:
-            return link.told == "done"
+            return link.told == "gone"
         here = set(link.beats) - (set(verdict.ranks) if verdict.how == "died" else set())
-        return link.told == link.verdict and all(Beat.from_json(link.beats[rank]).state == "done" for rank in here)
+        return link.told == link.verdict and all(Beat.from_json(link.beats[rank]).state == "gone" for rank in here)
 
     @staticmethod
     def _leave(status: int) -> NoReturn:
