@@ -110,15 +110,9 @@ def test_a_run_killed_inside_an_epoch_goes_on_exactly(
 def test_the_same_with_loader_workers_and_broken_samples(
     tmp_path: Path, emoji: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ):
-    broken = tmp_path / "data"
-    broken.mkdir()
-    for number in range(2):
-        content = (emoji / f"train-00000{number}.tar").read_bytes()
-        # every PNG or JPEG marker of some samples is gone
-        (broken / f"train-{number}.tar").write_bytes(content.replace(b"\xff\xd8\xff", b"\0\0\0", 10))
+    data = break_some(emoji, tmp_path / "data")
     flags = selection("warmup_base_sampling") | {"epochs": 2, "save_every_n_steps": 3, "workers": workers}
     flags |= {"record": True, "batch_size": 50, "val_data": emoji / "val-000000.tar"}
-    data = str(broken / "train-{0,1}.tar")
     whole = train(tmp_path, data, "whole", **flags)
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
     for step in (7, 25):
@@ -146,17 +140,30 @@ def test_a_run_killed_while_it_evaluates_evaluates_when_it_goes_on(
     assert results(tmp_path / "logs" / "stopped") == results(whole)
 
 
+def break_some(emoji: Path, folder: Path) -> str:
+    """Two shards in which ten images each have lost what tells a JPEG; returns their pattern."""
+    folder.mkdir()
+    for number in range(2):
+        content = (emoji / f"train-00000{number}.tar").read_bytes()
+        (folder / f"train-{number}.tar").write_bytes(content.replace(b"\xff\xd8\xff", b"\0\0\0", 10))
+    return str(folder / "train-{0,1}.tar")
+
+
 def test_other_batches_after_a_stop_see_what_is_left_once(
     tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     flags = selection("random") | {"epochs": 1, "save_every_n_steps": 2, "record": True}
-    data = str(emoji / SMALL)
+    data = break_some(emoji, tmp_path / "data")
     run_until(5, arguments(tmp_path, data, **flags), monkeypatch)
-    train(tmp_path, data, resume="latest", **flags | {"batch_size": 60, "workers": 2})
-    ids = [row["sample_id"] for row in record(tmp_path / "logs" / "run", 0)]
-    assert len(ids) == 400 + 600
-    assert sorted(ids) == list(range(1000))
-    assert "batch_size is 60, was 100" in capsys.readouterr().err
+    run = train(tmp_path, data, resume="latest", **flags | {"batch_size": 60, "workers": 2})
+    ids = [row["sample_id"] for row in record(run, 0)]
+    assert len(ids) == 400 + 600  # 580 are left, rounded up to whole batches
+    assert len(set(ids)) == 980
+    skipped = pq.read_table(run / "skipped.parquet").to_pylist()
+    assert sum(row["samples"] for row in skipped) == 20  # those met before the stop are met again, and told once
+    said = capsys.readouterr().err
+    assert "batch_size is 60, was 100" in said
+    assert "the 600 samples not yet seen are spread anew" in said
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch):

@@ -44,6 +44,8 @@ class MemoryData:
             image, text = random_pairs(SAMPLES, self.image_size)
             yield self.change(Batch(image[ids], text[ids], ids), step)
 
+    meets_again = False
+
     def change(self, batch: Batch, step: int) -> Batch:
         return batch
 

@@ -249,7 +249,7 @@ def train_epoch(
     first = counters.epoch_step
     steps = first + data.batches_left // state.config.accum_freq
     state.recorder.begin(counters.epoch, first)
-    state.skip_log.begin(counters.epoch, first)
+    state.skip_log.begin(counters.epoch, 0 if data.meets_again else first)
     clock = PhaseClock(state.world.device)
     window = Window(state, data, steps, clock)
     signal = None
@@ -430,7 +430,7 @@ class Window:
             ]
             torch.save({"step": step, "batches": tensors}, folder / f"step_{step}_rank_{state.world.rank}.pt")
         names = ", ".join(f"step_{step}_rank_{rank}.pt" for rank in ranks)
-        return f"The last batch is in {folder}: {names} (torch.load, with image, text and sample_id)."
+        return f"The last batch is in {folder}: {names} (torch.load with weights_only=True)."
 
     def _explain(self, in_a_row: int, last: int, ranks: list[int], values: dict[str, float], saved: str) -> str:
         config = self.state.config

@@ -99,6 +99,7 @@ class Pass:
     first: int = 0  # number of every worker's first batch, which seeds its augmentation
     visited: Bits | None = None  # samples visited so far; None where they are not told apart
     left_out: Bits | None = None  # of those the ones that ``source`` leaves out; None where it is the whole epoch
+    meets_again: bool = False  # whether bad samples that were met before the stop are met, and counted, again
 
     @property
     def taken(self) -> int:
@@ -353,6 +354,11 @@ class TrainData:
         """Batches of this rank in the pass that :meth:`set_epoch` began; fewer where the epoch was resumed inside."""
         return self._pass.num_batches - self._pass.taken
 
+    @property
+    def meets_again(self) -> bool:
+        """Whether bad samples that were met in this epoch before a stop are met again, so that their count is new."""
+        return self._pass.meets_again
+
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass over the loader is, from 0; begins the counts of skipped samples anew.
 
@@ -465,7 +471,7 @@ class TrainData:
         left = self.num_samples - count_marked(visited)
         num_batches = self._batches(left)
         rest = whole.source.rest(visited, num_batches)
-        return Pass(rest, num_batches, whole.rows, first, visited, visited), (
+        return Pass(rest, num_batches, whole.rows, first, visited, visited, meets_again=True), (
             f"the {left} samples not yet seen are spread anew, each once but for those that fill up the last step; bad "
             "samples met before are met and counted again"
         )
