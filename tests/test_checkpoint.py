@@ -86,7 +86,7 @@ def make_content(value: float = 1.0, state: RunState = STATE) -> dict[str, Any]:
 
 def save(folder: Path, epoch: int, config: Config = CONFIG, value: float = 1.0, step: int | None = None) -> Path | None:
     content = make_content(value, STATE if step is None else INSIDE)
-    return save_checkpoint(folder, epoch, content, make_store(value), config=config, step=step)
+    return save_checkpoint(folder, epoch, content, make_store(value).state_dict(), config=config, step=step)
 
 
 def names(folder: Path) -> list[str]:
@@ -121,7 +121,7 @@ def fail_at(
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     store = make_store(4.0)
-    path = save_checkpoint(tmp_path, 2, make_content(7.0), store, config=CONFIG)
+    path = save_checkpoint(tmp_path, 2, make_content(7.0), store.state_dict(), config=CONFIG)
     assert path == tmp_path / "epoch_2.pt"
     loaded = load_checkpoint(path)
     assert (loaded.epoch, loaded.state) == (2, STATE)
@@ -177,7 +177,9 @@ def test_the_scores_name_their_columns(tmp_path: Path) -> None:
 
 def test_a_strategy_that_remembers_nothing_has_no_scores_file(tmp_path: Path) -> None:
     state = dataclasses.replace(STATE, strategy="random", columns=())
-    save_checkpoint(tmp_path, 1, make_content(state=state), make_store(columns=()), config=CONFIG)
+    writer = CheckpointWriter(tmp_path, CONFIG)
+    writer.save(epoch=1, content=make_content(state=state), scores=make_store(columns=()), step=None)
+    writer.close()
     assert names(tmp_path) == ["epoch_1.pt"]
     assert load_checkpoint(tmp_path / "epoch_1.pt").scores is None
 
@@ -395,7 +397,7 @@ def test_a_full_disk_names_the_file_and_leaves_earlier_checkpoints(tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(TrainingError, match=r"epoch_2\.pt: \[Errno 27\] File too large"):
-            save_checkpoint(tmp_path, 2, content, make_store(), config=CONFIG)
+            save_checkpoint(tmp_path, 2, content, make_store().state_dict(), config=CONFIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["epoch_1.pt", "epoch_1.scores.safetensors"]
@@ -432,13 +434,12 @@ class Held:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.gate = threading.Event()
-        save_now = module._save
 
-        def save_later(*args: Any) -> Path | None:
+        def save_later(*args: Any, **settings: Any) -> Path | None:
             assert self.gate.wait(20)
-            return save_now(*args)
+            return save_checkpoint(*args, **settings)
 
-        monkeypatch.setattr(module, "_save", save_later)
+        monkeypatch.setattr(module, "save_checkpoint", save_later)
 
 
 @pytest.fixture
@@ -779,7 +780,7 @@ def test_inside_an_epoch_the_loaders_state_must_be_there(tmp_path: Path) -> None
     content = checkpoint_content(
         name="run", model=make_content()["state_dict"], optimizer={}, scaler=None, state=INSIDE
     )
-    save_checkpoint(tmp_path, 1, content, make_store(), config=CONFIG, step=9)
+    save_checkpoint(tmp_path, 1, content, make_store().state_dict(), config=CONFIG, step=9)
     with pytest.raises(SetupError, match="after 3 steps of an epoch"):
         fits(load_checkpoint(tmp_path / "epoch_1_step_9.pt"))
 
@@ -962,6 +963,6 @@ def test_open_clip_loads_it_as_pretrained(tmp_path: Path) -> None:
     torch.manual_seed(5)
     model = open_clip.create_model("checkpoint-test-tiny")
     content = checkpoint_content(name="run", model=model.state_dict(), optimizer={}, scaler=None, state=STATE)
-    path = save_checkpoint(tmp_path, 1, content, make_store(), config=CONFIG)
+    path = save_checkpoint(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
     loaded: dict[str, Tensor] = open_clip.create_model("checkpoint-test-tiny", pretrained=str(path)).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())

@@ -80,7 +80,8 @@ def whole() -> dict[str, bytes]:
     """The files of a checkpoint."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_checkpoint(folder, 2, make_content(), ScoreStore(5, ("loss",), World()), config=Config(epochs=9), step=12)
+        scores = ScoreStore(5, ("loss",), World()).state_dict()
+        save_checkpoint(folder, 2, make_content(), scores, config=Config(epochs=9), step=12)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -134,7 +134,7 @@ def checkpoint_content(
     loader: Mapping[str, Any] | None = None,
     shards: Shards | None = None,
 ) -> dict[str, Any]:
-    """What :func:`save_checkpoint` takes, from state dicts: OpenCLIP's keys and "dissect".
+    """What :meth:`CheckpointWriter.save` takes, from state dicts: OpenCLIP's keys and "dissect".
 
     Args:
         loader: in the middle of an epoch, the loader's state: tensors and plain values.
@@ -274,37 +274,11 @@ def _wanted(config: Config, epoch: int, step: int | None) -> list[str]:
     return [*names, _LATEST] if config.save_most_recent else names
 
 
-def _save(
-    folder: Path,
-    epoch: int,
-    step: int | None,
-    content: Mapping[str, Any],
-    scores: Mapping[str, Any] | None,
-    config: Config,
-) -> Path | None:
-    """:func:`save_checkpoint`, with the store's state dict."""
-    _delete_leftovers(folder)
-    content = {"epoch": epoch, **content}
-    paths = [folder / f"{name}.pt" for name in _wanted(config, epoch, step)]
-    for path in paths:
-        _write(path, content, scores)
-    if not paths:
-        return None
-    kept = paths[0].stem == f"epoch_{epoch}"
-    _delete_replaced(folder, (epoch, step or 0), config.delete_previous_checkpoint and kept)
-    return paths[0]
-
-
-def _state_of(store: ScoreStore | None) -> dict[str, Any] | None:
-    """The state of a store; None also where a strategy remembers nothing."""
-    return None if store is None or not store.columns else store.state_dict()
-
-
 def save_checkpoint(
     folder: Path,
     epoch: int,
     content: Mapping[str, Any],
-    scores: ScoreStore | None,
+    scores: Mapping[str, Any] | None,
     *,
     config: Config,
     step: int | None = None,
@@ -316,13 +290,23 @@ def save_checkpoint(
     checkpoints are always deleted once a newer checkpoint is complete.
 
     Args:
-        content: of :func:`checkpoint_content`.
+        content: of :func:`checkpoint_content`, in main memory.
+        scores: state dict of a store with columns, in main memory.
         step: in the middle of an epoch, the optimizer steps done in all.
 
     Raises:
         TrainingError: if a file cannot be written; earlier checkpoints are then whole.
     """
-    return _save(folder, epoch, step, content, _state_of(scores), config)
+    _delete_leftovers(folder)
+    content = {"epoch": epoch, **content}
+    paths = [folder / f"{name}.pt" for name in _wanted(config, epoch, step)]
+    for path in paths:
+        _write(path, content, scores)
+    if not paths:
+        return None
+    kept = paths[0].stem == f"epoch_{epoch}"
+    _delete_replaced(folder, (epoch, step or 0), config.delete_previous_checkpoint and kept)
+    return paths[0]
 
 
 # ---- writing while training goes on
@@ -403,7 +387,8 @@ class CheckpointWriter:
         if waited > _PATIENCE:
             log.warning("Training waited %.0f s for the checkpoint before to be written: save less often", waited)
         if _wanted(self.config, epoch, step):
-            content, state = self._copies.take((dict(content), _state_of(scores)))
+            state = None if scores is None or not scores.columns else scores.state_dict()
+            content, state = self._copies.take((dict(content), state))
             self._pending = self._thread.submit(self._write, epoch, step, content, state)
 
     def wait(self) -> None:
@@ -427,7 +412,7 @@ class CheckpointWriter:
         self, epoch: int, step: int | None, content: Mapping[str, Any], scores: Mapping[str, Any] | None
     ) -> None:
         try:
-            self._last = _save(self.folder, epoch, step, content, scores, self.config)
+            self._last = save_checkpoint(self.folder, epoch, content, scores, config=self.config, step=step)
         except TrainingError as error:
             if self.config.on_save_error == "stop":
                 raise
