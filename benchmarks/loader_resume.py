@@ -3,10 +3,11 @@
 
     python benchmarks/loader_resume.py [--samples 400000] [--visited 400000000]
 
-One worker reads `--samples` of them from shards of 10,000 (the same shard under many names). It is stopped 20,000 before
-its end; printed are the seconds to its next batch after the stop, and, to compare, to its first batch of an epoch and
-for reading (not decoding) all that was skipped. Then the seconds to note a batch in the flags of `--visited` samples,
-to copy them for a checkpoint, and to find the samples of one of 4,096 workers in the half that is left.
+One worker reads `--samples` of them from shards of 10,000 (the same shard under many names). It is stopped 20,000
+before its end; printed are the seconds to its next batch after the stop, and, to compare, to its first batch of an
+epoch and for reading (not decoding) all that was skipped. Then the seconds to note a batch in the flags of
+`--visited` samples, to copy them for a checkpoint, and to find the samples of one of 4,096 workers in the half that
+is left.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import torch
 from common import report
 
 from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content
-from dissect_clip.cli import Saver, build_state
+from dissect_clip.cli import build_state
 from dissect_clip.config import Config, parse_args
 from dissect_clip.data import TrainData, build_train
 from dissect_clip.dist import World
@@ -37,6 +37,7 @@ from dissect_clip.logs import Reporters
 from dissect_clip.model import build_model
 from dissect_clip.remote import NoSync
 from dissect_clip.runfolder import RunFolder
+from dissect_clip.saving import Saver
 from dissect_clip.selection import summaries
 from dissect_clip.selection.store import ScoreStore
 from dissect_clip.train import TrainState, train_epoch

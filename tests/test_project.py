@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"evaluation.retrieval", "evaluation.zeroshot"},
     {"evaluation"},
     {"train"},
+    {"saving"},
     {"cli"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

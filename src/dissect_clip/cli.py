@@ -9,25 +9,17 @@ import logging
 import os
 import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 import open_clip
 import torch
 
 from dissect_clip.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
-    RunState,
-    Shards,
-    changed_settings,
     check_fits,
-    checkpoint_content,
     find_resume,
     load_checkpoint,
 )
@@ -50,6 +42,7 @@ from dissect_clip.optim import build_optimizer, build_scaler
 from dissect_clip.record import NullRecorder, Recorder
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
+from dissect_clip.saving import Saver, restore
 from dissect_clip.schedule import learning_rate
 from dissect_clip.selection import build_selector, summaries
 from dissect_clip.signals import Signals
@@ -242,7 +235,7 @@ def _train(
     steps_per_epoch = train_data.num_batches // config.accum_freq
     state = build_state(config, world, model, train_data, folder, steps_per_epoch)
     if checkpoint is not None:
-        _resume(state, checkpoint, train_data, steps_per_epoch)
+        restore(state, checkpoint, train_data, steps_per_epoch)
     _announce(state, train_data, steps_per_epoch)
     if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
         evaluator.after_epoch(state.module, state.counters)
@@ -323,149 +316,6 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     )  # fmt: skip
     if state.selector is not None:
         log.info("Selection: %s, keeping %g of every batch", config.select_strategy, config.select_rate)
-
-
-def _run_state(state: TrainState, data: TrainData) -> RunState:
-    config, counters, selector = state.config, state.counters, state.selector
-    return RunState(
-        step=counters.step,
-        epoch_step=counters.epoch_step,
-        steps_per_epoch=data.num_batches // config.accum_freq,
-        batch=counters.batch,
-        seen=counters.seen,
-        trained=counters.trained,
-        seconds=dict(counters.seconds),
-        seed=config.seed,
-        model=config.model,
-        strategy=None if selector is None else config.select_strategy,
-        select_rate=config.select_rate,
-        num_samples=data.num_samples,
-        fingerprint=data.fingerprint,
-        world_size=state.world.size,
-        workers=config.workers,
-        batch_size=config.batch_size,
-        accum_freq=config.accum_freq,
-        columns=() if selector is None else selector.strategy.remembers,
-    )
-
-
-def _resume(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
-    """Put a run where the checkpoint left it; of bare weights or OpenCLIP's checkpoints what there is."""
-    now = _run_state(state, data)
-    check_fits(
-        checkpoint,
-        model_name=now.model,
-        model_state_dict=state.module.state_dict(),
-        num_samples=now.num_samples,
-        fingerprint=now.fingerprint,
-        strategy=now.strategy,
-        columns=now.columns,
-        shards=Shards(data.shard_names, data.shard_sizes),
-    )
-    state.module.load_state_dict(checkpoint.state_dict)
-    state.buffers.remember()
-    if checkpoint.optimizer is not None:
-        state.optimizer.load_state_dict(checkpoint.optimizer)
-    if state.scaler is not None and checkpoint.scaler is not None:
-        state.scaler.load_state_dict(checkpoint.scaler)
-    if state.selector is not None and checkpoint.scores is not None:
-        state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
-    _resume_counters(state, checkpoint, data, steps_per_epoch)
-    if checkpoint.state is not None:
-        changes = changed_settings(checkpoint.state, now)
-        if checkpoint.state.step != state.counters.step:
-            changes.append(f"this is step {state.counters.step} now, was {checkpoint.state.step}")
-        if changes:
-            log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
-    inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
-    log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
-
-
-def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
-    """Where the run is; with other batches or ranks the steps are counted so that epochs end where they would have."""
-    counters, then = state.counters, checkpoint.state
-    counters.epoch = checkpoint.epoch
-    counters.step = checkpoint.epoch * steps_per_epoch
-    if checkpoint.loader is not None:
-        note = data.resume(checkpoint.loader, checkpoint.epoch)
-        if note is not None:
-            log.warning("%s", note)
-        data.set_epoch(checkpoint.epoch)
-        counters.step += steps_per_epoch - data.batches_left // state.config.accum_freq
-    counters.batch = counters.step * state.config.accum_freq
-    if then is not None:
-        counters.epoch_step = then.epoch_step
-        counters.seen, counters.trained, counters.seconds = then.seen, then.trained, dict(then.seconds)
-
-
-class Saver:
-    """Saves checkpoints when called, on all ranks together; a context manager that waits for the last to be written.
-
-    Without a run folder nothing is written.
-    """
-
-    def __init__(self, state: TrainState, data: TrainData, folder: RunFolder | None, sync: RemoteSync | NoSync) -> None:
-        self.state = state
-        self.data = data
-        self.folder = folder
-        self.sync = sync
-        self.writer: CheckpointWriter | None = None
-        if folder is not None and state.world.is_main:
-            self.writer = CheckpointWriter(folder.checkpoints, state.config)
-
-    def __enter__(self) -> Saver:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Raises TrainingError on rank 0 if the run ends well otherwise, but its last checkpoint was not written."""
-        if self.writer is None:
-            return
-        self.writer.close()
-        if self.writer.failed and (error is None or isinstance(error, Stopped)):
-            raise TrainingError(
-                f"the last checkpoint could not be written to {self.writer.folder}, see the error above: what was "
-                "trained since the one before is lost. Make room, and go on with --resume latest"
-            )
-
-    def __call__(self) -> None:
-        """Save where the run is: between two epochs, or inside one. Collective.
-
-        Raises:
-            TrainingError: with --on-save-error stop, if the one before could not be written, or not be copied to
-                --remote-sync.
-        """
-        state, world = self.state, self.state.world
-        state.saved_at = time.monotonic()
-        if self.folder is None:
-            return
-        world.watch.mark("save", state.counters.step)
-        inside = state.counters.epoch_step > 0
-        loader = self.data.state_dict() if inside else None
-        world.on_main(lambda: self._save(loader))
-
-    def _save(self, loader: dict[str, Any] | None) -> None:
-        assert self.writer is not None
-        assert self.folder is not None
-        state = self.state
-        if self.sync.failed is not None and state.config.on_save_error == "stop":
-            raise TrainingError(f"{self.sync.failed} (--on-save-error stop); see that it can be reached, then resume")
-        content = checkpoint_content(
-            name=self.folder.name,
-            model=state.module.state_dict(),
-            optimizer=state.optimizer.state_dict(),
-            scaler=None if state.scaler is None else state.scaler.state_dict(),
-            state=_run_state(state, self.data),
-            loader=loader,
-            shards=Shards(self.data.shard_names, self.data.shard_sizes),
-        )
-        self.writer.save(
-            epoch=state.counters.epoch,
-            step=None if loader is None else state.counters.step,
-            content=content,
-            scores=None if state.selector is None else state.selector.store,
-        )
 
 
 # ---- evaluation
