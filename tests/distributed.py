@@ -8,8 +8,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,15 @@ from dissect_clip.dist import World
 TIMEOUT = timedelta(seconds=90)
 
 
+def context() -> Any:
+    """Processes are forked from one that has imported all already, which takes seconds each time."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["dissect_clip.cli"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+    return context
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -27,10 +38,17 @@ def free_port() -> int:
 
 
 def _rank_main(
-    rank: int, size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    size: int,
+    port: int,
+    results: Any,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    mp.set_start_method("fork", force=True)  # for loaders; else as this process was started
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size, timeout=TIMEOUT)
     try:
         results.put((rank, True, function(World(rank=rank, local_rank=rank, size=size), *arguments)))
@@ -48,11 +66,12 @@ def run_on_ranks(world_size: int, function: Callable[..., Any], *arguments: Any)
     ``function`` must be importable (module level) and what it returns picklable; tensors should be turned into
     lists or numpy arrays. Raises AssertionError with the first failing rank's traceback.
     """
-    context = mp.get_context("spawn")
-    results: Any = context.SimpleQueue()
+    results: Any = context().SimpleQueue()
     port = free_port()
     processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, results, function, arguments))
+        context().Process(
+            target=_rank_main, args=(rank, world_size, port, results, dict(os.environ), function, arguments)
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -87,6 +106,7 @@ def _stand_in(folder: str, rank: int, size: int, port: int, function: Callable[.
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs in the background
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)
     master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if size > 1 else {}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), **master}
     sys.exit(function(*arguments))
@@ -100,13 +120,9 @@ class Ranks:
 
     def __init__(self, folder: Path, size: int, function: Callable[..., Any], *arguments: Any) -> None:
         self.folder = folder
-        # Forked from a process that has imported all already.
-        os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["dissect_clip.cli"])
         port = free_port()
         self.processes = [
-            context.Process(target=_stand_in, args=(str(folder), rank, size, port, function, arguments))
+            context().Process(target=_stand_in, args=(str(folder), rank, size, port, function, arguments))
             for rank in range(size)
         ]
 

@@ -1,12 +1,15 @@
 """Collectives on two real processes, and their meaning in one."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from distributed import run_on_ranks
+import torch.distributed as dist
+from distributed import Ranks, free_port, run_on_ranks
 
-from dissect_clip.dist import World
+from dissect_clip.dist import World, init_world, is_loss_of_others, shutdown_world
 from dissect_clip.errors import SetupError
 
 
@@ -64,3 +67,63 @@ def test_one_process_needs_no_group():
         assert result.tolist() == [0, 1, 2, 3]
     world.barrier()
     assert world.on_main(lambda: 3) == 3
+
+
+# ---- how processes meet
+
+
+def _as_under_slurm() -> int:
+    """srun sets these for each task; sbatch scripts export MASTER_ADDR and MASTER_PORT."""
+    for ours, theirs in (("RANK", "SLURM_PROCID"), ("LOCAL_RANK", "SLURM_LOCALID"), ("WORLD_SIZE", "SLURM_NTASKS")):
+        os.environ[theirs] = os.environ.pop(ours)
+    world = init_world("cpu", timeout=60)
+    print(world.rank, world.local_rank, world.size, world.sum(torch.tensor(1)).item(), os.environ["RANK"], flush=True)
+    print(dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout, flush=True)
+    shutdown_world()
+    world.watch.close()
+    return 0
+
+
+@pytest.mark.dist
+def test_slurm_tasks_meet_without_torchrun(tmp_path: Path):
+    with Ranks(tmp_path, 2, _as_under_slurm) as ranks:
+        assert ranks.ends(range(2), 60) == [0, 0]
+    for rank in range(2):
+        assert ranks.said(rank).splitlines()[0] == f"{rank} {rank} 2 2 {rank}"
+        assert "1 day" in ranks.said(rank), "collectives have no short time limit of their own"
+
+
+def test_a_process_that_finds_no_other_says_where_it_looked(monkeypatch: pytest.MonkeyPatch):
+    port = free_port()
+    environment = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SetupError, match=rf"MASTER_PORT={port}.*--rank-timeout 1"):
+        init_world("cpu", timeout=1)
+
+
+def test_the_cpu_stands_in_for_a_device_that_is_not_there():
+    with pytest.warns(UserWarning, match="falling back to CPU"):
+        world = init_world("cuda")
+    world.watch.close()
+    assert (world.device, world.size) == (torch.device("cpu"), 1)
+
+
+def _peer_gone() -> int:
+    world = init_world("cpu", timeout=60)
+    if world.is_main:
+        os._exit(0)
+    try:
+        for _ in range(100):
+            world.barrier()
+    except RuntimeError as error:
+        print("lost" if is_loss_of_others(error) else error, flush=True)
+    os._exit(0)
+
+
+@pytest.mark.dist
+def test_a_collective_without_its_peer_is_known_as_such(tmp_path: Path):
+    with Ranks(tmp_path, 2, _peer_gone) as ranks:
+        assert ranks.ends(range(2), 60) == [0, 0]
+    assert "lost" in ranks.said(1)
+    assert not is_loss_of_others(RuntimeError("CUDA out of memory"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -59,12 +61,14 @@ def leave_to_the_parent(worker: int) -> None:
     """For a loader worker, as ``worker_init_fn``: it goes on, and the training process decides when to end.
 
     Schedulers send a signal to all processes of a job. A worker that died of it would end the run before it is saved.
-    A second SIGTERM ends the worker, since that is how a process ends its children.
+    Of SIGTERM only the parent's counts, which ends its workers that way.
     """
     signal.set_wakeup_fd(-1)  # the training process's
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _ignore)
-    signal.signal(signal.SIGTERM, _ignore_once)
+    if sys.platform == "linux":  # elsewhere nothing tells who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with, args=(os.getppid(),), name="sigterm", daemon=True).start()
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
@@ -72,5 +76,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
     pass
 
 
-def _ignore_once(number: int, frame: FrameType | None) -> None:
-    signal.signal(number, signal.SIG_DFL)
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)  # as torch's own handler: with another status the loader would report an error
