@@ -304,9 +304,16 @@ def test_the_most_recent_replaces_those_inside_the_epoch(tmp_path: Path) -> None
     assert names(tmp_path) == ["epoch_latest.pt", "epoch_latest.scores.safetensors"]
 
 
+def test_one_inside_an_epoch_replaces_those_of_smaller_batches(tmp_path: Path) -> None:
+    save(tmp_path, 2, step=30)
+    save(tmp_path, 2, step=16)
+    assert names(tmp_path) == ["epoch_2_step_16.pt", "epoch_2_step_16.scores.safetensors"]
+
+
 def test_later_ones_of_a_longer_run_stay(tmp_path: Path) -> None:
     save(tmp_path, 5, step=50)
     save(tmp_path, 2, step=14)
+    save(tmp_path, 5)
     assert find_latest(tmp_path) == tmp_path / "epoch_5_step_50.pt"
 
 

@@ -255,12 +255,16 @@ def _delete_leftovers(folder: Path) -> None:
 
 
 def _delete_replaced(folder: Path, newest: _Place, delete_previous: bool) -> None:
-    """Delete the step checkpoints before the newest, and the last epoch's before it where that is asked for."""
-    before = [(place, path) for place, path in _checkpoints(folder) if place < newest]
-    for (_, step), path in before:
-        if step > 0:
+    """Delete the step checkpoints that the newest replaces, and the last epoch's before it where that is asked for.
+
+    A step checkpoint replaces all others of its epoch: those with more steps are of smaller batches, or of an attempt
+    that was given up.
+    """
+    others = [(place, path) for place, path in _checkpoints(folder) if place != newest]
+    for (epoch, step), path in others:
+        if step > 0 and (epoch < newest[0] or (epoch == newest[0] and newest[1] > 0)):
             _delete_checkpoint(path)
-    epochs = [(place, path) for place, path in before if place[1] == 0]
+    epochs = [(place, path) for place, path in others if place[1] == 0 and place < newest]
     if delete_previous and epochs:
         _delete_checkpoint(max(epochs)[1])
 
