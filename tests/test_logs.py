@@ -143,14 +143,16 @@ def test_what_a_terminal_would_obey_is_escaped(text: str, expected: str) -> None
 
 
 def test_names_from_the_data_can_neither_forge_a_line_nor_move_the_cursor(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's own cannot pass such a name on to its other process
     setup_logging(tmp_path / "out.log", logging.INFO, World())
     log.warning("skipping %s", "\udcff\x1b[2J\n2025-01-01,00:00:00 | INFO | all is well\r.jpg")
     try:
         raise ValueError("\x1b]0;title\x07")
     except ValueError:
         log.exception("failed")
+    close_logging()
     text = (tmp_path / "out.log").read_text()
     assert capsys.readouterr().err == text
     assert all(line.startswith(("    ", "2")) for line in text.splitlines())
