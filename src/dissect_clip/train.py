@@ -213,6 +213,8 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
         return next(batches, None)
     except TrainingError as error:  # torch puts the worker's traceback into the message
         raise TrainingError(str(error).rpartition("TrainingError: ")[2]) from None
+    except (ConnectionError, EOFError) as error:  # it was killed while it handed over a batch
+        raise RuntimeError(f"DataLoader worker: {error!r}") from error
 
 
 def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[list[Batch]]:
