@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,8 +35,9 @@ def place(tmp_path: Path) -> Path:
         shard.touch()
     executable(tmp_path / "bin" / "torchrun", f'printf "%s\\n" "$@" > {tmp_path}/called')
     executable(tmp_path / "bin" / "nvidia-smi", 'echo "GPU 0: a"; echo "GPU 1: b"; echo "GPU 2: c"')
-    executable(tmp_path / "bin" / "srun", 'shift; exec "$@"')
-    executable(tmp_path / "bin" / "scontrol", "echo node07; echo node08")
+    executable(tmp_path / "bin" / "srun", 'while [[ "$1" == --* ]]; do shift; done; exec "$@"')
+    requeue = f'[[ "$1" == requeue ]] && echo "$2" > {tmp_path}/requeued'
+    executable(tmp_path / "bin" / "scontrol", f"{requeue}; echo node07; echo node08")
     return tmp_path
 
 
@@ -178,3 +183,37 @@ def test_slurm_meets_at_the_first_node_and_can_be_requeued(place: Path) -> None:
     ]  # fmt: skip
     config = parse_args(words[6:], summaries())
     assert (config.resume, config.name, config.wd) == ("latest", "train_cc3m-41234", 0.3)
+    assert not (place / "requeued").exists()
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_slurm_gives_the_status_of_the_training(place: Path, status: int) -> None:
+    executable(place / "train.sh", f"exit {status}")
+    job = {"SLURM_SUBMIT_DIR": str(place), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1"}
+    assert start(place, SBATCH, SCRIPT="train.sh", **job).returncode == status
+    assert not (place / "requeued").exists()
+
+
+def test_slurm_saves_and_requeues_before_the_time_limit(place: Path) -> None:
+    """The stand-in for torchrun would die of USR1, the one for a training process saves and ends."""
+    executable(place / "src" / "main.py", "")
+    (place / "src" / "main.py").write_text(
+        "import signal, sys, time\n"
+        "def save(*_): open('saved', 'w').close(); sys.exit(75)\n"
+        "signal.signal(signal.SIGUSR1, save)\n"
+        "open('trains', 'w').close()\n"
+        "time.sleep(60)\n"
+    )
+    python = shlex.quote(sys.executable)
+    executable(place / "bin" / "torchrun", f'{python} -u "$1" || exit 1')
+    executable(place / "train.sh", f"torchrun {place}/src/main.py")
+    job = {"SLURM_SUBMIT_DIR": str(place), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1"}
+    environment = {"PATH": f"{place}/bin:/usr/bin:/bin", "SCRIPT": "train.sh", **job}
+    with subprocess.Popen(["bash", str(ROOT / SBATCH)], cwd=place, env=environment) as batch:
+        deadline = time.monotonic() + 30
+        while not (place / "trains").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        batch.send_signal(signal.SIGUSR1)
+        assert batch.wait(30) == 0
+    assert (place / "saved").exists()
+    assert (place / "requeued").read_text() == "7\n"
