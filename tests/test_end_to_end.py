@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 
 from dissect_clip import cli
 from dissect_clip.config import parse_args
-from dissect_clip.data import TrainData, build_train
+from dissect_clip.data import build_train
 from dissect_clip.dist import World
-from dissect_clip.logs import Reporter
 from dissect_clip.model import Scorer, autocast_for, build_model
 from dissect_clip.selection import STRATEGIES, summaries
 from dissect_clip.selection.selector import kept
@@ -137,13 +136,14 @@ def _all_strategies(world: World, folder: str, data: str, validation: str) -> di
     shares: dict[str, list[float]] = {}
     name = ""
 
-    def compare(state: TrainState, train_data: TrainData, reporter: Reporter) -> None:
-        train_epoch(state, train_data, reporter)
+    def compare(state: TrainState, *rest: Any) -> str | None:
+        signal = train_epoch(state, *rest)
         if state.selector is not None and state.selector.store.columns:
             mine = state.selector.store.scores.nan_to_num(-1)
             both = world.all_gather(mine[None])
             assert torch.equal(both[0], both[1]), f"{name}: the stores differ"
             shares[name].append((mine != -1).float().mean().item())
+        return signal
 
     cli.train_epoch = compare  # type: ignore[attr-defined]
     for strategy in ALL:

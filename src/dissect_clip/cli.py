@@ -95,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = EXIT_INTERRUPT if stopped.signal_name == "SIGINT" else EXIT_REQUEUE
     except (Exception, KeyboardInterrupt) as error:
         status = _fail(error, world)
+    except BaseException:
+        if world.size == 1:
+            world.watch.close()  # else it would find the run stalled, and end the process
+        raise
     finally:
         close_logging()
     shutdown_world()
