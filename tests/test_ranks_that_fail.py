@@ -19,17 +19,21 @@ from shards_util import make_shards
 from dissect_clip import train
 from dissect_clip.cli import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, main
 from dissect_clip.evaluation import retrieval
-from dissect_clip.signals import STOPPING
 
 pytestmark = pytest.mark.dist
 
 SOON = 25.0  # seconds; five without a sign of life, and a busy machine
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """4,000 pairs."""
+    return make_shards(tmp_path_factory.mktemp("data"), [2000, 2000])
+
+
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
-    """A run of minutes, which loads with one worker a rank."""
-    data = make_shards(tmp_path / "data", [400, 400])
+def words(tmp_path: Path, data: str) -> list[str]:
+    """A run whose epochs take long, and which loads with one worker a rank."""
     return arguments(tmp_path, data, batch_size=4, epochs=100, workers=1, rank_timeout=5)
 
 
@@ -68,10 +72,11 @@ def test_a_rank_that_is_killed(running: Ranks, victim: int):
     assert "Traceback" not in running.said(1 - victim), "the broken connection is not the story"
 
 
-def test_a_rank_that_is_frozen(running: Ranks):
+def test_a_rank_that_is_frozen(tmp_path: Path, running: Ranks):
     running.signal(1, signal.SIGSTOP)
     assert running.ends([0], SOON) == [EXIT_TRAINING]
     (said,) = complaints(running, 0)
+    assert said in (tmp_path / "logs" / "run" / "out.log").read_text()
     assert re.search(r"rank 1 \(.*\) died or lost the network: no sign of life .* at step \d+", said)
 
 
@@ -179,7 +184,7 @@ def processes(ranks: Ranks) -> list[int]:
     return [pid for rank, p in enumerate(ranks.processes) for pid in (p.pid, *ranks.children(rank)) if pid]
 
 
-@pytest.mark.parametrize("number", STOPPING)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_all_processes_saves_and_ends(tmp_path: Path, running: Ranks, number: signal.Signals):
     for pid in processes(running):
         os.kill(pid, number)
