@@ -20,7 +20,8 @@ from torch import Tensor
 from dissect_clip.config import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.dist import World
-from dissect_clip.model import Scorer, autocast_for, build_model
+from dissect_clip.model import autocast_for, build_model
+from dissect_clip.scorer import Scorer
 from dissect_clip.selection import summaries
 from dissect_clip.selection.selector import kept
 

@@ -18,7 +18,8 @@ from dissect_clip import cli
 from dissect_clip.config import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.dist import World
-from dissect_clip.model import Scorer, autocast_for, build_model
+from dissect_clip.model import autocast_for, build_model
+from dissect_clip.scorer import Scorer
 from dissect_clip.selection import STRATEGIES, summaries
 from dissect_clip.selection.selector import kept
 from dissect_clip.train import TrainState, train_epoch

@@ -9,7 +9,8 @@ from toy import VIT, make_config
 
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
-from dissect_clip.model import Scorer, autocast_for, build_model
+from dissect_clip.model import autocast_for, build_model
+from dissect_clip.scorer import Scorer
 
 transformers = pytest.importorskip("transformers", reason="pip install 'dissect-clip[hf]' brings transformers")
 

@@ -14,7 +14,8 @@ from toy import make_config, make_module, random_pairs
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.model import KnownWords, RunningBuffers, Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.model import KnownWords, RunningBuffers, autocast_for, build_model, wrap_model
+from dissect_clip.scorer import Scorer
 
 CPU = torch.device("cpu")
 

@@ -16,9 +16,9 @@ LAYERS: list[set[str]] = [
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.decode", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
-    {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "selection.selector", "logs"},
-    {"data.table", "data.webdataset", "selection"},
-    {"data.csv", "data.synthetic", "data.classification"},
+    {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"},
+    {"data.table", "data.webdataset", "selection.selector"},
+    {"data.csv", "data.synthetic", "data.classification", "selection"},
     {"data", "record"},
     {"checkpoint", "evaluation.common"},
     {"evaluation.retrieval", "evaluation.zeroshot"},

@@ -37,13 +37,14 @@ from dissect_clip.errors import SetupError, Stopped, TrainingError, printable
 from dissect_clip.evaluation import Tokenizer, evaluate
 from dissect_clip.logs import Reporter, close_logging, evaluated_epochs, make_reporter, setup_logging
 from dissect_clip.loss import SampleLoss, build_loss
-from dissect_clip.model import Model, RunningBuffers, Scorer, autocast_for, build_model, wrap_model
+from dissect_clip.model import Model, RunningBuffers, autocast_for, build_model, wrap_model
 from dissect_clip.optim import build_optimizer, build_scaler
 from dissect_clip.record import NullRecorder, Recorder
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.saving import Saver, restore
 from dissect_clip.schedule import learning_rate
+from dissect_clip.scorer import Scorer
 from dissect_clip.selection import build_selector, summaries
 from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog

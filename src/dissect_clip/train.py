@@ -30,10 +30,11 @@ from dissect_clip.data import TrainData
 from dissect_clip.dist import World
 from dissect_clip.errors import Stopped, TrainingError
 from dissect_clip.logs import Progress, Reporter
-from dissect_clip.model import Autocast, RunningBuffers, Scorer
+from dissect_clip.model import Autocast, RunningBuffers
 from dissect_clip.optim import optimizer_step, set_learning_rate
 from dissect_clip.record import NullRecorder, Recorder
 from dissect_clip.schedule import Schedule
+from dissect_clip.scorer import Scorer
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
 from dissect_clip.selection import Selector
 from dissect_clip.skipped import SkipLog

@@ -12,7 +12,7 @@ from dissect_clip.batch import Batch
 from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.loss import SampleLoss
-from dissect_clip.model import Encoded
+from dissect_clip.scorer import Encoded
 from dissect_clip.selection import STRATEGIES, Candidates, ScoreStore, Selector, Strategy, build_selector
 from dissect_clip.selection.selector import kept, replace_unusable, top_k
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
-from dissect_clip.model import Encoded
+from dissect_clip.scorer import Encoded
 from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy, required
 from dissect_clip.selection.store import ScoreStore
@@ -117,7 +117,7 @@ class Selector:
         else:
             candidates = Candidates(epoch=epoch, generator=generator, memory=self.store.read(batch.sample_id))
         usable = _usable(candidates) if scored else None
-        k = kept(self.strategy.rate(epoch), len(batch))
+        k = min(kept(self.strategy.rate(epoch), batch.drawn), len(batch))
         if k == len(batch):
             # Keeping all must keep the order, too: it is then bit for bit the batch that was loaded.
             index = torch.arange(k, device=device)
@@ -132,7 +132,11 @@ class Selector:
             values = None if values is None else values.where(usable[:, None], candidates.memory)
         if values is not None:
             self.store.write(batch.sample_id, values)
-        return Selection(index, candidates if scored else None)
+        return Selection(index, candidates if scored else None, scored=len(batch) if scored else 0)
+
+    def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
+        """Take note of the features [K, D] that training computed for the chosen pairs. Exact scoring has no use for them.
+        """
 
 
 def _usable(candidates: Candidates) -> Tensor:
