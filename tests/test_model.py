@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 
 import open_clip
@@ -192,3 +193,20 @@ def test_the_tokenizer_forgets_words_before_they_fill_the_memory(tmp_path: Path,
     for tokenizer in (bounded, pickle.loads(pickle.dumps(bounded))):
         assert torch.equal(torch.cat([tokenizer([text]) for text in texts]), open_clip.tokenize(texts, 8))
         assert len(tokenizer.cache) <= 10
+
+
+def _wrap(world: World, folder: str) -> float:
+    """A rank whose statistics are its own calls the wrapped model; they are still its own, but for this batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module, model = wrap_model(make_module(Path(folder), model="toy-rn"), make_config(Path(folder)), world)
+    norm = next(part for part in module.modules() if isinstance(part, nn.BatchNorm2d))
+    norm.running_mean.fill_(float(world.rank * 100))
+    model(*random_pairs(4, image_size=32))
+    return float(norm.running_mean.mean())
+
+
+@pytest.mark.dist
+def test_wrapping_neither_warns_nor_copies_statistics_before_a_forward_pass(tmp_path: Path):
+    first, second = run_on_ranks(2, _wrap, str(tmp_path))
+    assert second > 80 > first

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import inspect
 import json
 import logging
 import math
@@ -32,6 +33,14 @@ from dissect_clip.errors import SetupError
 from dissect_clip.seeding import seed_everything
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+_NO_COPIES: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
+"""Has DDP leave buffers alone in the forward pass, by the name that torch 2.15 asks for, or the one before."""
+
 OpenClip = Any
 """CLIP, CustomTextCLIP or CoCa of open_clip, which has no types: encode_image, encode_text, logit_scale and so on."""
 
@@ -260,7 +269,7 @@ def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Modu
         model = DistributedDataParallel(
             module,
             device_ids=None if world.device.type == "cpu" else [world.device],
-            broadcast_buffers=False,  # RunningBuffers does it after each step
+            **_NO_COPIES,  # RunningBuffers does it after each step
             static_graph=config.ddp_static_graph,
         )
     if config.torchcompile:
