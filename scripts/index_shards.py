@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from dissect_clip.config import Config
 from dissect_clip.data.shards import Scan
 from dissect_clip.data.sizes import keep_sizes, known_sizes, merge_by_name, write_sizes
 from dissect_clip.data.urls import check_present, expand, name_some
@@ -44,15 +45,24 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; name the shards whose recorded size is missing or wrong"
     )
+    parser.add_argument(
+        "--data-timeout",
+        type=float,
+        default=Config.data_timeout,
+        metavar="SECONDS",
+        help="give a remote shard up that sends nothing for so long (default: %(default)g, as in training)",
+    )
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error("argument --workers: give at least 1")
+    if not 0 < args.data_timeout < float("inf"):
+        parser.error("argument --data-timeout: give a number above 0")
     return args
 
 
-def count(urls: list[str], workers: int) -> dict[str, int]:
+def count(urls: list[str], workers: int, timeout: float) -> dict[str, int]:
     """Samples by URL."""
-    scan = Scan(urls, workers)
+    scan = Scan(urls, workers, timeout)
     scan.wait(_FOREVER)
     return scan.sizes
 
@@ -91,8 +101,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         urls = list(dict.fromkeys(url for source in expand(args.pattern, "PATTERN") for url in source))
         check_present(urls, "PATTERN")
-        recorded = known_sizes(urls, None, ask_remote=True) if args.check else {}
-        counted = count(urls, args.workers)
+        recorded = known_sizes(urls, None, ask_remote=True, timeout=args.data_timeout) if args.check else {}
+        counted = count(urls, args.workers, args.data_timeout)
         return check(urls, counted, recorded) if args.check else write(urls, counted, args.output)
     except (SetupError, OSError) as error:
         print(error, file=sys.stderr)

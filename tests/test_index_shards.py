@@ -68,3 +68,16 @@ def test_help_shows_examples(index, capsys):
     with pytest.raises(SystemExit):
         index("--help")
     assert "--output sizes.json" in capsys.readouterr().out
+
+
+def test_gives_up_a_remote_shard_that_sends_nothing(tmp_path, index, capsys):
+    assert index("pipe:sleep 60", "--output", tmp_path / "out.json", "--data-timeout", 0.2) == 1
+    assert "nothing came for 0.2 seconds" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_timeout_is_a_positive_number(value, index, capsys):
+    with pytest.raises(SystemExit):
+        index("a.tar", "--data-timeout", value)
+    assert "--data-timeout" in capsys.readouterr().err
