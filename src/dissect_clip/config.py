@@ -306,7 +306,8 @@ class Config:
     )
     rank_timeout: float = setting(
         600.0,
-        "end the run when a rank has not answered, or has not gone on, for so many seconds, naming it and its phase",
+        "end the run when a rank has not answered, or has not gone on, for so many seconds, naming it and its phase; "
+        "longer than any step or evaluation batch, and not below 5, before which no rank counts as lost",
         within=POSITIVE,
     )
     ddp_static_graph: bool = setting(False, "DistributedDataParallel with a static graph")
