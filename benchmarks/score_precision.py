@@ -48,7 +48,7 @@ def main() -> None:
     data = build_train(config, world, model.preprocess_train, model.tokenizer, None)
     exact, cheap = (Scorer(model.module, autocast_for(p, world.device), "eval", False) for p in ("fp32", "amp_bf16"))
     agreement: dict[str, list[float]] = {"normalised_in_float32": [], "normalised_in_autocast": []}
-    for batch in itertools.islice(data.loader, options.batches):
+    for batch in (batch.to(world.device) for batch in itertools.islice(data.loader, options.batches)):
         reference = exact(batch)
         wanted = choice(reference.image_features, reference.text_features, options.rate)
         ours = cheap(batch)

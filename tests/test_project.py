@@ -12,8 +12,8 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 # A module imports only from lower layers; docs/architecture.md draws the same picture.
 LAYERS: list[set[str]] = [
     {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips", "data.position", "judge"},
-    {"watch"},
-    {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.decode", "data.download"},
+    {"watch", "data.decode"},
+    {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
     {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"},

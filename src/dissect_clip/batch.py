@@ -17,6 +17,14 @@ def _move(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
     return tensor.to(device=device, dtype=dtype, non_blocking=True)
 
 
+def _normalise(levels: Tensor, normalization: Tensor) -> Tensor:
+    """[N, 3, H, W] uint8 as float32, in the arithmetic of torchvision's ToTensor and Normalize, and so to the bit."""
+    image = levels.to(torch.float32, memory_format=torch.contiguous_format)
+    mean, std = normalization[:, :, None, None]
+    # A GPU divides by a tensor; by a number it would multiply with the rounded inverse.
+    return image.div_(image.new_full((), 255.0)).sub_(mean).div_(std)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Image-caption pairs to train on.
@@ -25,12 +33,13 @@ class Batch:
     no numbering was asked for (neither selection nor record reads it).
     """
 
-    image: Tensor  # [N, 3, H, W] float
+    image: Tensor  # [N, 3, H, W] float, or uint8 with ``normalization``
     text: Tensor  # [N, L] int64
     sample_id: Tensor  # [N] int64, 0 <= id < num_samples
     key: Tensor | None = None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
     progress: Tensor | None = None  # [P] int64 on the CPU, where its loader worker stands after it; for checkpoints
     skipped: Tensor | None = None  # [B] uint8 on the CPU, what its worker left out since its last batch; packed rows
+    normalization: Tensor | None = None  # [2, 3] float32, what to subtract from levels of 0 to 1, and divide them by
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -38,10 +47,13 @@ class Batch:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's. Keys stay where they are.
 
-        The worker's report stays behind.
+        Images that came as bytes are floats afterwards, normalised. The worker's report stays behind.
         """
+        image = _move(self.image, device)
+        if self.normalization is not None:
+            image = _normalise(image, _move(self.normalization, device))
         return Batch(
-            _move(self.image, device, dtype),
+            _move(image, device, dtype),
             _move(self.text, device),
             _move(self.sample_id, device),
             self.key,
@@ -54,11 +66,12 @@ class Batch:
             image=self.image.pin_memory(),
             text=self.text.pin_memory(),
             sample_id=self.sample_id.pin_memory(),
+            normalization=None if self.normalization is None else self.normalization.pin_memory(),
         )
 
     def take(self, index: Tensor) -> Batch:
         """The pairs at ``index`` [K] int64, in that order, alone."""
-        return Batch(self.image[index], self.text[index], self.sample_id[index])
+        return Batch(self.image[index], self.text[index], self.sample_id[index], normalization=self.normalization)
 
 
 @dataclass(frozen=True, slots=True)

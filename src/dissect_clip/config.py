@@ -127,6 +127,10 @@ class Config:
     data_timeout: float = setting(
         300.0, "give a remote shard up that sends nothing for so many seconds, and count its samples", within=POSITIVE
     )
+    fast_decode: bool = setting(
+        False,
+        "decode training JPEGs at the lowest resolution that fills the crop; pixels differ slightly, the crops do not",
+    )
     workers: int = setting(4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE)
 
     # ---- model
@@ -354,6 +358,7 @@ ADDED: dict[str, str] = {
     "model_config": "model configurations without changing open_clip",
     "max_skip_fraction": "damaged data",
     "data_timeout": "damaged data",
+    "fast_decode": "faster loading",
     "max_nonfinite_steps": "training that goes wrong",
     "save_every_n_steps": "checkpoints in the middle of an epoch",
     "save_every_minutes": "checkpoints in the middle of an epoch",
@@ -548,6 +553,8 @@ def contradictions(config: Config) -> Iterator[str]:
             "nothing to do: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
             "--imagenet-v2 or --zeroshot-data to evaluate"
         )
+    if config.fast_decode and config.aug_cfg.get("use_timm"):
+        yield "--fast-decode works with open_clip's own augmentation: leave it out, or use_timm of --aug-cfg"
     if config.dataset_type == "synthetic" and config.train_num_samples is None:
         yield "--dataset-type synthetic needs --train-num-samples"
     if config.train_data_upsampling_factors is not None and not config.dataset_resampled:

@@ -84,8 +84,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def decode_image(files: Mapping[str, bytes]) -> Image.Image:
+def decode_image(files: Mapping[str, bytes], prepare: Callable[[Image.Image], None] | None = None) -> Image.Image:
     """The sample's image as RGB: its first frame, as it lies in the file, without its transparency.
+
+    ``prepare`` is called with the opened image, of which no pixel has been decoded.
 
     Raises:
         BadSampleError: there is no image, it cannot be decoded, or it has more pixels than Pillow's MAX_IMAGE_PIXELS.
@@ -98,6 +100,8 @@ def decode_image(files: Mapping[str, bytes]) -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(found[0]), formats=_formats())
+            if prepare is not None:
+                prepare(image)
             image.load()
             return _to_rgb(image)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dissect_clip.batch import Batch
 from dissect_clip.config import Config
-from dissect_clip.data.decode import RawSample, decode_captions, decode_image, transform_image
+from dissect_clip.data.decode import RawSample, decode_captions
+from dissect_clip.data.pixels import ImageReader, Pixels, stack_pixels
 from dissect_clip.data.position import Bits, Progress, count_marked, mark, no_bits, pack_all, unpack_all
 from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, SkipRow, counted_before, pack_rows
 from dissect_clip.data.split import Coverage, Place, count_batches, place_here, worker_batches
@@ -114,7 +115,7 @@ def _beginnings(workers: int, attempt: int = 0) -> tuple[Progress, ...]:
 class Pair(NamedTuple):
     """A decoded image-caption pair."""
 
-    image: Tensor  # [3, H, W]
+    image: Pixels
     caption: str
     sample_id: int
     key: str
@@ -149,7 +150,7 @@ class TrainStream(IterableDataset[Batch]):
         """An epoch that was stopped, and what is left of it."""
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self.transform, self.tokenizer = transform, tokenizer
+        self.read_image, self.tokenizer = ImageReader(transform, config.fast_decode), tokenizer
         self.warned: set[Skip] = set()  # in the process that this object is in
 
     @property
@@ -199,12 +200,13 @@ class TrainStream(IterableDataset[Batch]):
 
     def _collate(self, chosen: list[Pair], pairs: _Pairs, batches: int) -> Batch:
         return Batch(
-            image=torch.stack([pair.image for pair in chosen]),
+            image=stack_pixels([pair.image for pair in chosen]),
             text=self.tokenizer([pair.caption for pair in chosen]),
             sample_id=torch.tensor([pair.sample_id for pair in chosen], dtype=torch.int64),
             key=pack_keys([pair.key for pair in chosen]) if self.config.record else None,
             progress=pairs.progress(batches).pack(),
             skipped=pairs.drain(),
+            normalization=self.read_image.normalization,
         )
 
 
@@ -263,8 +265,7 @@ class _Pairs:
         if sample.problem is not None:
             raise sample.problem
         caption = decode_captions(sample.files, self._stream.config.json_caption_key)[0]
-        image = transform_image(self._stream.transform, decode_image(sample.files))
-        return Pair(image, caption, sample.sample_id, sample.key)
+        return Pair(self._stream.read_image(sample.files), caption, sample.sample_id, sample.key)
 
     def _explain(self) -> str:
         skipped = {kind.label: count for kind, count in zip(Skip, self._counts.tolist(), strict=True) if count}
