@@ -66,7 +66,7 @@ class RunState:
 
     step: int  # optimizer steps done
     batch: int  # batches done by each rank; with accumulation several make a step
-    seen: int  # samples loaded, and scored where the strategy scores, all ranks
+    seen: int  # samples read, all ranks
     trained: int  # samples trained on, all ranks
     seconds: dict[str, float]  # spent by rank 0, by phase
     seed: int
@@ -82,6 +82,9 @@ class RunState:
     batch_size: int | None = None
     accum_freq: int | None = None
     workers: int | None = None
+    scored: int = 0  # samples that had a scoring pass, all ranks
+    score_refresh: float | None = None
+    select_before_load: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -688,7 +691,8 @@ def _selection_misfits(checkpoint: Checkpoint, strategy: str | None, columns: tu
         now = "this run has no --select" if strategy is None else f"this run has {strategy}"
         yield f"it was trained with --select-strategy {state.strategy}, {now}"
     elif state.columns != columns:
-        yield f"its scores are {', '.join(state.columns)}; --select-strategy {strategy} needs {', '.join(columns)}"
+        wanted = f"--select-strategy {strategy} with this --score-refresh needs {', '.join(columns)}"
+        yield f"its scores are {', '.join(state.columns)}; {wanted}"
     elif columns and checkpoint.scores is None:
         yield f"it has no scores for --select-strategy {strategy}"
 
@@ -737,7 +741,16 @@ def check_fits(
 
 def changed_settings(then: RunState, now: RunState) -> list[str]:
     """What differs from the run that saved the checkpoint and so makes it go on otherwise than it would have."""
-    names = ("seed", "select_rate", "world_size", "batch_size", "accum_freq", "workers")
+    names = (
+        "seed",
+        "select_rate",
+        "world_size",
+        "batch_size",
+        "accum_freq",
+        "workers",
+        "score_refresh",
+        "select_before_load",
+    )
     return [
         f"{name} is {getattr(now, name)}, was {getattr(then, name)}"
         for name in names

@@ -44,8 +44,8 @@ from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.saving import Saver, restore
 from dissect_clip.schedule import learning_rate
-from dissect_clip.scorer import Scorer
-from dissect_clip.selection import build_selector, summaries
+from dissect_clip.scorer import build_scorer
+from dissect_clip.selection import build_chooser, build_selector, summaries
 from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog
 from dissect_clip.train import Counters, Tally, TrainState, train_epoch
@@ -241,6 +241,7 @@ def _train(
     state = build_state(config, world, model, train_data, folder, steps_per_epoch)
     if checkpoint is not None:
         restore(state, checkpoint, train_data, steps_per_epoch)
+    train_data.stream.chooser = state.chooser
     _announce(state, train_data, steps_per_epoch)
     if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
         evaluator.after_epoch(state.module, state.counters)
@@ -282,6 +283,7 @@ def build_state(
     optimizer = build_optimizer(config, module)
     autocast = autocast_for(config.precision, world.device)
     selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
+    chooser = build_chooser(config, selector)
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.record and selector is not None and folder is not None:
         remembers = selector.strategy.remembers
@@ -301,11 +303,12 @@ def build_state(
         autocast=autocast,
         input_dtype=open_clip.get_input_dtype(config.precision),
         selector=selector,
-        scorer=Scorer(module, autocast, config.select_score_mode, config.torchcompile),
+        scorer=build_scorer(config, module, autocast, model.tokenizer),
         buffers=RunningBuffers(module, world),
         recorder=recorder,
         skip_log=SkipLog(folder.skipped if folder else None, world),
         tally=Tally(world.device),
+        chooser=chooser,
         folder=folder.path if folder else None,
     )
 
@@ -350,7 +353,8 @@ class Evaluator:
         retrieval = self.retrieval if self._due(self.config.val_frequency, counters.epoch) else None
         classification = self.classification if self._due(self.config.zeroshot_frequency, counters.epoch) else []
         spent = {f"{phase}_seconds": seconds for phase, seconds in counters.seconds.items()}
-        progress = {"seen": counters.seen, "trained": counters.trained, **spent}
+        samples = {"seen": counters.seen, "trained": counters.trained, "scored": counters.scored}
+        progress = {**samples, **spent}
         self._run(module, retrieval, classification, counters.epoch, counters.step, progress)
 
     def alone(self, module: torch.nn.Module, epoch: int, step: int) -> None:

@@ -71,6 +71,16 @@ def section(title: str, default: Any, help: str, **facts: Any) -> Any:  # noqa: 
     return field
 
 
+FAST: dict[str, Any] = {"score_refresh": 0.0, "select_before_load": True}
+"""What ``--select-preset fast`` sets where the command line does not."""
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    """Settings as one would type them."""
+    words = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
+    return " ".join(flag if value is True else f"{flag} {value:g}" for flag, value in words)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A run's settings. Built by :func:`parse_args`; frozen, and saved as JSON in the run folder."""
@@ -257,6 +267,33 @@ class Config:
         "mode of the model while it scores; train keeps dropout and batch statistics on",
         choices=("eval", "train"),
     )
+    select_preset: str = setting(
+        "exact",
+        f"how scores are come by: exact scores every sample in every step; fast is {_flags(FAST)}",
+        choices=("exact", "fast"),
+    )
+    score_refresh: float | None = setting(
+        None,
+        "share of every batch that gets a scoring pass; the others are ranked by their last known score, and training "
+        "renews the scores of what it takes. 1 scores all, 0 none after the first epoch (default: by --select-preset)",
+        within=Range(at_least=0, at_most=1),
+    )
+    select_before_load: bool = setting(
+        False,
+        "choose in the loader, by scores known at the start of the epoch: samples that are not chosen are not decoded",
+    )
+    score_batch_size: int | None = setting(
+        None, "score so many pairs at a time, to need less memory (default: the whole batch)", within=COUNT
+    )
+    score_image_size: int | None = setting(
+        None, "score images of n x n pixels, to need less time (default: as in training)", within=COUNT
+    )
+    score_patch_dropout: float = setting(
+        0.0, "vision transformers: share of the patches left out in scoring", within=Range(at_least=0, at_most=0.999)
+    )
+    score_context_length: int | None = setting(
+        None, "score captions cut to n tokens (default: as in training)", within=Range(at_least=2)
+    )
     record: bool = setting(False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch")
 
     # ---- evaluation, logs, checkpoints
@@ -371,6 +408,13 @@ ADDED: dict[str, str] = {
     "warmup_select_rate": "online sample selection",
     "select_momentum": "online sample selection",
     "select_score_mode": "online sample selection",
+    "select_preset": "cheaper selection",
+    "score_refresh": "cheaper selection",
+    "select_before_load": "cheaper selection",
+    "score_batch_size": "a cheaper scoring pass",
+    "score_image_size": "a cheaper scoring pass",
+    "score_patch_dropout": "a cheaper scoring pass",
+    "score_context_length": "a cheaper scoring pass",
     "record": "online sample selection",
 }
 """Our own settings, which OpenCLIP does not have, and what each is for."""
@@ -396,9 +440,12 @@ UNSUPPORTED: dict[str, Unsupported] = {
 }
 """OpenCLIP's training flags that are refused."""
 
+_SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "score_context_length")
+
 _ONLY_WITH_SELECT = (
     "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
-    "record",
+    "select_preset", "score_refresh", "select_before_load",
+    *_SHORTCUTS, "record",
 )  # fmt: skip
 
 _LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
@@ -546,8 +593,17 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     elif config.select_strategy == "warmup_base_sampling" and config.warmup_point == 0:
         yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
+    if (config.select_before_load or config.select_preset == "fast") and config.dataset_resampled:
+        yield (
+            "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
+            "--select-preset fast, cannot choose ahead of time: leave one of them out (--score-refresh alone works)"
+        )
     if config.warmup_select_rate is not None and config.select_strategy != "warmup_base_sampling":
         yield f"--warmup-select-rate has no meaning with --select-strategy {config.select_strategy}: leave it out"
+    if config.select and config.select_strategy == "random":
+        for name in _SHORTCUTS:
+            if getattr(config, name) != defaults[name]:
+                yield f"--{name.replace('_', '-')} has no meaning with --select-strategy random, which scores nothing"
     if not config.trains and config.val_data is None and not _zeroshot(config):
         yield (
             "nothing to do: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
@@ -608,6 +664,11 @@ def _complete(config: Config) -> Config:
         filled = {k: v for k, v in default_adam(config.model).items() if getattr(config, k) is None}
     if config.warmup_select_rate is None:
         filled["warmup_select_rate"] = config.select_rate
+    fast = config.select and config.select_preset == "fast"
+    if config.score_refresh is None:
+        filled["score_refresh"] = FAST["score_refresh"] if fast else 1.0
+    if fast:
+        filled["select_before_load"] = FAST["select_before_load"]
     return dataclasses.replace(config, **filled)
 
 

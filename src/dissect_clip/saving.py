@@ -34,6 +34,7 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         batch=counters.batch,
         seen=counters.seen,
         trained=counters.trained,
+        scored=counters.scored,
         seconds=dict(counters.seconds),
         seed=config.seed,
         model=config.model,
@@ -45,7 +46,9 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         workers=config.workers,
         batch_size=config.batch_size,
         accum_freq=config.accum_freq,
-        columns=() if selector is None else selector.strategy.remembers,
+        columns=() if selector is None else selector.store.columns,
+        score_refresh=config.score_refresh,
+        select_before_load=config.select_before_load,
     )
 
 
@@ -95,7 +98,8 @@ def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData,
     counters.batch = counters.step * state.config.accum_freq
     if then is not None:
         counters.epoch_step = then.epoch_step
-        counters.seen, counters.trained, counters.seconds = then.seen, then.trained, dict(then.seconds)
+        counters.seen, counters.trained, counters.scored = then.seen, then.trained, then.scored
+        counters.seconds = dict(then.seconds)
 
 
 class Saver:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from dissect_clip.record import NullRecorder, Recorder
 from dissect_clip.schedule import Schedule
 from dissect_clip.scorer import Scorer
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
-from dissect_clip.selection import Selector
+from dissect_clip.selection import Chooser, Selection, Selector
 from dissect_clip.skipped import SkipLog
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
@@ -58,8 +58,9 @@ class Counters:
     epoch_step: int = 0  # optimizer steps done in the epoch after them
     step: int = 0  # optimizer steps
     batch: int = 0  # batches of this rank, accum_freq for each step
-    seen: int = 0  # samples loaded, and scored where the strategy scores
+    seen: int = 0  # samples read, decoded but where --select-before-load leaves them out
     trained: int = 0  # samples that the loss was computed on
+    scored: int = 0  # samples that had a scoring pass
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))  # of this rank, by phase
 
 
@@ -109,6 +110,7 @@ class TrainState:
     recorder: Recorder | NullRecorder
     skip_log: SkipLog
     tally: Tally
+    chooser: Chooser | None
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last begun
@@ -142,18 +144,35 @@ def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -
     return outputs
 
 
-def _select(state: TrainState, batch: Batch) -> Batch:
+class Chosen(NamedTuple):
     """The part of a batch that is trained on; the whole batch without ``--select``."""
+
+    batch: Batch
+    whole: Batch
+    selection: Selection | None
+    number: int  # of the batch among those of the run
+
+
+def _select(state: TrainState, batch: Batch) -> Chosen:
     counters = state.counters
-    chosen = batch
+    chosen = Chosen(batch, batch, None, counters.batch)
     if state.selector is not None:
         selection = state.selector.select(batch, state.scorer, counters.epoch, counters.batch)
         state.recorder.append(batch, selection)
-        chosen = batch.take(selection.index)
+        chosen = Chosen(batch.take(selection.index), batch, selection, counters.batch)
+        counters.scored += selection.scored * state.world.size
     counters.batch += 1
-    counters.seen += len(batch) * state.world.size
-    counters.trained += len(chosen) * state.world.size
+    counters.seen += batch.drawn * state.world.size
+    counters.trained += len(chosen.batch) * state.world.size
     return chosen
+
+
+def _learn(state: TrainState, chosen: Chosen, features: dict[str, Tensor]) -> None:
+    """Count features that are not finite, and let the selector have them."""
+    image, text = features["image_features"].detach(), features["text_features"].detach()
+    state.tally.add_samples(image, text)
+    if state.selector is not None and chosen.selection is not None:
+        state.selector.learn(chosen.whole, chosen.selection, image, text, chosen.number)
 
 
 def _backward(state: TrainState, losses: dict[str, Tensor], logit_scale: Tensor) -> dict[str, Tensor]:
@@ -164,7 +183,8 @@ def _backward(state: TrainState, losses: dict[str, Tensor], logit_scale: Tensor)
     return {name: value.detach() for name, value in outputs.items()}
 
 
-def _forward_backward(state: TrainState, batch: Batch) -> dict[str, Tensor]:
+def _forward_backward(state: TrainState, chosen: Chosen) -> dict[str, Tensor]:
+    batch = chosen.batch
     with state.autocast():
         out = state.model(batch.image, batch.text)
         if state.teacher is not None:
@@ -172,15 +192,16 @@ def _forward_backward(state: TrainState, batch: Batch) -> dict[str, Tensor]:
                 taught = state.teacher(batch.image, batch.text)
             out |= {f"dist_{name}": value for name, value in taught.items()}
         losses = state.loss(**out, output_dict=True)
-    state.tally.add_samples(out["image_features"], out["text_features"])
+    _learn(state, chosen, out)
     return _backward(state, losses, out["logit_scale"])
 
 
-def _accumulate(state: TrainState, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _accumulate(state: TrainState, chosen: Sequence[Chosen]) -> dict[str, Tensor]:
+    batches = [one.batch for one in chosen]
     with torch.no_grad(), state.autocast():
         cached = [state.module(batch.image, batch.text) for batch in batches]
-    for part in cached:
-        state.tally.add_samples(part["image_features"], part["text_features"])
+    for one, part in zip(chosen, cached, strict=True):
+        _learn(state, one, part)
     outputs: dict[str, Tensor] = {}
     for place, batch in enumerate(batches):
         with _sync_gradients(state.model, place == len(batches) - 1):
@@ -253,6 +274,8 @@ def train_epoch(
     steps = first + data.batches_left // state.config.accum_freq
     state.recorder.begin(counters.epoch, first)
     state.skip_log.begin(counters.epoch, 0 if data.meets_again else first)
+    if state.chooser is not None and state.selector is not None:
+        state.chooser.publish(state.selector.store.scores)
     clock = PhaseClock(state.world.device)
     window = Window(state, data, steps, clock)
     signal = None
@@ -369,6 +392,7 @@ class Window:
             **{f"{phase}_seconds": counters.seconds[phase] for phase in PHASES},
             "seen": counters.seen,
             "trained": counters.trained,
+            "scored": counters.scored,
             "skipped": skipped,
             "nonfinite_steps": int(counts[:, 0].max()),
             "nonfinite_samples": int(counts[:, 2:4].sum()),

@@ -59,7 +59,7 @@ def test_looks_only_at_what_it_needs(strategy):
     needs = strategy.needs
     bare = dataclasses.replace(
         everything,
-        similarity=everything.similarity if Needs.SIMILARITY in needs else None,
+        similarity=everything.similarity if needs & (Needs.SIMILARITY | Needs.SCORE) else None,
         loss=everything.loss if Needs.LOSS in needs else None,
         image_features=everything.image_features if Needs.FEATURES in needs else None,
         text_features=everything.text_features if Needs.FEATURES in needs else None,

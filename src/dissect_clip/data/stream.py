@@ -47,6 +47,28 @@ Tokenizer = Callable[[list[str]], Tensor]
 """N texts -> [N, L] int64."""
 
 
+class Choice(Protocol):
+    """What to decode of N samples."""
+
+    @property
+    def order(self) -> Tensor:
+        """[N] int64, places, the ones wanted most first."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many are wanted."""
+        ...
+
+
+class Chooser(Protocol):
+    """Says which of the samples that were read are to be decoded. Picklable."""
+
+    def __call__(self, ids: Tensor, first: Tensor, epoch: int, seed: int) -> Choice:
+        """``ids`` [N] int64; ``first`` [N] bool: whether the sample is there for the first time in the epoch."""
+        ...
+
+
 class Samples(Protocol):
     """A worker's raw samples of one attempt, to be iterated once."""
 
@@ -151,6 +173,7 @@ class TrainStream(IterableDataset[Batch]):
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.epoch.share_memory_()  # type: ignore[no-untyped-call]
         self.read_image, self.tokenizer = ImageReader(transform, config.fast_decode), tokenizer
+        self.chooser: Chooser | None = None  # set before the first pass
         self.warned: set[Skip] = set()  # in the process that this object is in
 
     @property
@@ -189,13 +212,12 @@ class TrainStream(IterableDataset[Batch]):
         if not left:  # nor need there be anything to read
             return
         pairs = _Pairs(self, current, place, epoch)
-        reading = iter(pairs)
         for number in left:
+            here = (epoch, place.rank, place.worker, current.first + number)
             # Nothing is yielded inside, so the training process's generators are as before when it goes on.
-            with seeded(
-                derive_seed(self.config.seed, Stream.AUGMENT, epoch, place.rank, place.worker, current.first + number)
-            ):
-                batch = self._collate(list(itertools.islice(reading, self.config.batch_size)), pairs, number + 1)
+            with seeded(derive_seed(self.config.seed, Stream.AUGMENT, *here)):
+                chosen = pairs.take(self.config.batch_size, derive_seed(self.config.seed, Stream.SELECT, *here))
+                batch = self._collate(chosen, pairs, number + 1)
             yield batch
 
     def _collate(self, chosen: list[Pair], pairs: _Pairs, batches: int) -> Batch:
@@ -207,11 +229,21 @@ class TrainStream(IterableDataset[Batch]):
             progress=pairs.progress(batches).pack(),
             skipped=pairs.drain(),
             normalization=self.read_image.normalization,
+            chosen_from=None if self.chooser is None else self.config.batch_size,
+            passed_over=pairs.passed_over,
         )
 
 
+class _Read(NamedTuple):
+    """A sample that was read and not yet decoded."""
+
+    sample: RawSample
+    skips: SkipCounter  # where it is counted if it cannot be used
+    first: bool  # whether it is there for the first time in the epoch
+
+
 class _Pairs:
-    """The decoded pairs of a worker, without end, and where it stands."""
+    """The pairs of a worker, without end, and where it stands."""
 
     def __init__(self, stream: TrainStream, current: Pass, place: Place, epoch: int) -> None:
         self._stream, self._pass, self._place, self._epoch = stream, current, place, epoch
@@ -221,6 +253,43 @@ class _Pairs:
         self._counts[: len(begin.counts)] = torch.tensor(begin.counts, dtype=torch.int64)
         self._rows: list[SkipRow] = []
         self._samples = self._open(begin.position)
+        self._reading = self._read()
+        self._undecided = 0  # samples that were read, and neither decoded nor passed over
+        self.passed_over: Tensor | None = None
+        """[P] int64, the ids of the samples among which the last pairs were chosen, and that were not decoded."""
+
+    def take(self, size: int, seed: int) -> list[Pair]:
+        """The next ``size`` pairs; with a chooser the ones it wants of the next ``size`` samples, in its order.
+
+        For one that cannot be used the next best is taken. ``seed`` is for the chooser.
+
+        Raises:
+            TrainingError: a whole attempt gave none.
+        """
+        chooser = self._stream.chooser
+        if chooser is None:
+            return self._decode_some(self._reading, size)
+        read = list(itertools.islice(self._reading, size))
+        ids = torch.tensor([one.sample.sample_id for one in read])
+        choice = chooser(ids, torch.tensor([one.first for one in read]), self._epoch, seed)
+        places = iter(choice.order.tolist())
+        pairs = self._decode_some((read[place] for place in places), choice.count)
+        self.passed_over = ids[list(places)]
+        self._undecided = 0
+        return pairs + self._decode_some(self._reading, choice.count - len(pairs))
+
+    def _decode_some(self, samples: Iterator[_Read], count: int) -> list[Pair]:
+        """Pairs of the first ``count`` samples that can be used, or of fewer if there are no more."""
+        pairs: list[Pair] = []
+        while len(pairs) < count and (read := next(samples, None)) is not None:
+            self._undecided -= 1
+            try:
+                pairs.append(self._decode(read.sample))
+            except BadSampleError as bad:
+                _count(read, bad)
+            else:
+                self._usable += 1
+        return pairs
 
     def progress(self, batches: int) -> Progress:
         """Where the worker stands after so many batches."""
@@ -239,31 +308,28 @@ class _Pairs:
         self._skips = counted_before() if again else SkipCounter(self._counts, self._stream.warned, self._rows)
         return source.samples(self._place, self._epoch, self._attempt, self._skips, position)
 
-    def __iter__(self) -> Iterator[Pair]:
-        """Decoded pairs.
+    def _read(self) -> Iterator[_Read]:
+        """Samples that are not known to be bad.
 
         Raises:
             TrainingError: a whole attempt gave none.
         """
         while True:
             for sample in self._samples:
-                try:
-                    pair = self._decode(sample)
-                except BadSampleError as bad:
-                    skips = counted_before() if sample.again else self._skips
-                    skips.add(bad.kind, sample.shard, sample.key, str(bad))
+                read = _Read(sample, self._skips, self._attempt == 0 and not sample.again)
+                if sample.problem is not None:
+                    _count(read, sample.problem)
                 else:
-                    self._usable += 1
-                    yield pair
+                    self._undecided += 1
+                    yield read
             # Of the rest of an epoch a worker may have bad samples only; then it has the whole epoch's to fill up with.
-            if self._usable == 0 and (self._attempt > 0 or self._pass.left_out is None):
+            none = self._usable == 0 and self._undecided == 0
+            if none and (self._attempt > 0 or self._pass.left_out is None):
                 raise TrainingError(self._explain())
             self._attempt, self._usable = self._attempt + 1, 0
             self._samples = self._open(())
 
     def _decode(self, sample: RawSample) -> Pair:
-        if sample.problem is not None:
-            raise sample.problem
         caption = decode_captions(sample.files, self._stream.config.json_caption_key)[0]
         return Pair(self._stream.read_image(sample.files), caption, sample.sample_id, sample.key)
 
@@ -274,6 +340,11 @@ class _Pairs:
             f"{self._place.worker} ({self._pass.source.describe(self._place, self._epoch)}); skipped by this worker: "
             f"{skipped}. The log says what is wrong with the first of each kind"
         )
+
+
+def _count(read: _Read, bad: BadSampleError) -> None:
+    skips = counted_before() if read.sample.again else read.skips
+    skips.add(bad.kind, read.sample.shard, read.sample.key, str(bad))
 
 
 def make_loader(stream: IterableDataset[Any], workers: int, world: World) -> DataLoader[Any]:
@@ -377,6 +448,8 @@ class TrainData:
         self._rows[row.worker] = row
         if self._visited is not None:
             mark(self._visited, batch.sample_id.numpy())
+            if batch.passed_over is not None:
+                mark(self._visited, batch.passed_over.numpy())
         if batch.skipped is not None:
             self._skip_rows.append(batch.skipped.clone())  # off the memory shared with the worker
 

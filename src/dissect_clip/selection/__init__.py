@@ -10,15 +10,18 @@ from collections.abc import Callable
 
 from dissect_clip.config import Config
 from dissect_clip.dist import World
+from dissect_clip.errors import SetupError
 from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLoss
+from dissect_clip.selection.chooser import Chooser
 from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
+from dissect_clip.selection.reuse import Known, ReusingSelector
 from dissect_clip.selection.selector import SampleLoss, Selector
 from dissect_clip.selection.store import ScoreStore
 
 __all__ = [
-    "STRATEGIES", "Candidates", "Needs", "ScoreStore", "Selection", "Selector", "Strategy", "build_selector",
-    "summaries",
+    "STRATEGIES", "Candidates", "Chooser", "Needs", "ScoreStore", "Selection", "Selector", "Strategy", "build_chooser",
+    "build_selector", "summaries",
 ]  # fmt: skip
 
 STRATEGIES: dict[str, Callable[[Config], Strategy]] = {
@@ -37,9 +40,35 @@ def summaries() -> dict[str, str]:
 
 
 def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, world: World) -> Selector | None:
-    """The selector that the settings ask for, with an empty store; None without ``--select``."""
+    """The selector that the settings ask for, with an empty store; None without ``--select``.
+
+    Raises:
+        SetupError: if the strategy cannot do with scores of earlier steps, where these are asked for.
+    """
     if not config.select:
         return None
     strategy = STRATEGIES[config.select_strategy](config)
-    store = ScoreStore(num_samples, strategy.remembers, world)
-    return Selector(strategy, store, sample_loss, world, config.seed, always_score=config.record)
+    if strategy.needs is Needs.NOTHING or config.score_refresh in (None, 1):
+        store = ScoreStore(num_samples, strategy.remembers, world)
+        return Selector(strategy, store, sample_loss, world, config.seed, always_score=config.record)
+    assert config.score_refresh is not None
+    known = Known(strategy, config.score_refresh)
+    return ReusingSelector(known, ScoreStore(num_samples, known.columns, world), sample_loss, world, config.seed)
+
+
+def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
+    """What tells the loader which samples to decode; None without ``--select-before-load``.
+
+    Raises:
+        SetupError: if every sample is to be scored, and so has to be loaded.
+    """
+    if selector is None or not config.select_before_load:
+        return None
+    if isinstance(selector, ReusingSelector):
+        return Chooser(selector.known, len(selector.store.scores))
+    if selector.strategy.needs is Needs.NOTHING:
+        return Chooser(Known(selector.strategy, 0.0), len(selector.store.scores))
+    raise SetupError(
+        f"--select-before-load does not load what it does not choose, but --select-strategy {config.select_strategy} "
+        "scores every sample: add --score-refresh 0, or a small share such as 0.1"
+    )

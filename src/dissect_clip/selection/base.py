@@ -7,20 +7,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Flag, auto
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dissect_clip.config import Config
 
+T = TypeVar("T")
+
 
 class Needs(Flag):
-    """What a strategy looks at, and so what the scoring pass computes. NOTHING means there is no scoring pass."""
+    """What a strategy looks at, and so what the scoring pass computes. NOTHING means there is no scoring pass.
+
+    SCORE is how well a pair matches, and may come from an earlier step where the run says so; SIMILARITY is the cosine
+    of this step.
+    """
 
     NOTHING = 0
     SIMILARITY = auto()
     LOSS = auto()
     FEATURES = auto()
+    SCORE = auto()
+
+
+REUSABLE = Needs.SCORE | Needs.LOSS
+"""What may come from an earlier step (--score-refresh)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +43,21 @@ class Candidates:
     generator: torch.Generator  # on the candidates' device; seeded from (seed, step, rank)
     memory: Tensor  # [N, C] float32, the columns this strategy remembers; NaN = never seen
     similarity: Tensor | None = None  # [N] float32, cosine of image and text under the current model, in [-1, 1]
-    loss: Tensor | None = None  # [N] float32, contrastive loss against the global batch, in nats
+    loss: Tensor | None = None  # [N] float32, contrastive loss against the global batch, in nats; reused: minus z
     image_features: Tensor | None = None  # [N, D] float32, unit norm
     text_features: Tensor | None = None  # [N, D] float32, unit norm
+    reused: Tensor | None = None  # [N] float32, scores that need not be of this step, as z; NaN = never scored
+
+    @property
+    def score(self) -> Tensor | None:
+        """[N] float32, how well each pair matches, larger is better.
+
+        CLIPScore, 0 to 100. With ``--score-refresh`` below 1 the z-score of the pair against mismatched pairs, when
+        it was last computed, which may be some epochs ago; NaN if it never was.
+        """
+        if self.reused is not None or self.similarity is None:
+            return self.reused
+        return clip_score(self.similarity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +65,10 @@ class Selection:
     """The samples of a batch that are trained on."""
 
     index: Tensor  # [K] int64, rising
-    candidates: Candidates | None  # None where nothing was scored
+    candidates: Candidates | None  # None where no score is known
+    fresh: Tensor | None = None  # [F] int64, the places that were scored, where scores are used again
+    rows: Tensor | None = None  # [N, C] float32, what is known of the batch, where scores are used again
+    scored: int = 0  # how many had a scoring pass
 
 
 class Strategy:
@@ -70,7 +97,7 @@ class Strategy:
         return None
 
 
-def required(part: Tensor | None) -> Tensor:
+def required(part: T | None) -> T:
     """A part of the candidates that the strategy declared in ``needs``, and so is there."""
     assert part is not None, "the strategy uses a part of the candidates that its `needs` does not declare"
     return part

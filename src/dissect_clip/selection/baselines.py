@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dissect_clip.selection.base import Candidates, Needs, Strategy, clip_score, required
+from dissect_clip.selection.base import Candidates, Needs, Strategy, required
 
 
 class Random(Strategy):
@@ -35,7 +35,7 @@ class BigLoss(Strategy):
 class ClipScore(Strategy):
     """largest CLIPScore under the current model"""
 
-    needs = Needs.SIMILARITY
+    needs = Needs.SCORE
 
     def rank(self, candidates: Candidates) -> Tensor:
-        return clip_score(required(candidates.similarity))
+        return required(candidates.score)

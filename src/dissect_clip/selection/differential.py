@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.base import Candidates, Needs, Strategy, clip_score, required
+from dissect_clip.selection.base import Candidates, Needs, Strategy, required
 
 
 def differential(history: Tensor, current: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def differential(history: Tensor, current: Tensor) -> Tensor:
 class WarmupDifferential(Strategy):
     """DISSect-Warmup: uniform for --warmup-point epochs, then the largest differential from their last scores"""
 
-    needs = Needs.SIMILARITY
+    needs = Needs.SCORE
     remembers = ("clip_score",)
 
     def _warms_up(self, epoch: int) -> bool:
@@ -36,7 +36,7 @@ class WarmupDifferential(Strategy):
         return warmup_rate if self._warms_up(epoch) and warmup_rate is not None else self.config.select_rate
 
     def rank(self, candidates: Candidates) -> Tensor:
-        current = clip_score(required(candidates.similarity))
+        current = required(candidates.score)
         if self._warms_up(candidates.epoch):
             return torch.zeros_like(current)
         return differential(candidates.memory[:, 0], current)
@@ -44,19 +44,19 @@ class WarmupDifferential(Strategy):
     def remember(self, candidates: Candidates) -> Tensor | None:
         if not self._warms_up(candidates.epoch):
             return None
-        return clip_score(required(candidates.similarity))[:, None]
+        return required(candidates.score)[:, None]
 
 
 class MomentumDifferential(Strategy):
     """DISSect-Momentum: the largest differential from a moving average of each sample's scores"""
 
-    needs = Needs.SIMILARITY
+    needs = Needs.SCORE
     remembers = ("clip_score",)
 
     def rank(self, candidates: Candidates) -> Tensor:
-        return differential(candidates.memory[:, 0], clip_score(required(candidates.similarity)))
+        return differential(candidates.memory[:, 0], required(candidates.score))
 
     def remember(self, candidates: Candidates) -> Tensor:
-        current, history = clip_score(required(candidates.similarity)), candidates.memory[:, 0]
+        current, history = required(candidates.score), candidates.memory[:, 0]
         average = torch.lerp(current, history, self.config.select_momentum)
         return torch.where(history.isnan(), current, average)[:, None]

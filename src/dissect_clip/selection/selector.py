@@ -135,8 +135,7 @@ class Selector:
         return Selection(index, candidates if scored else None, scored=len(batch) if scored else 0)
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
-        """Take note of the features [K, D] that training computed for the chosen pairs. Exact scoring has no use for them.
-        """
+        """Take note of the features [K, D] that training computed for the chosen pairs; unused in exact scoring."""
 
 
 def _usable(candidates: Candidates) -> Tensor:

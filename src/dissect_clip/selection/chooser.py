@@ -1,0 +1,62 @@
+"""The choice before loading: loader workers are told which samples of a batch are worth decoding.
+
+Shapes: N samples that a worker has read but not decoded, M to decode, C columns of the store.
+
+Within an epoch every sample comes once, so what is known of it does not change between the start of the epoch and its
+own turn: a copy of the store made at the start serves all workers, and the choice does not depend on how far ahead they
+work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dissect_clip.selection.reuse import Known
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to decode of N samples."""
+
+    order: Tensor  # [N] int64, places: first those to score anew, then the others, the best first
+    count: int  # M, how many of them are wanted
+
+
+class Chooser:
+    """Chooses by the store's rows as they were at the start of the epoch, in memory that all workers share. Picklable.
+
+    4 bytes a sample and column in main memory, once for each rank.
+    """
+
+    def __init__(self, known: Known, num_samples: int) -> None:
+        self.known = known
+        self.rows = torch.full((num_samples, len(known.columns)), torch.nan)
+        self.rows.share_memory_()  # type: ignore[no-untyped-call]
+
+    def publish(self, scores: Tensor) -> None:
+        """Take the store's rows over, before the workers begin an epoch. Waits for the device."""
+        self.rows.copy_(scores)
+
+    def __call__(self, ids: Tensor, first: Tensor, epoch: int, seed: int) -> Choice:
+        """What to decode of the samples ``ids`` [N]; only where ``first`` [N] bool is True are their rows looked at.
+
+        The others are there a second time in this epoch: by now they may be known better, or not yet, depending on how
+        far ahead this worker is. They count as samples that nothing is known about.
+        """
+        size = len(ids)
+        generator = torch.Generator().manual_seed(seed)
+        rows = self.rows[ids].where(first[:, None], torch.nan)
+        fresh = self.known.fresh(epoch, size)
+        count = min(size, fresh + self.known.kept(epoch, size))
+        if count == size:
+            return Choice(torch.arange(size), count)
+        candidates = self.known.candidates(rows, epoch, generator)
+        rank = self.known.rank(candidates)
+        to_score = self.known.stalest(rows, fresh, generator) if fresh > 0 else ids[:0]
+        rank[to_score] = torch.inf  # they stand ahead, and top_k would take what is not finite last
+        shuffled = torch.randperm(size, generator=generator)
+        order = shuffled[rank[shuffled].argsort(descending=True, stable=True)]
+        return Choice(order, count)
