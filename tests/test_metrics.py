@@ -70,6 +70,23 @@ def test_a_single_query_gets_the_similarities_it_gets_among_many():
     torch.testing.assert_close(similarity(query[:1], candidate), similarity(query, candidate)[:1])
 
 
+@pytest.mark.parametrize("tf32", [False, True])
+def test_an_evaluation_lets_compiled_models_be(tf32: bool):
+    torch._dynamo.reset()
+    try:
+        if tf32:
+            torch.backends.cuda.matmul.allow_tf32 = True
+        double = torch.compile(lambda x: x + x, backend="eager")
+        double(torch.ones(2))
+        with full_float32():
+            pass
+        with torch.compiler.set_stance("fail_on_recompile"):
+            assert double(torch.ones(2)).sum() == 4
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        torch._dynamo.reset()
+
+
 def test_similarity_leaves_the_matmul_precision_as_it_was():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

@@ -122,9 +122,8 @@ def test_shortcuts_leave_training_as_it_was(tmp_path: Path, model: str):
     for one in (module, twin):
         out = one(batch.image, batch.text)
         (out["image_features"] * out["text_features"]).sum().backward()
-    assert all(
-        torch.equal(a.grad, b.grad) for a, b in zip(module.parameters(), twin.parameters()) if b.grad is not None
-    )
+    pairs = zip(module.parameters(), twin.parameters(), strict=True)
+    assert all(torch.equal(first.grad, second.grad) for first, second in pairs if second.grad is not None)
 
 
 # ---- micro-batches

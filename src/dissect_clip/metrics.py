@@ -19,6 +19,9 @@ RECALL_AT = (1, 5, 10)
 def full_float32() -> Iterator[None]:
     """Multiply float32 matrices in float32: TF32 keeps 10 bits, which reorders close candidates."""
     before = torch.get_float32_matmul_precision()
+    if before == "highest":  # to set it again is a change to torch.compile, which would compile the whole model anew
+        yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         yield
