@@ -63,7 +63,7 @@ def assert_same(whole: Path, stopped: Path, epochs: int, strategy: str | None) -
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     for number, moments in first["optimizer"]["state"].items():
         assert all(torch.equal(value, second["optimizer"]["state"][number][name]) for name, value in moments.items())
-    counters = ("step", "batch", "seen", "trained", "epoch_step")
+    counters = ("step", "batch", "seen", "trained", "scored", "epoch_step")
     assert [first["dissect"][name] for name in counters] == [second["dissect"][name] for name in counters]
     assert last_lines(whole, "train.jsonl", "step") == last_lines(stopped, "train.jsonl", "step")
     assert last_lines(whole, "checkpoints/results.jsonl", "epoch") == last_lines(
@@ -74,7 +74,7 @@ def assert_same(whole: Path, stopped: Path, epochs: int, strategy: str | None) -
         for epoch in range(epochs):
             key = lambda row: (row["step"], row["rank"], row["sample_id"])  # noqa: E731
             assert sorted(record(whole, epoch), key=key) == sorted(record(stopped, epoch), key=key)
-    if strategy is not None and STRATEGIES[strategy].remembers:
+    if first["dissect"]["columns"]:
         scores = [load_file(run / "checkpoints" / f"epoch_{epochs}.scores.safetensors") for run in (whole, stopped)]
         assert torch.equal(scores[0]["scores"].nan_to_num(-1), scores[1]["scores"].nan_to_num(-1))
 
@@ -103,6 +103,30 @@ def test_a_run_killed_inside_an_epoch_goes_on_exactly(
     assert_same(whole, tmp_path / "logs" / "stopped", 2, strategy)
     left = [path.name for path in (tmp_path / "logs" / "stopped" / "checkpoints").glob("*step*")]
     assert left == []
+
+
+REUSE: dict[str, dict[str, Any]] = {
+    "small_loss": {"select_preset": "fast"},
+    "random": {"select_preset": "fast"},
+    "historical_base_sampling": {"score_refresh": 0.2, "dataset_resampled": True, "train_num_samples": 1000},
+    "warmup_base_sampling": {"score_refresh": 0.2, "select_before_load": True, "accum_freq": 2},
+}
+
+
+@pytest.mark.parametrize(("strategy", "variant"), REUSE.items(), ids=REUSE)
+def test_the_same_where_scores_are_used_again(
+    tmp_path: Path, emoji: Path, strategy: str, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    flags = selection(strategy) | {"epochs": 2, "save_every_n_steps": 2, "force_patch_dropout": 0.3, **variant}
+    flags |= {"record": True, "val_data": emoji / "val-000000.tar", "val_frequency": 2}
+    data = break_some(emoji, tmp_path / "data")
+    whole = train(tmp_path, data, "whole", **flags)
+    steps = checkpoint(whole, "epoch_2")["dissect"]["step"]
+    words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
+    for step in (steps // 2 - 1, steps - 2):
+        run_until(step, words, monkeypatch)
+    assert cli.main(words) == 0
+    assert_same(whole, tmp_path / "logs" / "stopped", 2, strategy)
 
 
 @pytest.mark.slow

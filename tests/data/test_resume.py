@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loading import ids_of, load, passing, reload, same, states, take, within, worlds
 from shards_util import data_config, image_bytes, make_shards
 
-from dissect_clip.data import stream, webdataset
+from dissect_clip.data import pixels, webdataset
 from dissect_clip.data.position import Progress, count_marked, mark, no_bits, pack_all, unmarked, unpack_all
 from dissect_clip.data.skips import unpack_rows
 from dissect_clip.data.split import Place, RestPlan, SpanPlan, count_batches
@@ -165,7 +165,7 @@ def test_loading_in_the_training_process_goes_on_in_one_worker(tmp_path):
 def test_what_is_skipped_is_neither_decoded_nor_read(tmp_path, name, monkeypatch):
     flags, sizes = plan(name, tmp_path)
     decoded, read = [], []
-    decode, reader_read = stream.decode_image, ShardReader.read
+    decode, reader_read = pixels.decode_image, ShardReader.read
 
     def count(files):
         decoded.append(None)
@@ -176,7 +176,7 @@ def test_what_is_skipped_is_neither_decoded_nor_read(tmp_path, name, monkeypatch
             read.append(sample.key)
             yield sample
 
-    monkeypatch.setattr(stream, "decode_image", count)
+    monkeypatch.setattr(pixels, "decode_image", count)
     monkeypatch.setattr(ShardReader, "read", note)
     config = data_config(**flags)
     stopped = load(config, sizes=sizes)
