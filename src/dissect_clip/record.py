@@ -23,7 +23,7 @@ from torch import Tensor
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.epochfile import EpochFile
-from dissect_clip.selection.base import Selection, clip_score
+from dissect_clip.selection.base import Selection
 
 MAX_ROWS = 1 << 18
 """Samples of all ranks between two flushes, give or take a batch."""
@@ -62,8 +62,8 @@ def _values(batch: Batch, selection: Selection, columns: int) -> Tensor:
     absent = torch.full((len(batch), 2 + columns), torch.nan, device=batch.sample_id.device)
     if candidates is None:
         return absent
-    if candidates.similarity is not None:
-        absent[:, 0] = clip_score(candidates.similarity.float())
+    if candidates.score is not None:
+        absent[:, 0] = candidates.score
     if candidates.loss is not None:
         absent[:, 1] = candidates.loss
     absent[:, 2:] = candidates.memory
