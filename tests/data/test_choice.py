@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 
 import pytest
 from loading import ids_of, load, passing, reload, same, states, take, within, worlds
-from shards_util import data_config, make_shards
+from shards_util import data_config, image_bytes, make_shards
 from torch import Tensor
 
-from dissect_clip.data import pixels, webdataset
+from dissect_clip.data import csv, pixels, webdataset
 from dissect_clip.data.position import count_marked
 
 SIZES = [9, 5, 1, 8, 7]
@@ -165,3 +165,19 @@ def test_what_fills_up_the_epoch_is_named_as_coming_again(tmp_path):
 def test_real_workers_choose_the_same(tmp_path, workers):
     data, real = choosing(tmp_path, workers=workers), choosing(tmp_path, workers=workers)
     assert same(take(real, 2, real=True), take(data, 2))
+
+
+def test_files_of_a_table_are_read_only_where_they_are_wanted(tmp_path, monkeypatch):
+    lines = ["filepath\ttitle"]
+    for row in range(2 * N):
+        (tmp_path / f"{row}.png").write_bytes(image_bytes(row))
+        lines.append(f"{tmp_path}/{row}.png\tsample {row}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines) + "\n")
+    read = []
+    real = csv.read_file
+    monkeypatch.setattr(csv, "read_file", lambda path: (read.append(path), real(path))[1])
+    data = load(data_config(train_data=str(tmp_path / "pairs.csv"), batch_size=N))
+    data.stream.chooser = Best()
+    batches = take(data, 0)
+    assert len(read) == len(ids_of(batches)) == 2 * M
+    assert [batch.text[:, 0].tolist() for batch in batches] == [batch.sample_id.tolist() for batch in batches]

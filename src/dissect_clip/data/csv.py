@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,30 @@ def _header(path: str, separator: str) -> list[str]:
     return names
 
 
+class RowFiles(Mapping[str, bytes]):
+    """What stands for the files of a sample: an image at a path, read when it is asked for, and a caption."""
+
+    def __init__(self, path: bytes, caption: bytes) -> None:
+        self._path, self._caption = path, caption
+
+    def __getitem__(self, suffix: str) -> bytes:
+        """Raises BadSampleError if the image cannot be read."""
+        if suffix == "jpg":
+            return read_file(self._path)
+        if suffix == "txt":
+            return self._caption
+        raise KeyError(suffix)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("jpg", "txt"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __contains__(self, suffix: object) -> bool:
+        return suffix in ("jpg", "txt")
+
+
 class CsvTable:
     """The rows of a csv file. Paths of images are relative to the working directory, as in OpenCLIP."""
 
@@ -74,15 +99,9 @@ class CsvTable:
         return len(self._paths)
 
     def read(self, row: int) -> RawSample:
-        """The image's bytes and the caption of a row.
-
-        Raises:
-            BadSampleError: the image cannot be read.
-        """
+        """The image and the caption of a row; the image's file is read when it is asked for."""
         path: bytes = self._paths[row].as_py()
-        return RawSample(
-            row, self.name, os.fsdecode(path), {"jpg": read_file(path), "txt": self._captions[row].as_py()}
-        )
+        return RawSample(row, self.name, os.fsdecode(path), RowFiles(path, self._captions[row].as_py()))
 
     def fingerprint(self) -> str:
         """Hex digest over the rows: images' base names and captions."""

@@ -39,7 +39,7 @@ class RawSample(NamedTuple):
     sample_id: int  # number in the data set, or -1 where there is no numbering
     shard: str  # file it came from
     key: str
-    files: dict[str, bytes]  # by suffix, in lower case
+    files: Mapping[str, bytes]  # by suffix, in lower case
     problem: BadSampleError | None = None  # found before decoding: the sample cannot be used
     again: bool = False  # whether it comes a second time in the epoch, to fill it up, and so is not counted
 

@@ -14,7 +14,7 @@ from dissect_clip.config import Config
 from dissect_clip.data.decode import RawSample
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
 from dissect_clip.data.position import Bits
-from dissect_clip.data.skips import BadSampleError, SkipCounter, counted_before
+from dissect_clip.data.skips import SkipCounter
 from dissect_clip.data.split import Coverage, Place, count_batches, span_rows
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
 from dissect_clip.dist import World
@@ -30,11 +30,7 @@ class Table(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> RawSample:
-        """One row.
-
-        Raises:
-            BadSampleError: it cannot be read.
-        """
+        """One row."""
         ...
 
 
@@ -44,19 +40,15 @@ class Rows:
     Those after the first ``once`` come a second time in the epoch.
     """
 
-    def __init__(self, table: Table, rows: NDArray[np.int64], once: int, skips: SkipCounter, done: int) -> None:
-        self._table, self._rows, self._once, self._skips, self._done = table, rows, once, skips, done
+    def __init__(self, table: Table, rows: NDArray[np.int64], once: int, done: int) -> None:
+        self._table, self._rows, self._once, self._done = table, rows, once, done
 
     def __iter__(self) -> Iterator[RawSample]:
-        """Those that can be read; the others are counted."""
+        """All of them."""
         for row in self._rows[self._done :].tolist():
             again = self._done >= self._once
             self._done += 1
-            try:
-                yield self._table.read(row)._replace(again=again)
-            except BadSampleError as bad:
-                skips = counted_before() if again else self._skips
-                skips.add(bad.kind, self._table.name, f"row {row}", str(bad))
+            yield self._table.read(row)._replace(again=again)
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -82,12 +74,12 @@ class TableSource:
         (done,) = position or (0,)
         if attempt == 0 and self.visited is not None:
             rows, once = self._span(self.rest_batches, epoch, place, self.visited)
-            return Rows(self.table, rows, once, skips, done)
+            return Rows(self.table, rows, once, done)
         rows, once = self._span(self.num_batches, epoch, place)
         if attempt > 0:
             seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
             np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
-        return Rows(self.table, rows, once, skips, done)
+        return Rows(self.table, rows, once, done)
 
     def _span(
         self, num_batches: int, epoch: int, place: Place, visited: Bits | None = None
@@ -112,10 +104,7 @@ class SharedTable:
     def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
         """See :class:`dissect_clip.data.evalstream.EvalSource`."""
         for row in range(place.number, len(self.table), place.total):
-            try:
-                yield self.table.read(row)
-            except BadSampleError as bad:
-                skips.add(bad.kind, self.table.name, f"row {row}", str(bad))
+            yield self.table.read(row)
 
 
 def _for_tables(config: Config) -> Config:
