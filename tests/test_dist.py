@@ -111,6 +111,7 @@ def test_the_cpu_stands_in_for_a_device_that_is_not_there():
 
 def _peer_gone() -> int:
     world = init_world("cpu", timeout=60)
+    world.barrier()  # else the other may still be on its way
     if world.is_main:
         os._exit(0)
     try:

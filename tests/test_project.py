@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 # A module imports only from lower layers; docs/architecture.md draws the same picture.
 LAYERS: list[set[str]] = [
     {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips", "data.position", "judge"},
-    {"watch", "data.decode"},
+    {"watch", "transfer", "data.decode"},
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},

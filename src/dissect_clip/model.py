@@ -270,6 +270,7 @@ def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Modu
             module,
             device_ids=None if world.device.type == "cpu" else [world.device],
             **_NO_COPIES,  # RunningBuffers does it after each step
+            gradient_as_bucket_view=True,  # one copy of the gradients less, in time and in memory
             static_graph=config.ddp_static_graph,
         )
     if config.torchcompile:

@@ -38,6 +38,7 @@ from dissect_clip.scorer import Scorer
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
 from dissect_clip.selection import Chooser, Selection, Selector
 from dissect_clip.skipped import SkipLog
+from dissect_clip.transfer import Transfer
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
 """The logit scale is kept from growing past 100 (Radford et al., 2021, section 2.5)."""
@@ -242,11 +243,12 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
 def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[list[Batch]]:
     """What is left of the epoch's batches, on the device, ``accum_freq`` at a time."""
     loader = iter(data.loader)
+    transfer = Transfer(state.world.device, state.input_dtype)
     group: list[Batch] = []
     state.world.watch.mark("load", state.counters.step)
     while (batch := _next(loader)) is not None:
         data.taken(batch)
-        group.append(batch.to(state.world.device, state.input_dtype))
+        group.append(transfer(batch))
         if len(group) == state.config.accum_freq:
             clock.lap("load")
             yield group
