@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from toy import CONFIGS, TEXT, VIT, make_config, make_module, random_pairs
 
 from dissect_clip.batch import Batch
+from dissect_clip.cli import build_state
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 from dissect_clip.model import autocast_for, build_model
@@ -29,11 +30,16 @@ from dissect_clip.scorer import (
 CPU = torch.device("cpu")
 IMAGE_SIZE = {"toy-vit": 32, "toy-rn": 64, "toy-timm": 64, "toy-coca": 32}
 END = 49407
+BUILT: dict[tuple[Any, ...], nn.Module] = {}
+"""Toys of this file, which takes copies."""
 
 
 def make_toy(folder: Path, model: str = "toy-vit", **changes: Any) -> nn.Module:
     """Images of twice the toy's own size, so that there is something to leave out."""
-    return make_module(folder, model=model, force_image_size=(IMAGE_SIZE[model],), **changes)
+    key = (model, *sorted(changes.items()))
+    if key not in BUILT:
+        BUILT[key] = make_module(folder, model=model, force_image_size=(IMAGE_SIZE[model],), **changes)
+    return copy.deepcopy(BUILT[key])
 
 
 def make_batch(size: int = 6, model: str = "toy-vit", words: int = 6) -> Batch:
@@ -48,13 +54,9 @@ def make_scorer(module: nn.Module, mode: str = "eval", compiled: bool = False, *
     return Scorer(module, autocast_for("fp32", CPU), mode, compiled, Shortcuts(**shortcuts))
 
 
-def drawn(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def features(scorer: Scorer, batch: Batch) -> Tensor:
     """[N, 2 D] of both towers."""
-    encoded = scorer(batch, drawn())
+    encoded = scorer(batch)
     return torch.cat([encoded.image_features, encoded.text_features], dim=1)
 
 
@@ -102,7 +104,7 @@ def test_shortcuts_score_and_leave_model_and_generators_alone(tmp_path: Path, mo
     before, state = copy.deepcopy(module.state_dict()), torch.random.get_rng_state()
     scorer = make_scorer(module, mode, **shortcuts_for(model, name))
     scorer.try_out(batch.text[:2], None)
-    encoded = scorer(batch, drawn())
+    encoded = scorer(batch)
     for part in (encoded.image_features, encoded.text_features):
         assert part.shape == (6, 16)
         assert part.dtype is torch.float32
@@ -118,7 +120,7 @@ def test_shortcuts_score_and_leave_model_and_generators_alone(tmp_path: Path, mo
 def test_shortcuts_leave_training_as_it_was(tmp_path: Path, model: str):
     module, batch = make_toy(tmp_path, model).train(), make_batch(model=model)
     twin = copy.deepcopy(module)
-    make_scorer(module, **shortcuts_for(model, "image" if model == "toy-rn" else "all"))(batch, drawn())
+    make_scorer(module, **shortcuts_for(model, "image" if model == "toy-rn" else "all"))(batch)
     for one in (module, twin):
         out = one(batch.image, batch.text)
         (out["image_features"] * out["text_features"]).sum().backward()
@@ -191,41 +193,53 @@ def test_the_training_size_changes_nothing(tmp_path: Path):
 # ---- patches
 
 
-def test_patches_are_drawn_from_the_generator(tmp_path: Path):
-    module, batch = make_toy(tmp_path), make_batch()
-    scorer = make_scorer(module, patch_dropout=0.5)
-    first, again, other = (scorer(batch, drawn(seed)).image_features for seed in (0, 0, 1))
+def test_patches_are_drawn_from_the_seed_of_the_pass(tmp_path: Path):
+    seeds = iter([0, 0, 1])
+    scorer = Scorer(
+        make_toy(tmp_path), autocast_for("fp32", CPU), "eval", False, Shortcuts(patch_dropout=0.5), lambda: next(seeds)
+    )
+    first, again, other = (scorer(make_batch()).image_features for _ in range(3))
     assert torch.equal(first, again)
     assert not close(first, other)
-    with pytest.raises(ValueError, match="generator"):
-        scorer(batch)
 
 
-def test_without_patch_dropout_nothing_is_drawn(tmp_path: Path):
-    generator = drawn()
-    before = generator.get_state()
-    make_scorer(make_toy(tmp_path), batch_size=2, image_size=16, context_length=5)(make_batch(), generator)
-    assert torch.equal(generator.get_state(), before)
+def test_patches_of_a_run_are_drawn_by_its_batches(tmp_path: Path):
+    """Also after a resume, which sets the counter."""
+    config = make_config(tmp_path, select=True, score_patch_dropout=0.5, score_refresh=1.0)
+    state = build_state(config, World(), build_model(config, World()), Samples(), None, 10)
+    assert state.scorer.seed() == state.scorer.seed()
+    seeds = {state.scorer.seed()}
+    state.counters.batch = 7
+    seeds.add(state.scorer.seed())
+    other = build_state(config, World(rank=1, size=1), build_model(config, World()), Samples(), None, 10)
+    other.counters.batch = 7
+    assert len(seeds | {other.scorer.seed()}) == 3
+
+
+class Samples:
+    """As much of TrainData as a state is built from."""
+
+    num_samples = 10
 
 
 def test_patches_are_left_out_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module, batch = make_toy(tmp_path, force_patch_dropout=0.5), make_batch()
-    kept = keep_patches(6, 16, 0.5, drawn())
+    kept = keep_patches(6, 16, 0.5, torch.Generator().manual_seed(0))
     places = torch.cat([torch.zeros(6, 1, dtype=torch.int64), kept + 1], dim=1)
     module.eval()
     monkeypatch.setattr(module.visual.patch_dropout, "forward", lambda x: x[torch.arange(6)[:, None], places])
     with torch.no_grad():
         expected = F.normalize(module.encode_image(batch.image), dim=-1)
     monkeypatch.undo()
-    assert close(make_scorer(module, patch_dropout=0.5)(batch, drawn()).image_features, expected)
+    assert close(make_scorer(module, patch_dropout=0.5)(batch).image_features, expected)
 
 
 def test_patches_are_even_and_unique():
-    kept = keep_patches(2000, 10, 0.75, drawn())
+    kept = keep_patches(2000, 10, 0.75, torch.Generator())
     assert kept.shape == (2000, 2)
     assert (kept[:, 0] != kept[:, 1]).all()
     assert (kept.flatten().bincount(minlength=10) - 400).abs().max() < 80  # 4.5 standard deviations
-    assert keep_patches(3, 4, 0.999, drawn()).shape == (3, 1)
+    assert keep_patches(3, 4, 0.999, torch.Generator()).shape == (3, 1)
 
 
 # ---- captions
@@ -260,11 +274,7 @@ def write_tower(folder: Path, **text: Any) -> str:
     name = "toy-" + "-".join(text) if text else "toy-text"
     content = {"embed_dim": 16, "vision_cfg": VIT, "text_cfg": TEXT | text, "custom_text": True}
     (folder / f"{name}.json").write_text(json.dumps(content))
-    CONFIGS_OF_TESTS[name] = content
     return name
-
-
-CONFIGS_OF_TESTS: dict[str, Any] = {}
 
 
 @pytest.mark.parametrize("tower", ["built-in", "coca", *TOWERS])
@@ -298,7 +308,7 @@ def refusal(folder: Path, model: str, **changes: Any) -> str:
     config = make_config(folder, model=model, select=True, **changes)
     built = build_model(config, World())
     with pytest.raises(SetupError) as error:
-        build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer)
+        build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer, int)
     assert model in str(error.value)
     return str(error.value)
 
@@ -336,7 +346,7 @@ def test_a_scorer_is_built_without_a_trial_where_nothing_is_left_out(tmp_path: P
     monkeypatch.setattr(Scorer, "try_out", None)
     config = make_config(tmp_path, select=True)
     built = build_model(config, World())
-    build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer)
+    build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer, int)
 
 
 # ---- locked towers
@@ -385,7 +395,7 @@ def test_training_does_not_reuse_features_of_a_shortcut(tmp_path: Path):
     expected = {"image_size": {"text"}, "patch_dropout": {"text"}, "context_length": {"image"}}
     values = {"image_size": 16, "patch_dropout": 0.5, "context_length": 5}
     for name, reusable in expected.items():
-        assert make_scorer(module, **{name: values[name]})(batch, drawn()).reusable == reusable
+        assert make_scorer(module, **{name: values[name]})(batch).reusable == reusable
     assert make_scorer(module, batch_size=2)(batch).reusable == {"image", "text"}
 
 

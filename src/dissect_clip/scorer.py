@@ -248,10 +248,19 @@ class Scorer:
 
     In the training run's autocast and, by default, in eval mode. BatchNorm statistics and the generators that
     training draws from stay untouched in both modes.
+
+    Args:
+        seed: gives the seed of the next pass, from which ``--score-patch-dropout`` draws its patches.
     """
 
     def __init__(
-        self, module: OpenClip, autocast: Autocast, mode: str, compiled: bool, shortcuts: Shortcuts | None = None
+        self,
+        module: OpenClip,
+        autocast: Autocast,
+        mode: str,
+        compiled: bool,
+        shortcuts: Shortcuts | None = None,
+        seed: Callable[[], int] = lambda: 0,
     ) -> None:
         """Raises:
         SetupError: if a shortcut does not fit the model; its flag is named.
@@ -260,6 +269,7 @@ class Scorer:
         self.autocast = autocast
         self.mode = mode
         self.shortcuts = shortcuts or Shortcuts()
+        self.seed = seed
         self.batch_norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
         self._towers = _Towers(module)
         self._check_image()
@@ -314,23 +324,20 @@ class Scorer:
             features = functional_call(self._towers, replaced, (image, text, patches), tie_weights=False)
         return features
 
-    def _patches(self, image: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    def _patches(self, image: Tensor) -> Tensor | None:
         """Which patches of images [N, 3, H, W] are looked at."""
         if self.shortcuts.patch_dropout == 0:
             return None
-        if generator is None:
-            raise ValueError("--score-patch-dropout draws from the generator of the step: give one")
+        generator = torch.Generator(image.device).manual_seed(self.seed())
         size = self.shortcuts.image_size
         height, width = image.shape[-2:] if size is None else (size, size)
         rows, columns = height // self._patch_size()[0], width // self._patch_size()[1]
         return keep_patches(len(image), rows * columns, self.shortcuts.patch_dropout, generator)
 
-    def _encode(
-        self, image: Tensor, text: Tensor, generator: torch.Generator | None, forward: Forward
-    ) -> tuple[Tensor, Tensor]:
+    def _encode(self, image: Tensor, text: Tensor, forward: Forward) -> tuple[Tensor, Tensor]:
         """Features [N, D] of images and captions, not normalised, some pairs at a time."""
         shortcuts = self.shortcuts
-        patches = self._patches(image, generator)
+        patches = self._patches(image)
         replaced: dict[str, Tensor] = {}
         size = shortcuts.image_size
         size = None if size is None or image.shape[-2:] == (size, size) else size
@@ -377,15 +384,9 @@ class Scorer:
         with torch.no_grad(), mode, self.autocast():
             yield
 
-    def __call__(self, batch: Batch, generator: torch.Generator | None = None) -> Encoded:
-        """The features of a batch. ``generator``, on the batch's device, draws the patches of ``--score-patch-dropout``
-        and nothing else.
-
-        Raises:
-            ValueError: if there is none and patches are to be drawn.
-        """
+    def __call__(self, batch: Batch) -> Encoded:
         with self._scoring():
-            image, text = self._encode(batch.image, batch.text, generator, self._forward)
+            image, text = self._encode(batch.image, batch.text, self._forward)
             scale, bias = self.module.logit_scale.exp(), self.module.logit_bias
         # Normalised outside of autocast: in bf16 the rounding would move scores by as much again as the model's does.
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
@@ -401,25 +402,30 @@ class Scorer:
         if length is not None and length > text.shape[1]:
             raise SetupError(f"--score-context-length {length} is more than the {text.shape[1]} tokens of training")
         image = torch.zeros(len(text), 3, *_pair(self.module.visual.image_size), dtype=dtype, device=device)
-        generator = torch.Generator(device).manual_seed(0)
         try:
             with self._scoring():
-                self._encode(image, text.to(device), generator, self._features)
+                self._encode(image, text.to(device), self._features)
         except Exception as error:  # of whatever library the towers come from
             raise SetupError(f"{self.shortcuts} does not work with its towers: {error}") from error
 
 
 def build_scorer(
-    config: Config, module: OpenClip, autocast: Autocast, tokenizer: Callable[[list[str]], Tensor]
+    config: Config,
+    module: OpenClip,
+    autocast: Autocast,
+    tokenizer: Callable[[list[str]], Tensor],
+    seed: Callable[[], int],
 ) -> Scorer:
     """The scoring pass that the settings ask for, tried on two pairs where anything is left out of it.
+
+    ``seed`` gives the seed of the next pass.
 
     Raises:
         SetupError: if the model cannot be scored in that way.
     """
     shortcuts = Shortcuts.of(config)
     try:
-        scorer = Scorer(module, autocast, config.select_score_mode, config.torchcompile, shortcuts)
+        scorer = Scorer(module, autocast, config.select_score_mode, config.torchcompile, shortcuts, seed)
         if shortcuts != Shortcuts():
             scorer.try_out(tokenizer(["one", "another"]), open_clip.get_input_dtype(config.precision))
     except SetupError as error:

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     AUGMENT = 4
     SELECT = 5
     RESAMPLE = 6
+    PATCHES = 7
 
 
 def derive_seed(*parts: int) -> int:
