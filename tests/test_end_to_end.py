@@ -26,6 +26,11 @@ from dissect_clip.train import TrainState, train_epoch
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL = [None, *STRATEGIES]
+MODES = {strategy or "none": selection(strategy) for strategy in ALL} | {
+    "fast": selection("warmup_base_sampling", select_preset="fast"),
+    "refreshed": selection("small_loss", score_refresh=0.3),
+    "random before loading": selection("random", select_before_load=True),
+}
 SMALL = "train-00000{0,1}.tar"  # 1,000 pairs: ten steps of a hundred
 
 
@@ -67,8 +72,9 @@ def test_another_seed_selects_otherwise(tmp_path: Path, data: str):
 
 def test_rate_one_equals_no_selection_bit_for_bit(tmp_path: Path, data: str):
     plain = train(tmp_path, data, "plain")
-    for strategy in STRATEGIES:
-        run = train(tmp_path, data, strategy, **selection(strategy, select_rate=1.0))
+    for strategy, preset in [*((name, "exact") for name in STRATEGIES), ("small_loss", "fast"), ("random", "fast")]:
+        flags = selection(strategy, select_rate=1.0, select_preset=preset)
+        run = train(tmp_path, data, f"{strategy}-{preset}", **flags)
         assert losses(run) == losses(plain)
         ours, theirs = checkpoint(run, 3)["state_dict"], checkpoint(plain, 3)["state_dict"]
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -119,7 +125,7 @@ def test_evaluation_alone_gives_the_metrics_of_the_run(tmp_path: Path, emoji: Pa
     flags = {"val_data": emoji / "val-00000{0,1}.tar", "epochs": 1}
     run = train(tmp_path, data, **flags)
     alone = train(tmp_path, data, "alone", train_data=None, resume=run / "checkpoints" / "epoch_1.pt", **flags)
-    expected = {name: value for name, value in results(run)[0].items() if name not in ("seen", "trained")}
+    expected = {name: value for name, value in results(run)[0].items() if name not in ("seen", "trained", "scored")}
     assert results(alone) == [expected]
 
 
@@ -132,8 +138,8 @@ def test_weights_go_on_in_another_run(tmp_path: Path, data: str):
 # ---- two ranks
 
 
-def _all_strategies(world: World, folder: str, data: str, validation: str) -> dict[str, Any]:
-    """Train with every strategy; after each epoch the ranks compare their stores."""
+def _all_modes(world: World, folder: str, data: str, validation: str) -> dict[str, Any]:
+    """Train in every mode; after each epoch the ranks compare their stores."""
     shares: dict[str, list[float]] = {}
     name = ""
 
@@ -147,25 +153,24 @@ def _all_strategies(world: World, folder: str, data: str, validation: str) -> di
         return signal
 
     cli.train_epoch = compare  # type: ignore[attr-defined]
-    for strategy in ALL:
-        name = strategy or "none"
+    for name, mode in MODES.items():
         shares[name] = []
-        flags = {"val_data": validation, "batch_size": 50, "workers": 1 if strategy == "random" else 0}
-        words = arguments(Path(folder), data, name, **flags, **selection(strategy))
+        flags = {"val_data": validation, "batch_size": 50, "workers": 1 if name in ("random", "fast") else 0}
+        words = arguments(Path(folder), data, name, **flags, **mode)
         cli.run(parse_args(words, summaries()), world)
     return shares
 
 
 @pytest.mark.dist
-def test_every_strategy_on_two_ranks(tmp_path: Path, emoji: Path):
+def test_every_mode_on_two_ranks(tmp_path: Path, emoji: Path):
     """On one shard: each rank reads a half of it."""
     data, validation = emoji / "train-000012.tar", emoji / "val-000000.tar"  # 324 pairs
-    answers = run_on_ranks(2, _all_strategies, str(tmp_path), str(data), str(validation))
+    answers = run_on_ranks(2, _all_modes, str(tmp_path), str(data), str(validation))
     assert answers[0] == answers[1]
-    for strategy in ("historical_base_sampling", "warmup_base_sampling"):
-        assert answers[0][strategy] == [1.0, 1.0, 1.0]  # no sample without history after the first epoch
-    for strategy in ALL:
-        last = results(tmp_path / "logs" / (strategy or "none"))[-1]
+    for name in ("historical_base_sampling", "warmup_base_sampling", "fast", "refreshed"):
+        assert answers[0][name] == [1.0, 1.0, 1.0]  # no sample without history after the first epoch
+    for name in MODES:
+        last = results(tmp_path / "logs" / name)[-1]
         assert last["epoch"] == 3
         assert last["seen"] == 3 * 400  # 324 rounded up to whole batches of both ranks
         assert last["rsum"] > 0
