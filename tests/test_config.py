@@ -411,6 +411,11 @@ CONTRADICTIONS = {
     "warm-up without selection": ("--warmup-point 2", "--warmup-point needs --select"),
     "warm-up rate without selection": ("--warmup-select-rate 0.5", "--warmup-select-rate needs --select"),
     "momentum without selection": ("--select-momentum 0.5", "--select-momentum needs --select"),
+    "scoring in parts without selection": ("--score-batch-size 8", "--score-batch-size needs --select"),
+    "patch dropout where nothing is scored": (
+        "--select --select-strategy random --score-patch-dropout 0.5",
+        "--score-patch-dropout has no meaning with --select-strategy random",
+    ),
     "score mode without selection": ("--select-score-mode train", "--select-score-mode needs --select"),
     "record without selection": ("--record", "--record needs --select"),
     "no epoch left after the warm-up": ("--select --epochs 10", "--warmup-point 10 leaves no epoch of --epochs 10"),

@@ -10,7 +10,7 @@ from toy import VIT, make_config
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.model import autocast_for, build_model
-from dissect_clip.scorer import Scorer
+from dissect_clip.scorer import Scorer, Shortcuts, cut_captions, text_pooling
 
 transformers = pytest.importorskip("transformers", reason="pip install 'dissect-clip[hf]' brings transformers")
 
@@ -41,5 +41,11 @@ def test_a_hugging_face_text_tower_scores(tmp_path: Path):
     tokens = model.tokenizer(["a red circle", "a circle"])
     assert tokens.shape == (2, 8)
     batch = Batch(torch.randn(2, 3, 16, 16), tokens, torch.arange(2))
-    encoded = Scorer(model.module, autocast_for("fp32", torch.device("cpu")), "eval", compiled=False)(batch)
+    autocast = autocast_for("fp32", torch.device("cpu"))
+    encoded = Scorer(model.module, autocast, "eval", compiled=False)(batch)
     assert encoded.text_features.shape == (2, 16)
+    shorter = Scorer(model.module, autocast, "eval", False, Shortcuts(context_length=5))(batch)
+    assert tokens[0].count_nonzero() == 5
+    assert torch.allclose(shorter.text_features, encoded.text_features, atol=1e-5)
+    cut = cut_captions(tokens, 4, *text_pooling(model.module))
+    assert cut[:, -1].tolist() == [3, 3]  # [SEP]

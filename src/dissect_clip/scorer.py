@@ -150,7 +150,7 @@ def cut_captions(text: Tensor, length: int, pooling: str, special: int) -> Tenso
     return cut
 
 
-def _pooling(clip: OpenClip) -> tuple[str, int]:
+def text_pooling(clip: OpenClip) -> tuple[str, int]:
     """How the text tower finds a caption's end, as :func:`cut_captions` takes it.
 
     Raises:
@@ -273,7 +273,7 @@ class Scorer:
         self.batch_norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
         self._towers = _Towers(module)
         self._check_image()
-        self._pooling = None if self.shortcuts.context_length is None else _pooling(module)
+        self._pooling = None if self.shortcuts.context_length is None else text_pooling(module)
         changed = {
             "image": self.shortcuts.image_size is not None or self.shortcuts.patch_dropout > 0,
             "text": self.shortcuts.context_length is not None,
