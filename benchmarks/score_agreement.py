@@ -45,7 +45,7 @@ Pass = Callable[[Batch], Tensor]
 
 
 def scoring_pass(module: nn.Module, precision: str, device: torch.device, shortcuts: Shortcuts) -> Pass:
-    """The package's own, which always looks at the same patches."""
+    """The package's own."""
     scorer = Scorer(module, autocast_for(precision, device), "eval", False, shortcuts)
 
     def score(batch: Batch) -> Tensor:

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from toy import CONFIGS, TEXT, VIT, make_config, make_module, random_pairs
 
 from dissect_clip.batch import Batch
-from dissect_clip.cli import build_state
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 from dissect_clip.model import autocast_for, build_model
@@ -193,38 +192,27 @@ def test_the_training_size_changes_nothing(tmp_path: Path):
 # ---- patches
 
 
-def test_patches_are_drawn_from_the_seed_of_the_pass(tmp_path: Path):
-    seeds = iter([0, 0, 1])
-    scorer = Scorer(
-        make_toy(tmp_path), autocast_for("fp32", CPU), "eval", False, Shortcuts(patch_dropout=0.5), lambda: next(seeds)
-    )
-    first, again, other = (scorer(make_batch()).image_features for _ in range(3))
-    assert torch.equal(first, again)
-    assert not close(first, other)
+def test_patches_are_those_of_the_sample(tmp_path: Path):
+    module, batch = make_toy(tmp_path), make_batch()
+    scorer = make_scorer(module, patch_dropout=0.5)
+    first, turned = scorer(batch).image_features, scorer(batch.take(torch.arange(5, -1, -1))).image_features
+    assert close(first, turned.flip(0))
+    others = Batch(batch.image, batch.text, batch.sample_id + 100)
+    assert not close(first, scorer(others).image_features)
 
 
-def test_patches_of_a_run_are_drawn_by_its_batches(tmp_path: Path):
-    """Also after a resume, which sets the counter."""
-    config = make_config(tmp_path, select=True, score_patch_dropout=0.5, score_refresh=1.0)
-    state = build_state(config, World(), build_model(config, World()), Samples(), None, 10)
-    assert state.scorer.seed() == state.scorer.seed()
-    seeds = {state.scorer.seed()}
-    state.counters.batch = 7
-    seeds.add(state.scorer.seed())
-    other = build_state(config, World(rank=1, size=1), build_model(config, World()), Samples(), None, 10)
-    other.counters.batch = 7
-    assert len(seeds | {other.scorer.seed()}) == 3
-
-
-class Samples:
-    """As much of TrainData as a state is built from."""
-
-    num_samples = 10
+def test_patches_of_a_run_are_drawn_from_its_seed(tmp_path: Path):
+    seeds = []
+    for seed in (0, 0, 1):
+        config = make_config(tmp_path, select=True, score_patch_dropout=0.5, seed=seed)
+        built = build_model(config, World())
+        seeds.append(build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer).seed)
+    assert seeds[0] == seeds[1] != seeds[2]
 
 
 def test_patches_are_left_out_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module, batch = make_toy(tmp_path, force_patch_dropout=0.5), make_batch()
-    kept = keep_patches(6, 16, 0.5, torch.Generator().manual_seed(0))
+    kept = keep_patches(torch.arange(6), 16, 0.5, 0)
     places = torch.cat([torch.zeros(6, 1, dtype=torch.int64), kept + 1], dim=1)
     module.eval()
     monkeypatch.setattr(module.visual.patch_dropout, "forward", lambda x: x[torch.arange(6)[:, None], places])
@@ -234,12 +222,17 @@ def test_patches_are_left_out_as_in_training(tmp_path: Path, monkeypatch: pytest
     assert close(make_scorer(module, patch_dropout=0.5)(batch).image_features, expected)
 
 
-def test_patches_are_even_and_unique():
-    kept = keep_patches(2000, 10, 0.75, torch.Generator())
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_patches_are_even_and_unique(seed: int):
+    ids = torch.arange(4_000_000_000, 4_000_002_000)
+    kept = keep_patches(ids, 10, 0.75, seed)
     assert kept.shape == (2000, 2)
     assert (kept[:, 0] != kept[:, 1]).all()
     assert (kept.flatten().bincount(minlength=10) - 400).abs().max() < 80  # 4.5 standard deviations
-    assert keep_patches(3, 4, 0.999, torch.Generator()).shape == (3, 1)
+    neighbours = (kept[:-1, :1] == kept[1:, :1]).float().mean()
+    assert 0.06 < neighbours < 0.14  # 0.1 where they have nothing to do with each other
+    assert not torch.equal(kept, keep_patches(ids, 10, 0.75, seed - 1))
+    assert keep_patches(ids, 4, 0.999, seed).shape == (2000, 1)
 
 
 # ---- captions
@@ -308,7 +301,7 @@ def refusal(folder: Path, model: str, **changes: Any) -> str:
     config = make_config(folder, model=model, select=True, **changes)
     built = build_model(config, World())
     with pytest.raises(SetupError) as error:
-        build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer, int)
+        build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer)
     assert model in str(error.value)
     return str(error.value)
 
@@ -346,7 +339,7 @@ def test_a_scorer_is_built_without_a_trial_where_nothing_is_left_out(tmp_path: P
     monkeypatch.setattr(Scorer, "try_out", None)
     config = make_config(tmp_path, select=True)
     built = build_model(config, World())
-    build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer, int)
+    build_scorer(config, built.module, autocast_for("fp32", CPU), built.tokenizer)
 
 
 # ---- locked towers

@@ -45,7 +45,6 @@ from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.saving import Saver, restore
 from dissect_clip.schedule import learning_rate
 from dissect_clip.scorer import build_scorer
-from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection import build_chooser, build_selector, summaries
 from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog
@@ -285,7 +284,6 @@ def build_state(
     autocast = autocast_for(config.precision, world.device)
     selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
     chooser = build_chooser(config, selector)
-    counters = Counters()
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.record and selector is not None and folder is not None:
         remembers = selector.strategy.remembers
@@ -305,20 +303,13 @@ def build_state(
         autocast=autocast,
         input_dtype=open_clip.get_input_dtype(config.precision),
         selector=selector,
-        scorer=build_scorer(
-            config,
-            module,
-            autocast,
-            model.tokenizer,
-            lambda: derive_seed(config.seed, Stream.PATCHES, counters.batch, world.rank),
-        ),
+        scorer=build_scorer(config, module, autocast, model.tokenizer),
         buffers=RunningBuffers(module, world),
         recorder=recorder,
         skip_log=SkipLog(folder.skipped if folder else None, world),
         tally=Tally(world.device),
         chooser=chooser,
         folder=folder.path if folder else None,
-        counters=counters,
     )
 
 

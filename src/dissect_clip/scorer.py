@@ -25,11 +25,15 @@ from dissect_clip.batch import Batch
 from dissect_clip.config import Config
 from dissect_clip.errors import SetupError
 from dissect_clip.model import Autocast, OpenClip
+from dissect_clip.seeding import Stream, derive_seed
 
 Forward = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 _RESNET_STRIDE = 32
 """Pixels to a cell of ModifiedResNet's last feature map, along a side."""
+
+_MIX = tuple(number - (1 << 64) for number in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+"""splitmix64's multipliers as int64."""
 
 _NOT_TEXT = ("visual.", "logit_scale", "logit_bias")
 """How the names of CLIP's parameters begin that are not the text tower's."""
@@ -105,13 +109,17 @@ def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, in
     return torch.cat([positions[:1], grid.permute(0, 2, 3, 1).flatten(1, 2)[0].to(positions.dtype)])
 
 
-def keep_patches(size: int, patches: int, share: float, generator: torch.Generator) -> Tensor:
-    """[size, Q] int64 on the generator's device: which patches of each image stay, Q = int((1 - share) * patches).
+def keep_patches(sample_id: Tensor, patches: int, share: float, seed: int) -> Tensor:
+    """[N, Q] int64, which patches of the samples' images stay: Q = int((1 - share) * patches), but at least one.
 
-    At least one, as open_clip counts them.
+    The same for a sample whenever it comes, so that its scores can be compared from epoch to epoch; drawn by mixing
+    (seed, sample, patch) as splitmix64 does. No generator, no device sync.
     """
-    kept = max(1, int((1 - share) * patches))
-    return torch.rand(size, patches, generator=generator, device=generator.device).topk(kept).indices
+    mixed = sample_id[:, None] * patches + torch.arange(patches, device=sample_id.device)
+    mixed = mixed * _MIX[0] + seed
+    for shift, factor in zip((30, 27), _MIX[1:], strict=True):
+        mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return (mixed ^ ((mixed >> 31) & ((1 << 33) - 1))).topk(max(1, int((1 - share) * patches))).indices
 
 
 def _encode_patches(visual: OpenClip, image: Tensor, patches: Tensor) -> Tensor:
@@ -250,7 +258,7 @@ class Scorer:
     training draws from stay untouched in both modes.
 
     Args:
-        seed: gives the seed of the next pass, from which ``--score-patch-dropout`` draws its patches.
+        seed: from which ``--score-patch-dropout`` draws its patches.
     """
 
     def __init__(
@@ -260,7 +268,7 @@ class Scorer:
         mode: str,
         compiled: bool,
         shortcuts: Shortcuts | None = None,
-        seed: Callable[[], int] = lambda: 0,
+        seed: int = 0,
     ) -> None:
         """Raises:
         SetupError: if a shortcut does not fit the model; its flag is named.
@@ -278,7 +286,7 @@ class Scorer:
             "image": self.shortcuts.image_size is not None or self.shortcuts.patch_dropout > 0,
             "text": self.shortcuts.context_length is not None,
         }
-        self._reusable = frozenset(tower for tower in locked_towers(module) if not changed[tower])
+        self.reusable = frozenset(tower for tower in locked_towers(module) if not changed[tower])
         self._forward: Forward = torch.compile(self._features) if compiled else self._features
 
     def _check_image(self) -> None:
@@ -324,20 +332,20 @@ class Scorer:
             features = functional_call(self._towers, replaced, (image, text, patches), tie_weights=False)
         return features
 
-    def _patches(self, image: Tensor) -> Tensor | None:
+    def _patches(self, image: Tensor, sample_id: Tensor) -> Tensor | None:
         """Which patches of images [N, 3, H, W] are looked at."""
         if self.shortcuts.patch_dropout == 0:
             return None
-        generator = torch.Generator(image.device).manual_seed(self.seed())
         size = self.shortcuts.image_size
         height, width = image.shape[-2:] if size is None else (size, size)
         rows, columns = height // self._patch_size()[0], width // self._patch_size()[1]
-        return keep_patches(len(image), rows * columns, self.shortcuts.patch_dropout, generator)
+        return keep_patches(sample_id, rows * columns, self.shortcuts.patch_dropout, self.seed)
 
-    def _encode(self, image: Tensor, text: Tensor, forward: Forward) -> tuple[Tensor, Tensor]:
-        """Features [N, D] of images and captions, not normalised, some pairs at a time."""
+    def _encode(self, batch: Batch, forward: Forward) -> tuple[Tensor, Tensor]:
+        """Features [N, D] of a batch's images and captions, not normalised, some pairs at a time."""
         shortcuts = self.shortcuts
-        patches = self._patches(image)
+        image, text = batch.image, batch.text
+        patches = self._patches(image, batch.sample_id)
         replaced: dict[str, Tensor] = {}
         size = shortcuts.image_size
         size = None if size is None or image.shape[-2:] == (size, size) else size
@@ -386,11 +394,11 @@ class Scorer:
 
     def __call__(self, batch: Batch) -> Encoded:
         with self._scoring():
-            image, text = self._encode(batch.image, batch.text, self._forward)
+            image, text = self._encode(batch, self._forward)
             scale, bias = self.module.logit_scale.exp(), self.module.logit_bias
         # Normalised outside of autocast: in bf16 the rounding would move scores by as much again as the model's does.
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        return Encoded(image, text, scale.float(), None if bias is None else bias.float(), self._reusable)
+        return Encoded(image, text, scale.float(), None if bias is None else bias.float(), self.reusable)
 
     def try_out(self, text: Tensor, dtype: torch.dtype | None) -> None:
         """Score black images of ``dtype`` with captions [N, L]. Leaves all generators alone, and compiles nothing.
@@ -404,26 +412,20 @@ class Scorer:
         image = torch.zeros(len(text), 3, *_pair(self.module.visual.image_size), dtype=dtype, device=device)
         try:
             with self._scoring():
-                self._encode(image, text.to(device), self._features)
+                self._encode(Batch(image, text.to(device), torch.arange(len(text), device=device)), self._features)
         except Exception as error:  # of whatever library the towers come from
             raise SetupError(f"{self.shortcuts} does not work with its towers: {error}") from error
 
 
 def build_scorer(
-    config: Config,
-    module: OpenClip,
-    autocast: Autocast,
-    tokenizer: Callable[[list[str]], Tensor],
-    seed: Callable[[], int],
+    config: Config, module: OpenClip, autocast: Autocast, tokenizer: Callable[[list[str]], Tensor]
 ) -> Scorer:
     """The scoring pass that the settings ask for, tried on two pairs where anything is left out of it.
-
-    ``seed`` gives the seed of the next pass.
 
     Raises:
         SetupError: if the model cannot be scored in that way.
     """
-    shortcuts = Shortcuts.of(config)
+    shortcuts, seed = Shortcuts.of(config), derive_seed(config.seed, Stream.PATCHES)
     try:
         scorer = Scorer(module, autocast, config.select_score_mode, config.torchcompile, shortcuts, seed)
         if shortcuts != Shortcuts():
