@@ -19,7 +19,7 @@ from dissect_clip.clock import PhaseClock
 from dissect_clip.config import Config
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.dist import World
-from dissect_clip.errors import Stopped, TrainingError
+from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.model import build_model
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.train import TrainState, train_epoch, train_step
@@ -369,3 +369,30 @@ def test_two_ranks_stay_equal(tmp_path: Path):
     """Weights and scores are the same on both ranks, with the ways to train that have collectives of their own."""
     for variant, first, second in zip(RANK_VARIANTS, *run_on_ranks(2, _train_on_rank, str(tmp_path)), strict=True):
         assert first == second, variant
+
+
+@pytest.mark.parametrize("accum_freq", [1, 3])
+@pytest.mark.parametrize("tower", ["image", "text"])
+def test_features_of_a_locked_tower_are_computed_once(tmp_path: Path, tower: str, accum_freq: int):
+    flags = {"select": True, "select_strategy": "small_loss", f"lock_{tower}": True, "accum_freq": accum_freq}
+    again, once = (make_state(tmp_path, **flags, score_keep_locked=keep) for keep in (False, True))
+    asked: dict[str, int] = {"image": 0, "text": 0}
+    for name in asked:
+        encode = getattr(once.module, f"encode_{name}")
+
+        def count(*args: Any, name: str = name, encode: Any = encode, **options: Any) -> Tensor:
+            asked[name] += 1
+            return encode(*args, **options)
+
+        setattr(once.module, f"encode_{name}", count)
+    expected, got = train(again), train(once)
+    assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in expected], rel=1e-4)
+    passes = {tower: 2 * STEPS}  # the scoring pass alone
+    for name, times in asked.items():
+        assert times == passes.get(name, 2 * STEPS * (2 if accum_freq == 1 else 3))
+
+
+def test_a_tower_that_is_not_locked_as_a_whole_cannot_be_kept(tmp_path: Path):
+    flags = {"select": True, "lock_image": True, "lock_image_unlocked_groups": 1, "score_keep_locked": True}
+    with pytest.raises(SetupError, match="--score-keep-locked: no tower of --model toy-vit is locked as a whole"):
+        make_state(tmp_path, **flags)

@@ -284,6 +284,12 @@ def build_state(
     autocast = autocast_for(config.precision, world.device)
     selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
     chooser = build_chooser(config, selector)
+    scorer = build_scorer(config, module, autocast, model.tokenizer)
+    if config.score_keep_locked and not scorer.reusable:
+        raise SetupError(
+            f"--score-keep-locked: no tower of --model {config.model} is locked as a whole and the same in training "
+            "as in scoring. Unlocked layers, BatchNorm that is not frozen, dropout and other --score flags prevent it"
+        )
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.record and selector is not None and folder is not None:
         remembers = selector.strategy.remembers
@@ -303,7 +309,7 @@ def build_state(
         autocast=autocast,
         input_dtype=open_clip.get_input_dtype(config.precision),
         selector=selector,
-        scorer=build_scorer(config, module, autocast, model.tokenizer),
+        scorer=scorer,
         buffers=RunningBuffers(module, world),
         recorder=recorder,
         skip_log=SkipLog(folder.skipped if folder else None, world),

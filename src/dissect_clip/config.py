@@ -139,7 +139,7 @@ class Config:
     )
     fast_decode: bool = setting(
         False,
-        "decode training JPEGs at the lowest resolution that fills the crop; pixels differ slightly, the crops do not",
+        "decode training JPEGs at the lowest resolution that fills the crop, and resize faster; pixels differ slightly",
     )
     workers: int = setting(4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE)
 
@@ -266,6 +266,11 @@ class Config:
         "eval",
         "mode of the model while it scores; train keeps dropout and batch statistics on",
         choices=("eval", "train"),
+    )
+    score_keep_locked: bool = setting(
+        False,
+        "with a tower that is locked as a whole: train on the features that the scoring pass computed with it, which "
+        "up to rounding are those that training would compute",
     )
     select_preset: str = setting(
         "exact",
@@ -415,6 +420,7 @@ ADDED: dict[str, str] = {
     "score_image_size": "a cheaper scoring pass",
     "score_patch_dropout": "a cheaper scoring pass",
     "score_context_length": "a cheaper scoring pass",
+    "score_keep_locked": "a cheaper scoring pass",
     "record": "online sample selection",
 }
 """Our own settings, which OpenCLIP does not have, and what each is for."""
@@ -444,7 +450,7 @@ _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "sc
 
 _ONLY_WITH_SELECT = (
     "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
-    "select_preset", "score_refresh", "select_before_load",
+    "select_preset", "score_refresh", "select_before_load", "score_keep_locked",
     *_SHORTCUTS, "record",
 )  # fmt: skip
 
@@ -593,6 +599,10 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     elif config.select_strategy == "warmup_base_sampling" and config.warmup_point == 0:
         yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
+    if config.score_keep_locked and not (config.lock_image or config.lock_text):
+        yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
+    if config.score_keep_locked and (config.select_preset == "fast" or config.score_refresh not in (None, 1)):
+        yield "--score-keep-locked needs a scoring pass over the whole batch: leave --score-refresh and presets out"
     if (config.select_before_load or config.select_preset == "fast") and config.dataset_resampled:
         yield (
             "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "

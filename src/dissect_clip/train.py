@@ -184,10 +184,20 @@ def _backward(state: TrainState, losses: dict[str, Tensor], logit_scale: Tensor)
     return {name: value.detach() for name, value in outputs.items()}
 
 
+def _forward(model: nn.Module, chosen: Chosen) -> dict[str, Tensor]:
+    """A model's outputs by name, but for the features of locked towers that are known already."""
+    known = {} if chosen.selection is None else chosen.selection.features
+    image = None if "image_features" in known else chosen.batch.image
+    text = None if "text_features" in known else chosen.batch.text
+    out: dict[str, Tensor] = model(image, text)
+    computed = next((out[name] for name in ("image_features", "text_features") if name not in known), None)
+    return {**out, **{name: part if computed is None else part.to(computed.dtype) for name, part in known.items()}}
+
+
 def _forward_backward(state: TrainState, chosen: Chosen) -> dict[str, Tensor]:
     batch = chosen.batch
     with state.autocast():
-        out = state.model(batch.image, batch.text)
+        out = _forward(state.model, chosen)
         if state.teacher is not None:
             with torch.no_grad():
                 taught = state.teacher(batch.image, batch.text)
@@ -198,16 +208,15 @@ def _forward_backward(state: TrainState, chosen: Chosen) -> dict[str, Tensor]:
 
 
 def _accumulate(state: TrainState, chosen: Sequence[Chosen]) -> dict[str, Tensor]:
-    batches = [one.batch for one in chosen]
     with torch.no_grad(), state.autocast():
-        cached = [state.module(batch.image, batch.text) for batch in batches]
+        cached = [_forward(state.module, one) for one in chosen]
     for one, part in zip(chosen, cached, strict=True):
         _learn(state, one, part)
     outputs: dict[str, Tensor] = {}
-    for place, batch in enumerate(batches):
-        with _sync_gradients(state.model, place == len(batches) - 1):
+    for place, one in enumerate(chosen):
+        with _sync_gradients(state.model, place == len(chosen) - 1):
             with state.autocast():
-                out = state.model(batch.image, batch.text)
+                out = _forward(state.model, one)
                 parts = [*cached[:place], out, *cached[place + 1 :]]
                 features = {
                     name: torch.cat([part[name] for part in parts]) for name in out if name not in _NOT_FEATURES

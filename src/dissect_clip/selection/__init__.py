@@ -50,7 +50,9 @@ def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, wo
     strategy = STRATEGIES[config.select_strategy](config)
     if strategy.needs is Needs.NOTHING or config.score_refresh in (None, 1):
         store = ScoreStore(num_samples, strategy.remembers, world)
-        return Selector(strategy, store, sample_loss, world, config.seed, always_score=config.record)
+        return Selector(
+            strategy, store, sample_loss, world, config.seed, config.record, keep_locked=config.score_keep_locked
+        )
     assert config.score_refresh is not None
     known = Known(strategy, config.score_refresh)
     return ReusingSelector(known, ScoreStore(num_samples, known.columns, world), sample_loss, world, config.seed)

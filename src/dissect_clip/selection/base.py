@@ -5,7 +5,8 @@ Shapes: N pairs of this rank, K kept, C columns that the strategy remembers, D f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import TypeVar
 
@@ -69,6 +70,8 @@ class Selection:
     fresh: Tensor | None = None  # [F] int64, the places that were scored, where scores are used again
     rows: Tensor | None = None  # [N, C] float32, what is known of the batch, where scores are used again
     scored: int = 0  # how many had a scoring pass
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """What training need not compute again for ``index``: features [K, D] of locked towers, by open_clip's names."""
 
 
 class Strategy:

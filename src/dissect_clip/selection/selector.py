@@ -53,6 +53,7 @@ class Selector:
 
     Args:
         always_score: score in epochs that keep every sample, too, where the record wants the scores.
+        keep_locked: hand the features of locked towers on to training.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Selector:
         world: World,
         seed: int,
         always_score: bool = False,
+        keep_locked: bool = False,
     ) -> None:
         self.strategy = strategy
         self.store = store
@@ -70,6 +72,7 @@ class Selector:
         self.world = world
         self.seed = seed
         self.always_score = always_score
+        self.keep_locked = keep_locked
         self.not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
         """Samples of this rank whose scores were not finite, on the device; the training loop sets it back."""
 
@@ -81,7 +84,9 @@ class Selector:
             return True
         return bool(self.strategy.remembers) and self.strategy.config.select_rate < 1
 
-    def _score(self, batch: Batch, encode: Encode, epoch: int, generator: torch.Generator) -> Candidates:
+    def _score(
+        self, batch: Batch, encode: Encode, epoch: int, generator: torch.Generator
+    ) -> tuple[Candidates, Encoded]:
         """The scoring pass, and what the strategy needs of it."""
         needs = self.strategy.needs
         with torch.no_grad():
@@ -90,7 +95,7 @@ class Selector:
             similarity = (image * text).sum(dim=1)
             finite = similarity.isfinite()[:, None]
             image, text = image.where(finite, 0), text.where(finite, 0)  # they would spoil the losses of all others
-            return Candidates(
+            candidates = Candidates(
                 epoch=epoch,
                 generator=generator,
                 memory=self.store.read(batch.sample_id),
@@ -101,6 +106,7 @@ class Selector:
                 image_features=image if Needs.FEATURES in needs else None,
                 text_features=text if Needs.FEATURES in needs else None,
             )
+        return candidates, encoded
 
     def select(self, batch: Batch, encode: Encode, epoch: int, step: int) -> Selection:
         """The K pairs of this rank's batch to train on.
@@ -112,8 +118,9 @@ class Selector:
         generator = torch.Generator(device)
         generator.manual_seed(derive_seed(self.seed, Stream.SELECT, step, self.world.rank))
         scored = self._scores(epoch)
+        encoded = None
         if scored:
-            candidates = self._score(batch, encode, epoch, generator)
+            candidates, encoded = self._score(batch, encode, epoch, generator)
         else:
             candidates = Candidates(epoch=epoch, generator=generator, memory=self.store.read(batch.sample_id))
         usable = _usable(candidates) if scored else None
@@ -132,7 +139,10 @@ class Selector:
             values = None if values is None else values.where(usable[:, None], candidates.memory)
         if values is not None:
             self.store.write(batch.sample_id, values)
-        return Selection(index, candidates if scored else None, scored=len(batch) if scored else 0)
+        if encoded is None:
+            return Selection(index, None)
+        features = encoded.known(index) if self.keep_locked else {}
+        return Selection(index, candidates, scored=len(batch), features=features)
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Take note of the features [K, D] that training computed for the chosen pairs; unused in exact scoring."""
