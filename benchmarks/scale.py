@@ -90,8 +90,7 @@ def store(options: argparse.Namespace) -> None:
         for size in options.batch_sizes:
             ids = draw_ids(samples, options.ranks, size, random)
             scores = torch.rand(len(ids), len(COLUMN))
-            packed = torch.cat([ids.view(torch.int32).reshape(-1, 2), scores.view(torch.int32)], dim=1)
-            table.world = world_with(packed, options.ranks)
+            table.world = world_with(packed(ids, scores), options.ranks)
             report(
                 "scale_store",
                 samples=samples,
@@ -123,6 +122,11 @@ def gather(options: argparse.Namespace) -> None:
             loss_features_dimensions=options.features,
             select_rate=options.select_rate,
         )
+
+
+def packed(ids: Tensor, scores: Tensor) -> Tensor:
+    """Rows as the store exchanges them."""
+    return torch.cat([ids.view(torch.int32).reshape(-1, 2), scores.view(torch.int32)], dim=1)
 
 
 def settings() -> Config:
