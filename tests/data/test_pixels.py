@@ -32,12 +32,12 @@ def natural(height: int, width: int, seed: int = 0) -> Image.Image:
     """An image as photographs are: smooth, with less and less contrast the finer the detail."""
     generator = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), np.float32)
-    for cells in (2, 4, 8, 16, 32, 64, 128, 256):
+    for cells in (2, 8, 32, 128, 512):
         noise = generator.normal(size=(cells, cells, 3)).astype(np.float32)
         noise = 0.75 * noise.mean(axis=2, keepdims=True) + 0.25 * noise  # colors change less than brightness
         for channel in range(3):
             layer = Image.fromarray(noise[..., channel]).resize((width, height), Image.Resampling.BICUBIC)
-            total[..., channel] += np.asarray(layer) * 2 / cells**0.5
+            total[..., channel] += np.asarray(layer) * 3 / cells**0.5
     return Image.fromarray((127 + 45 * total).clip(0, 255).astype(np.uint8))
 
 
@@ -125,13 +125,17 @@ def test_timm_augmentation_with_erasing_gives_floats(photos: Any):
     assert torch.equal(on_device(reader, [encode(photos["small"], "PNG")])[0], expected)
 
 
-@pytest.mark.parametrize("aug", [{}, {"use_timm": True, "re_prob": 1.0}], ids=["bytes", "floats"])
-def test_workers_give_what_the_training_process_gives(tmp_path: Path, photos: Any, aug: Any):
-    files = encode(photos["small"].resize((40, 30)))
+@pytest.mark.parametrize(
+    ("aug", "fast"),
+    [({}, False), ({}, True), ({"use_timm": True, "re_prob": 1.0}, False)],
+    ids=["bytes", "fast", "floats"],
+)
+def test_workers_give_what_the_training_process_gives(tmp_path: Path, photos: Any, aug: Any, fast: bool):
+    files = encode(photos["small"].resize((50, 40)))
     make_shard(tmp_path / "a.tar", {f"{i}": files | {"txt": caption_of(i).encode()} for i in range(8)})
 
     def load(workers: int) -> list[Batch]:
-        config = data_config(train_data=str(tmp_path / "a.tar"), workers=workers)
+        config = data_config(train_data=str(tmp_path / "a.tar"), workers=workers, fast_decode=fast)
         return list(build_train(config, World(), train_transform(16, aug_cfg=aug), tokenize, tmp_path).loader)
 
     # One process: an order that both share.
@@ -171,7 +175,7 @@ def test_pixels_are_near_those_of_the_full_resolution(photos: Any):
         files = encode(photo)
         apart = [np.abs(levels(plain, files, n) - levels(fast, files, n)) for n in range(6)]
         assert max(one.mean() for one in apart) < 2
-        assert max(one.max() for one in apart) < 32
+        assert max(one.max() for one in apart) < 20
 
 
 @pytest.mark.parametrize("size", [(100, 100), (500, 375), (1024, 768), (2003, 1001), (40, 2000)])
@@ -187,19 +191,22 @@ def test_it_decodes_no_more_than_it_needs_and_no_less(monkeypatch: pytest.Monkey
         top, left, height, width = crop.get_params(Image.new("RGB", size), crop.scale, crop.ratio)
         factor = round(size[0] / image.width) if image.width > 1 else 8
         assert image.size == (-(-size[0] // factor), -(-size[1] // factor))
-        assert before._region == (left / factor, top / factor, (left + width) / factor, (top + height) / factor)
+        exact = np.array([left, top, left + width, top + height]) / factor
+        assert np.abs(np.array(before._region) - exact).max() <= 0.5
         assert factor == 1 or (width / factor >= 64 and height / factor >= 64)
         assert factor == 8 or width < 128 * factor or height < 128 * factor
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_what_is_not_reduced_is_equal(photos: Any, kind: str):
+def test_what_is_not_reduced_is_equal_but_for_roundings(photos: Any, kind: str):
     """A small JPEG, whose crops are never twice the output, and formats that know no other resolution."""
     photo = photos["small"].resize((250, 200)) if kind == "JPEG" else photos["small"]
     transform = train_transform(224 if kind == "JPEG" else 64)
     plain, fast = ImageReader(transform), ImageReader(transform, fast=True)
     for number in range(4):
-        assert np.array_equal(levels(plain, encode(photo, kind), number), levels(fast, encode(photo, kind), number))
+        apart = np.abs(levels(plain, encode(photo, kind), number) - levels(fast, encode(photo, kind), number))
+        assert apart.max() <= 1
+        assert apart.mean() < 0.05
 
 
 @pytest.mark.parametrize(
