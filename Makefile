@@ -1,10 +1,14 @@
-# make demo | test | lint | bench: each sets up .venv by itself, from pyproject.toml.
+# make demo | test | lint | bench | bench-quality: each sets up .venv by itself, from pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+TRAIN_DATA ?=
+VAL_DATA ?=
+QUALITY_FLAGS ?=
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-quality clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -12,7 +16,8 @@ help:
 	@echo "make demo   make a data set, train three small CLIP models on it, compare them (CPU, minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   style and types"
-	@echo "make bench  run the benchmarks"
+	@echo "make bench  run the benchmarks (CPU, some ten minutes)"
+	@echo "make bench-quality TRAIN_DATA='...tar' VAL_DATA='...tar'   time to quality (hours)"
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -34,7 +39,13 @@ lint: $(VENV)/.installed
 	$(RUN) -m mypy
 
 bench: $(VENV)/.installed
-	$(RUN) benchmarks/step_cost.py
+	$(RUN) benchmarks/all.py $(BENCH_FLAGS)
+
+# QUALITY_FLAGS: further flags of benchmarks/time_to_quality.py, such as --noise-list.
+bench-quality: $(VENV)/.installed
+	@test -n "$(TRAIN_DATA)" -a -n "$(VAL_DATA)" || { echo "error: give TRAIN_DATA and VAL_DATA" >&2; exit 1; }
+	$(RUN) benchmarks/time_to_quality.py --train-data '$(TRAIN_DATA)' --val-data '$(VAL_DATA)' \
+		--out bench/quality $(QUALITY_FLAGS)
 
 clean:
-	rm -rf $(VENV) demo logs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo bench logs .mypy_cache .ruff_cache .pytest_cache

@@ -10,6 +10,7 @@ the size of the data set. A picture is made where the files have its lines.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,6 +102,10 @@ def draw_store(lines: Sequence[Line], file: Path) -> Path:
             )  # fmt: skip
     for one, title in zip(axes, ("reading a batch's scores", "writing all ranks' scores"), strict=True):
         one.set(xscale="log", yscale="log", xlabel="samples in the data set", ylabel="milliseconds a step", title=title)
+        low, high = one.get_ylim()
+        one.set_ylim(
+            10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
+        )  # whole decades: flat looks flat
     axes[1].legend(fontsize=8)
     return save(figure, file)
 

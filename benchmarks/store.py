@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, nargs="+", default=[10**5, 10**6, 10**7, 10**8])
     parser.add_argument("--large", action="store_true", help="10^9 samples, too: 4 GB for each process")
     parser.add_argument("--batch-size", type=int, default=4096, help="store: samples of a rank")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 8], help="store: worlds, simulated")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 8], help="store: worlds, simulated")
     parser.add_argument("--processes", type=int, default=2, help="real ones; 1 leaves them out")
     parser.add_argument("--model", default="RN-tiny", help="step")
     parser.add_argument("--step-batch-size", type=int, default=128, help="step: samples of a rank")

@@ -238,8 +238,13 @@ def target_of(runs: Sequence[Run]) -> float | None:
 
 
 def shares_of_full(runs: Sequence[Run], mode: str, target: float) -> list[float | None]:
-    """Time to the target over that of ``full`` with the same seed, for each seed that ``full`` has, too."""
+    """Time to the target over that of ``full`` with the same seed, for each seed that ``full`` has, too.
+
+    A ``full`` that never gets there counts with its whole run, and so does its own share.
+    """
     full = {run.seed: run.seconds_to(target) or run.seconds[-1] for run in runs if run.mode == FULL}
+    if mode == FULL:
+        return [1.0] * len(full)
     ours = [(run.seed, run.seconds_to(target)) for run in runs if run.mode == mode and run.seed in full]
     return [None if spent is None else spent / full[seed] for seed, spent in ours]
 
