@@ -329,7 +329,11 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
         config.batch_size * config.accum_freq * state.world.size,
     )  # fmt: skip
     if state.selector is not None:
-        log.info("Selection: %s, keeping %g of every batch", config.select_strategy, config.select_rate)
+        log.info(
+            "Selection: %s, keeping %g of every batch; %s%s",
+            config.select_strategy, config.select_rate, state.selector.scoring,
+            "" if state.chooser is None else ", chosen before loading",
+        )  # fmt: skip
 
 
 # ---- evaluation

@@ -136,6 +136,12 @@ class ReusingSelector(Selector):
         super().__init__(known.strategy, store, sample_loss, world, seed)
         self.known = known
 
+    @property
+    def scoring(self) -> str:
+        """See :attr:`Selector.scoring`."""
+        refresh = self.known.refresh
+        return f"{f'{refresh:g} of it is' if refresh > 0 else 'nothing is'} scored after the first epoch"
+
     def select(self, batch: Batch, encode: Encode, epoch: int, step: int) -> Selection:
         """The K pairs of this rank's batch to train on; see :meth:`Selector.select`. Not collective, no device sync.
 

@@ -76,6 +76,11 @@ class Selector:
         self.not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
         """Samples of this rank whose scores were not finite, on the device; the training loop sets it back."""
 
+    @property
+    def scoring(self) -> str:
+        """What is scored, for the log."""
+        return "nothing is scored" if self.strategy.needs is Needs.NOTHING else "every sample is scored in every step"
+
     def _scores(self, epoch: int) -> bool:
         """Whether this epoch needs a scoring pass: not when everything is kept and nothing will be read back."""
         if self.strategy.needs is Needs.NOTHING:
