@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from common import quartiles, report
-from step_cost import MODES, as_loaded, make_state
+from step_cost import ANY_CHEAP, CHEAP, MODES, as_loaded, make_state
 from torch.utils.flop_counter import FlopCounterMode
 
 from dissect_clip.batch import Batch
@@ -246,7 +246,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("# gpu.py: there is no CUDA device here, nothing was measured", flush=True)
         return
-    options.cheap_flags = []
     if options.batch_size is None and not options.device.startswith("cuda"):
         parser.error("--batch-size is needed where there is no GPU memory to fill")
     device = torch.device(options.device)
@@ -256,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     peak = matmul_flops_per_second(device, options.matmul)
     free(device)
     for model in options.models:
-        options.model = model
+        options.model, options.cheap_flags = model, list(CHEAP.get(model, ANY_CHEAP))
         options.batch_size, wanted = 64, options.batch_size
         size = wanted or largest_batch(options)
         if size == 0:
