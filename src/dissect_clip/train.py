@@ -285,9 +285,9 @@ def train_epoch(
     steps = first + data.batches_left // state.config.accum_freq
     state.recorder.begin(counters.epoch, first)
     state.skip_log.begin(counters.epoch, 0 if data.meets_again else first)
+    clock = PhaseClock(state.world.device)
     if state.chooser is not None and state.selector is not None:
         state.chooser.publish(state.selector.store.scores)
-    clock = PhaseClock(state.world.device)
     window = Window(state, data, steps, clock)
     signal = None
     with Progress(state.world, steps, f"Epoch {counters.epoch}", initial=first) as progress:
