@@ -110,7 +110,7 @@ def draw_store(lines: Sequence[Line], file: Path) -> Path:
     return save(figure, file)
 
 
-def draw_quality(runs: Sequence[Line], target: float | None, file: Path) -> Path:
+def draw_quality(runs: Sequence[Line], targets: Sequence[float], file: Path) -> Path:
     """R@Sum against seconds and against pairs trained on: each run thin, the mean over a mode's seeds thick."""
     figure, (by_seconds, by_pairs) = new_figure(2, "each run, and the mean over the seeds")
     modes = list(dict.fromkeys(run["mode"] for run in runs))
@@ -127,8 +127,9 @@ def draw_quality(runs: Sequence[Line], target: float | None, file: Path) -> Path
             ]
             axes.plot(*means, color=colour, linewidth=1.8, label=mode, marker="o" if shortest == 1 else None)
     for axes, label in ((by_seconds, "seconds, scoring and loading included"), (by_pairs, "pairs trained on")):
-        if target is not None:
-            axes.axhline(target, color="black", linestyle=":", linewidth=1, label="target: where all data ends")
+        for place, target in enumerate(targets):
+            label = None if place else "targets: where all data ends"
+            axes.axhline(target, color="black", linestyle=":", linewidth=1, label=label)
         axes.set(xlabel=label, ylabel="R@Sum", xlim=0)
     by_pairs.legend(fontsize=8)
     return save(figure, file)

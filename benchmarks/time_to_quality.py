@@ -9,10 +9,10 @@ Every mode is trained with every seed by the real command line, one process at a
 within a seed the modes. The clock is that of results.jsonl: what the training process spent waiting for batches and
 moving them, scoring, training and updating. Evaluation, saving and start-up are left out.
 
-The target is the mean, over the seeds, of the R@Sum (six recalls in percent, 0 to 600) that `full` ends with. A run's
+The target of a run is the R@Sum (six recalls in percent, 0 to 600) that `full` with the same seed ends with. A run's
 `seconds_to_target` are those at its first evaluation at or above the target, not interpolated; null where it never gets
-there. `speedup` divides those of `full` with the same seed by them; a `full` that itself never gets there counts with
-its whole run.
+there. `speedup` divides the seconds of `full`'s whole run by them, and `speedup_to_first` those to the evaluation at
+which `full` itself got there for the first time, which may be before its end.
 
 `--noise-list` is a csv with a header and two columns, a key and the key whose caption it gets instead; shards with
 these captions are written to OUT/shards and trained on.
@@ -231,21 +231,23 @@ def mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": round(statistics.mean(values), 2), "deviation": deviation}
 
 
-def target_of(runs: Sequence[Run]) -> float | None:
-    """The R@Sum that ``full`` ends with, mean over the seeds."""
-    ends = [run.rsum[-1] for run in runs if run.mode == FULL]
-    return statistics.mean(ends) if ends else None
+def targets_of(runs: Sequence[Run]) -> dict[int, float]:
+    """The R@Sum that ``full`` ends with, by seed."""
+    return {run.seed: run.rsum[-1] for run in runs if run.mode == FULL}
 
 
-def shares_of_full(runs: Sequence[Run], mode: str, target: float) -> list[float | None]:
+def shares_of_full(runs: Sequence[Run], mode: str, to_first: bool) -> list[float | None]:
     """Time to the target over that of ``full`` with the same seed, for each seed that ``full`` has, too.
 
-    A ``full`` that never gets there counts with its whole run, and so does its own share.
+    The time of ``full`` is that of its whole run, or ``to_first`` that to its own first evaluation at the target.
     """
-    full = {run.seed: run.seconds_to(target) or run.seconds[-1] for run in runs if run.mode == FULL}
-    if mode == FULL:
-        return [1.0] * len(full)
-    ours = [(run.seed, run.seconds_to(target)) for run in runs if run.mode == mode and run.seed in full]
+    targets = targets_of(runs)
+    full = {
+        run.seed: (run.seconds_to(run.rsum[-1]) if to_first else None) or run.seconds[-1]
+        for run in runs
+        if run.mode == FULL
+    }
+    ours = [(run.seed, run.seconds_to(targets[run.seed])) for run in runs if run.mode == mode and run.seed in full]
     return [None if spent is None else spent / full[seed] for seed, spent in ours]
 
 
@@ -270,24 +272,25 @@ def summarise(runs: Sequence[Run], mode: str, failed: Sequence[int]) -> dict[str
         "trained": round(statistics.mean(run.trained[-1] for run in own)),
         "scored": round(statistics.mean(run.scored[-1] for run in own)),
     }
-    target = target_of(runs)
-    if target is not None:
-        times = [run.seconds_to(target) for run in own]
+    targets = targets_of(runs)
+    times = [run.seconds_to(targets[run.seed]) for run in own if run.seed in targets]
+    if times:
         middle = median_of_times(times)
-        share = median_of_times(shares_of_full(runs, mode, target))
         line |= {
             "reached": sum(spent is not None for spent in times),
             "seconds_to_target": None if middle is None else round(middle, 2),
-            "speedup": None if share is None else round(1 / share, 2),
         }
+        for name, to_first in (("speedup", False), ("speedup_to_first", True)):
+            share = median_of_times(shares_of_full(runs, mode, to_first))
+            line[name] = None if share is None else round(1 / share, 2)
     return line
 
 
-def table(lines: Sequence[Mapping[str, Any]], target: float | None) -> str:
+def table(lines: Sequence[Mapping[str, Any]], targets: Mapping[int, float]) -> str:
     """The modes side by side, as Markdown."""
     header = [
         "mode", "seeds", "final R@Sum", "seconds in all", "load", "score", "train", "optimizer", "pairs trained on",
-        "pairs scored", "reached the target", "seconds to it", "speed-up",
+        "pairs scored", "reached the target", "seconds to it", "sooner than all data ends", "than it first gets there",
     ]  # fmt: skip
     rows = []
     for line in lines:
@@ -298,16 +301,18 @@ def table(lines: Sequence[Mapping[str, Any]], target: float | None) -> str:
             continue
         rsum, reached = line["rsum"], line.get("reached")
         deviation = "" if rsum["deviation"] is None else f" ± {rsum['deviation']:.1f}"
-        to_target, speedup = line.get("seconds_to_target"), line.get("speedup")
+        to_target, speedups = line.get("seconds_to_target"), (line.get("speedup"), line.get("speedup_to_first"))
         rows.append(
             [
                 line["mode"], seeds, f"{rsum['mean']:.1f}{deviation}", f"{line['seconds']['median']:.1f}",
                 *(f"{line['phases'][phase]:.1f}" for phase in PHASES), f"{line['trained']:,}", f"{line['scored']:,}",
                 "-" if reached is None else f"{reached} of {count}",
-                "-" if to_target is None else f"{to_target:.1f}", "-" if speedup is None else f"{speedup:.2f}",
+                "-" if to_target is None else f"{to_target:.1f}",
+                *("-" if speedup is None else f"{speedup:.2f}" for speedup in speedups),
             ]
         )  # fmt: skip
-    told = "No finished run on all data: no target." if target is None else f"Target: R@Sum {target:.1f}."
+    named = ", ".join(f"{target:.1f} with seed {seed}" for seed, target in sorted(targets.items()))
+    told = f"Targets, where all data ends: R@Sum {named}." if targets else "No finished run on all data: no target."
     return f"{told}\n\n{markdown(header, rows)}\n"
 
 
@@ -317,22 +322,23 @@ def collect(study: Study) -> list[dict[str, Any]]:
 
     found = [read_run(study, mode, seed) for seed in study.seeds for mode in study.modes]
     runs = [run for run in found if run is not None]
-    target = target_of(runs)
+    targets = targets_of(runs)
     with (study.out / "runs.jsonl").open("w", encoding="utf-8") as file:
         for run in runs:
+            target = targets.get(run.seed)
             to_target = None if target is None else run.seconds_to(target)
             file.write(json.dumps({**asdict(run), "target": target, "seconds_to_target": to_target}) + "\n")
     failures = {
         mode: [seed for seed in study.seeds if _status(study, mode, seed) not in (0, None)] for mode in study.modes
     }
     lines = [summarise(runs, mode, failures[mode]) for mode in study.modes]
-    text = table(lines, target)
+    text = table(lines, targets)
     (study.out / "summary.md").write_text(text, encoding="utf-8")
     for line in lines:
-        report("time_to_quality", **line, target=target)
+        report("time_to_quality", **line, targets=targets)
     print("\n".join(f"# {row}" for row in text.splitlines()), flush=True)
     if runs:
-        draw_quality([asdict(run) for run in runs], target, study.out / "curves.png")
+        draw_quality([asdict(run) for run in runs], list(targets.values()), study.out / "curves.png")
     return lines
 
 

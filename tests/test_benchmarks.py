@@ -198,21 +198,23 @@ def test_times_to_the_target(bench: Any):
     study = bench("time_to_quality")
     runs = [
         a_run(study, "full", 0, [10, 30, 41], [1, 2, 3]),
-        a_run(study, "full", 1, [10, 20, 39], [1, 2, 3]),
+        a_run(study, "full", 1, [10, 40, 39], [1, 2, 3]),
         a_run(study, "fast", 0, [10, 40, 50], [0.5, 1, 1.5]),
         a_run(study, "fast", 1, [10, 20, 45], [0.5, 1, 1.5]),
         a_run(study, "slow", 0, [1, 2, 3], [4, 5, 6]),
     ]
-    assert study.target_of(runs) == 40
-    # The second run on all data never reaches the mean: its whole time counts.
-    assert study.summarise(runs, "full", [])["speedup"] == 1
+    assert study.targets_of(runs) == {0: 41, 1: 39}
+    full = study.summarise(runs, "full", [])
+    assert (full["speedup"], full["speedup_to_first"]) == (1.2, 1)  # seed 1 was there after two of its three seconds
     fast = study.summarise(runs, "fast", [2])
-    assert fast["seconds_to_target"] == 1.25
-    assert fast["speedup"] == round(1 / ((1 / 3 + 1 / 2) / 2), 2)
+    assert fast["seconds_to_target"] == 1.5
+    assert fast["speedup"] == 2
+    assert fast["speedup_to_first"] == round(1 / ((1.5 / 3 + 1.5 / 2) / 2), 2)
     assert fast["rsum"] == {"mean": 47.5, "deviation": 3.54}
     slow = study.summarise(runs, "slow", [])
     assert (slow["reached"], slow["seconds_to_target"], slow["speedup"]) == (0, None, None)
-    text = study.table([fast, slow, study.summarise(runs, "none", [0])], 40.0)
+    text = study.table([fast, slow, study.summarise(runs, "none", [0])], study.targets_of(runs))
+    assert "R@Sum 41.0 with seed 0, 39.0 with seed 1" in text
     assert "| fast | 2, 1 failed | 47.5 ± 3.5 |" in text
     assert "| none | 0, 1 failed | - |" in text
 
