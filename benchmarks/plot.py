@@ -128,8 +128,8 @@ def draw_quality(runs: Sequence[Line], targets: Sequence[float], file: Path) -> 
             axes.plot(*means, color=colour, linewidth=1.8, label=mode, marker="o" if shortest == 1 else None)
     for axes, label in ((by_seconds, "seconds, scoring and loading included"), (by_pairs, "pairs trained on")):
         for place, target in enumerate(targets):
-            label = None if place else "targets: where all data ends"
-            axes.axhline(target, color="black", linestyle=":", linewidth=1, label=label)
+            told = None if place else "targets: where all data ends"
+            axes.axhline(target, color="black", linestyle=":", linewidth=1, label=told)
         axes.set(xlabel=label, ylabel="R@Sum", xlim=0)
     by_pairs.legend(fontsize=8)
     return save(figure, file)
