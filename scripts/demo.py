@@ -2,8 +2,8 @@
 """Train four small CLIP models on drawn scenes with wrong captions among them, and compare them: `make demo`.
 
 1. scripts/make_scenes.py draws the data set; 40 % of the training captions are those of other scenes.
-2. src/main.py trains on all data, on random parts of the batches, with DISSect, and with DISSect's fast preset, which has
-   no scoring pass, one after the other on the CPU. The first epochs of DISSect train on all data while it notes the
+2. src/main.py trains on all data, on random parts of the batches, with DISSect, and with DISSect's fast preset, which
+   has no scoring pass, one after the other on the CPU. The first epochs of DISSect train on all data while it notes the
    scores; random then trains on the same number of pairs, over the same epochs.
 3. A table, four lines computed from it, and OUT/curves.png.
 """
@@ -300,8 +300,8 @@ def verdicts(everything: Result, random: Result, dissect: Result, fast: Result, 
         f"Equal time: after {end.total_seconds:.0f} s, of which {score:.0f} % went into scoring, it is "
         f"{' and '.join(clock)}; random was done after {random.end.total_seconds:.0f} s, all data after "
         f"{everything.end.total_seconds:.0f} s.",
-        f"Fast: by scores of earlier steps, without a scoring pass, {100 * fast.clean_after:.1f} % of what was trained on "
-        f"after the warm-up was clean; it was done after {fast.end.total_seconds:.0f} s against DISSect's "
+        f"Fast: by scores of earlier steps, without a scoring pass, {100 * fast.clean_after:.1f} % of what was trained "
+        f"on after the warm-up was clean; it was done after {fast.end.total_seconds:.0f} s against DISSect's "
         f"{end.total_seconds:.0f} s, and its R@Sum of {level(fast.points[-LEVEL:]):.1f} is "
         f"{compare(fast, dissect, 'trained', plan.val)} after as many pairs.",
     ]
