@@ -70,6 +70,7 @@ ALLOWED = {
     ("logs.py", "importlib.import_module"),  # of --report-to
     ("model.py", "torch.compile"),
     ("runfolder.py", "re.compile"),
+    ("scorer.py", "torch.compile"),
 }
 
 
