@@ -84,8 +84,9 @@ def optimizer_step(
 ) -> Tensor:
     """Clip if asked, and step; through the scaler where there is one. No device sync of its own.
 
-    Where the gradient is not finite the weights stay as they are: the fused AdamW and the scaler leave the step out,
-    other optimizers take it with a gradient of 0. The gradient is the same on all ranks, and so is what is done.
+    Where the gradient's norm is not finite the weights stay as they are; Adam squares the gradient, and has no use for
+    one whose square overflows. The fused AdamW and the scaler leave the step out, other optimizers take it with a
+    gradient of 0. The gradient is the same on all ranks, and so is what is done.
 
     Returns a scalar bool on the device: whether the gradient was finite. Gradients of a scaler that looks for its
     scale are told from broken ones by their loss, so they count as finite here.
@@ -99,9 +100,12 @@ def optimizer_step(
         scaler.update()
         return torch.ones((), dtype=torch.bool, device=parameters[0].device)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    finite = nn.utils.get_total_norm(gradients, torch.inf).isfinite()
+    norm = nn.utils.get_total_norm(gradients)
+    finite = norm.isfinite()
+    if any(gradient.dtype is torch.float16 for gradient in gradients):  # its norm overflows where it does not
+        finite = nn.utils.get_total_norm(gradients, torch.inf).isfinite()
     if clip_norm is not None:
-        nn.utils.clip_grad_norm_(parameters, clip_norm)
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
     if optimizer.defaults.get("fused"):
         # What a scaler tells the fused kernel, which then updates nothing, without a word to the host.
         optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()  # type: ignore[attr-defined]
