@@ -15,6 +15,10 @@ and `--train-data` takes some that are there. OpenCLIP 3.3.0 cannot read shards 
 environment for it and give its Python:
 
     python -m venv oclip && oclip/bin/pip install 'open_clip_torch[training]==3.3.0' 'webdataset==0.2.86'
+
+On a CPU a small model's time depends on whether glibc gives the memory of large gradients back after every step, which
+is a matter of luck: `MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000` before the command keeps it for
+both. The line of JSON says what was set.
 """
 
 from __future__ import annotations
@@ -97,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         **{name: getattr(options, name) for name in ("model", "batch_size", "workers", "precision", "device")},
         steps=options.steps - options.skip - 1,
         turns=options.turns,
+        malloc={name: value for name, value in sorted(os.environ.items()) if name.startswith("MALLOC_")},
         ours_per_second=quartiles(found["ours"], 1),
         openclip_per_second=quartiles(found["openclip"], 1),
         ratio=quartiles(ratios(found["ours"], found["openclip"])),
