@@ -191,7 +191,7 @@ def test_openclips_own_smoke_commands_parse_to_what_openclip_reads(model: str) -
         ("--train-n", "32", "train_num_samples", 32),
         ("--log-every", "3", "log_every_n_steps", 3),
         ("--output", "there", "logs", "there"),
-        ("--select-ra", "0.5", "select_rate", 0.5),
+        ("--select-m", "0.5", "select_momentum", 0.5),
     ],
 )
 def test_a_flag_may_be_abbreviated(flag: str, value: str, setting: str, expected: object) -> None:

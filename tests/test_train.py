@@ -77,7 +77,11 @@ class Reports:
 def make_state(folder: Path, world: World | None = None, **changes: Any) -> TrainState:
     world = world or World()
     config: Config = make_config(
-        folder, **({"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5, "max_skip_fraction": 0.1} | changes)
+        folder,
+        **(
+            {"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5, "max_skip_fraction": 0.1, "scan_warmup": 0}
+            | changes
+        ),
     )
     data: Any = SimpleNamespace(num_samples=SAMPLES)
     return build_state(config, world, build_model(config, world), data, None, STEPS)
@@ -104,9 +108,10 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str):
     state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1)
     lines = train(state)
-    warm = name == "warmup_base_sampling"
+    first = {"warmup_base_sampling": 4, "scan": 8}
+    second = {"scan": 6}  # a quarter of the cycle's way from 8 to 2 of 8, rounded: 8 - 0.25 * 6
     assert state.counters.seen == 2 * STEPS * N
-    assert state.counters.trained == STEPS * ((4 if warm else 2) + 2)
+    assert state.counters.trained == STEPS * (first.get(name, 2) + second.get(name, 2))
     assert lines[-1]["seen"] == state.counters.seen
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
 
