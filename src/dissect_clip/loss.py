@@ -78,9 +78,9 @@ def weighted_loss(
 ) -> dict[str, Tensor]:
     """The mean over pairs of ``weight`` times the loss of each, by the name that open_clip's loss has.
 
-    ``weight`` [N] float32 are those of this rank's pairs. Of open_clip's ClipLoss and SigLipLoss, whose value and
-    gradients these are where all weights are 1. Collective: features are gathered as the loss does, weights where its
-    rows are those of all ranks.
+    ``weight`` [N] float32 are those of this rank's pairs. For open_clip's ClipLoss and SigLipLoss, whose gradients
+    these are where all weights are 1, and whose mean over the ranks. Collective: features are gathered as ClipLoss does
+    it, for SigLIP with their gradients; weights are where the rows of the loss are those of all ranks.
     """
     if isinstance(loss, SigLipLoss):
         assert logit_bias is not None, "models for SigLIP are built with a bias"
