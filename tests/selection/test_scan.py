@@ -1,11 +1,13 @@
 """SCAN: the cycle, the candidates, and what is learned when."""
 
+import dataclasses
+
 import pytest
 import torch
-from selection.test_selector import N, make_batch, make_selector, never
+from selection.test_selector import SAMPLES, N, make_batch, make_selector, never
 
 from dissect_clip.config import Config
-from dissect_clip.selection import Candidates
+from dissect_clip.selection import Candidates, build_chooser
 from dissect_clip.selection.scan import Scan, places
 from dissect_clip.selection.selector import top_k
 
@@ -74,6 +76,17 @@ def test_what_was_never_seen_is_no_candidate():
 def test_places_of_values():
     assert places(torch.tensor([3.0, 1.0, 2.0, 9.0, 4.0])).tolist() == [0.5, 0, 0.25, 1, 0.75]
     assert places(torch.tensor([3.0])).tolist() == [0]
+
+
+def test_it_chooses_before_loading():
+    selector = make_selector("scan", rate=0.4, scan_warmup=0)
+    selector.store.scores[:, 0] = torch.linspace(0, 1, SAMPLES)
+    chooser = build_chooser(dataclasses.replace(selector.strategy.config, select_before_load=True), selector)
+    chooser.publish(selector.store.scores)
+    ids, first = torch.arange(SAMPLES), torch.ones(SAMPLES, dtype=torch.bool)
+    choice = chooser(ids, first, 3, 0)
+    assert sorted(choice.order[: choice.count].tolist()) == list(range(12, 28))
+    assert chooser(ids, first, 4, 0).count == SAMPLES  # the next preparation
 
 
 def test_it_learns_from_preparations_alone():

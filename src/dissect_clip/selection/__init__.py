@@ -98,8 +98,8 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
     strategy = selector.strategy
     if strategy.weighs or strategy.survey(selector.store.scores) is not None:
         raise SetupError(
-            f"--select-before-load does not go with --select-strategy {config.select_strategy}, which weighs what it "
-            "keeps against what it leaves out: leave it out"
+            f"--select-before-load, also as a part of --select-preset fast, does not go with --select-strategy "
+            f"{config.select_strategy}, which weighs what it keeps against what it leaves out: leave it out"
         )
     if isinstance(selector, ReusingSelector):
         return Chooser(selector.known, len(selector.store.scores))
