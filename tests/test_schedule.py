@@ -4,8 +4,8 @@ import pytest
 import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
-from dissect_clip.config import Config
-from dissect_clip.schedule import full_epochs, learning_rate, select_rate
+from dissect_clip.config import Config, full_epochs
+from dissect_clip.schedule import learning_rate, select_rate
 
 BASE, WARMUP, STEPS, EPOCHS, COOLDOWN = 0.3, 5, 6, 4, 2
 
@@ -69,7 +69,10 @@ def test_a_schedule_begins_and_ends_exactly(name: str):
     assert (found[0], found[-1]) == (1.0, 0.3)
 
 
-@pytest.mark.parametrize(("share", "epochs", "expected"), [(0.125, 40, 5), (0.125, 3, 0), (0.3, 10, 3), (0.07, 100, 7)])
+@pytest.mark.parametrize(
+    ("share", "epochs", "expected"),
+    [(0.125, 40, 5), (0.125, 3, 0), (0.3, 10, 3), (0.07, 100, 7), (1.0, 10**400, 10**400)],
+)
 def test_full_epochs_are_a_share_of_all(share: float, epochs: int, expected: int):
     assert full_epochs(share, epochs) == expected
 

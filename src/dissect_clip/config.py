@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NoReturn, Union
 
 
@@ -549,6 +550,11 @@ def parse_strategy(text: str) -> dict[str, float]:
     return members
 
 
+def full_epochs(share: float, epochs: int) -> int:
+    """How many of the last of ``epochs`` train on everything: ``share`` of them, rounded."""
+    return round(Fraction(share) * epochs)  # of any size
+
+
 def _strategy_of(known: Sequence[str]) -> Callable[[str], str]:
     """A converter for argparse that takes strategies by these names."""
 
@@ -789,7 +795,7 @@ def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[
                 flag = "--" + name.replace("_", "-")
                 yield f"{flag} has no meaning with --infobatch-prune-ratio, which sets the rate: leave one of them out"
     if config.epochs > 0:
-        full = round((config.select_full_last or 0) * config.epochs)
+        full = full_epochs(config.select_full_last or 0.0, config.epochs)
         if config.select_full_last and full == 0:
             yield (
                 f"--select-full-last {config.select_full_last:g} is less than half an epoch of --epochs "

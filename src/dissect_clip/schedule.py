@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dissect_clip.config import Config
+from dissect_clip.config import Config, full_epochs
 
 Schedule = Callable[[int], float]
 
@@ -34,11 +34,6 @@ def learning_rate(config: Config, base: float, steps_per_epoch: int) -> Schedule
         return base
 
     return at
-
-
-def full_epochs(share: float, epochs: int) -> int:
-    """How many of the last of ``epochs`` train on everything: ``share`` of them, rounded."""
-    return round(share * epochs)
 
 
 def select_rate(config: Config, epoch: int, first: int, full_last: float) -> float:

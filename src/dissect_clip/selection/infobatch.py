@@ -22,8 +22,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dissect_clip.config import Config
-from dissect_clip.schedule import full_epochs
+from dissect_clip.config import Config, full_epochs
 from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.base import Candidates, Strategy, kept, required
 
@@ -75,7 +74,7 @@ class InfoBatch(Strategy):
     def keeping(self) -> str:
         if self.config.infobatch_prune_ratio is None:
             return super().keeping
-        return f"all but {self.ratio:g} of what is below the mean loss, so much"
+        return f"all but {self.ratio:g} of what is below the mean loss"
 
     def may_select(self, epoch: int) -> bool:
         return self.rate(epoch) < 1 if self.config.infobatch_prune_ratio is None else not self._is_full(epoch)
