@@ -109,10 +109,15 @@ class Strategy:
         """The first epoch in which --select-rate-schedule counts, after a warm-up."""
         return 0
 
+    @property
+    def full_share(self) -> float:
+        """The share of the epochs, the last ones, that train on everything."""
+        chosen = self.config.select_full_last
+        return self.full_last if chosen is None else chosen
+
     def rate(self, epoch: int) -> float:
         """The share of every batch kept in this epoch (0-based), in (0, 1]."""
-        chosen = self.config.select_full_last
-        return select_rate(self.config, epoch, self.first_epoch, self.full_last if chosen is None else chosen)
+        return select_rate(self.config, epoch, self.first_epoch, self.full_share)
 
     @property
     def keeping(self) -> str:

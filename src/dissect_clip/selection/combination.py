@@ -55,10 +55,6 @@ class Combination(Strategy):
             f"{name}_{column}" for name, (strategy, _) in members.items() for column in strategy.remembers
         )
 
-    @property
-    def first_epoch(self) -> int:
-        return self.members[0].first_epoch
-
     def rate(self, epoch: int) -> float:
         return self.members[0].rate(epoch)
 

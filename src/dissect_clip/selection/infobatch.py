@@ -61,9 +61,7 @@ class InfoBatch(Strategy):
         return self.config.select_rescale == "on"
 
     def _is_full(self, epoch: int) -> bool:
-        chosen = self.config.select_full_last
-        full = full_epochs(self.full_last if chosen is None else chosen, self.config.epochs)
-        return epoch >= self.config.epochs - full
+        return epoch >= self.config.epochs - full_epochs(self.full_share, self.config.epochs)
 
     def rate(self, epoch: int) -> float:
         if self.config.infobatch_prune_ratio is None:
