@@ -49,6 +49,7 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         columns=() if selector is None else selector.store.columns,
         score_refresh=config.score_refresh,
         select_before_load=config.select_before_load,
+        survey=() if selector is None else selector.survey,
     )
 
 
@@ -73,6 +74,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         state.scaler.load_state_dict(checkpoint.scaler)
     if state.selector is not None and checkpoint.scores is not None:
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
+        if checkpoint.state is not None and checkpoint.state.survey:
+            state.selector.inform(checkpoint.state.survey)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
     if checkpoint.state is not None:
         changes = changed_settings(checkpoint.state, now)
