@@ -29,7 +29,8 @@ LAYERS: list[set[str]] = [
     {"study", "study.cells", "study.noise", "study.point"},
     {"study.metrics"},
     {"study.grid"},
-    {"study.tables", "study.plots"},
+    {"study.tables"},
+    {"study.plots"},
     {"study.collect"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}

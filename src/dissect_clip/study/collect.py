@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,10 @@ def clean_share(grid: Grid, point: Point, runs: Path) -> float | None:
     """
     if not point.noise:
         return None
+    shards = grid.shards(point, runs)
+    swapped = _swapped(shards)
     if point.rate is None:
-        return 100 * (1 - point.noise)
-    swapped = _swapped(grid.shards(point, runs))
+        return round(100 * (1 - len(swapped) / _captions(shards)), 3)
     config = grid.config(point)
     begin = config.warmup_point if config.select_strategy == "warmup_base_sampling" else 0
     clean = total = 0
@@ -76,6 +78,15 @@ def _swapped(shards: Path) -> pa.Array:
     note = shards.with_name(f"{shards.name}.json")
     _, text = json.loads(note.read_text(encoding="utf-8"))
     return pa.array([row[0] for row in csv.reader(io.StringIO(text)) if row][1:], pa.string())
+
+
+def _captions(shards: Path) -> int:
+    """How many pairs the shards hold, by their headers."""
+    count = 0
+    for shard in shards.glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            count += sum(member.name.endswith(".txt") for member in tar)
+    return count
 
 
 def published_figures(grid: Grid) -> dict[str, Published]:

@@ -28,6 +28,13 @@ from dissect_clip.study.metrics import METRICS
 from dissect_clip.study.noise import noisy_shards
 from dissect_clip.study.point import Point
 
+PLOTS = {
+    "rates": "against the share of the batch that is trained on",
+    "noise": "against the share of wrong captions",
+    "curves": "during training, against pairs and seconds",
+}
+"""The plots that a grid may have, and what they show R@Sum against."""
+
 _RESERVED = {
     "--train-data": "data_sets", "--val-data": "data_sets", "--seed": "seeds", "--select": "strategy of a method",
     "--select-strategy": "strategy of a method", "--select-rate": "rates", "--name": "the cell",
@@ -144,6 +151,7 @@ class _File(_Keys):
     slurm: str = ""
     train_on: list[str] | None = None
     rows: list[str] | None = None
+    plots: list[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +171,7 @@ class Grid:
     select_flags: list[str]
     launcher: list[str]
     slurm: list[str]
+    plots: list[str]
 
     def points(self) -> Iterator[Point]:
         """The cells, in the order in which they are run: seed by seed, so that all methods soon have one."""
@@ -432,4 +441,5 @@ def read_grid(file: Path, given: Mapping[str, str]) -> Grid:
         select_flags=_words(file, "select_flags", content.select_flags),
         launcher=shlex.split(content.launcher),
         slurm=shlex.split(content.slurm),
+        plots=_chosen(file, "plots", content.plots, PLOTS),
     )

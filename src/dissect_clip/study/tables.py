@@ -162,14 +162,23 @@ def _beside(entry: Entry, digits: int) -> str:
     """As in " [141.59, -0.40]"; nothing without a published figure."""
     if entry.published is None:
         return ""
-    difference = "" if entry.difference is None else f", {entry.difference:+,.{digits}f}"
-    return f" [{_number(entry.published, digits)}{difference}]"
+    if entry.difference is None:
+        return f" [{_number(entry.published, digits)}]"
+    difference = _number(entry.difference, digits)
+    sign = "" if difference.startswith("-") else "+"
+    return f" [{_number(entry.published, digits)}, {sign}{difference}]"
 
 
 def as_markdown(sheet: Sheet) -> str:
-    """A table, a line for each method."""
-    header = ["method", *(f"{sheet.group(c)}: {METRICS[c.metric].heading}" for c in sheet.columns)]
-    lines = [header, ["---", *["--:"] * len(sheet.columns)]]
+    """A table, a line for each method. What is the same for all columns stands over the methods."""
+    groups = {sheet.group(column) for column in sheet.columns}
+    metrics = {METRICS[column.metric].heading for column in sheet.columns}
+    corner, heads = "method", [f"{sheet.group(c)}: {METRICS[c.metric].heading}" for c in sheet.columns]
+    if len(metrics) == 1:
+        corner, heads = next(iter(metrics)), [sheet.group(column) for column in sheet.columns]
+    elif len(groups) == 1:
+        corner, heads = next(iter(groups)), [METRICS[column.metric].heading for column in sheet.columns]
+    lines = [[corner, *heads], ["---", *["--:"] * len(sheet.columns)]]
     for name, entries in sheet.rows:
         cells = [
             _ours(entry, METRICS[column.metric].digits, "±") + _beside(entry, METRICS[column.metric].digits)
