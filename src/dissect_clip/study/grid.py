@@ -211,7 +211,8 @@ class Grid:
                 return parse_args(["--train-data", "t.tar", *self.training_flags(point)], summaries())
             except SystemExit as error:
                 text = problem.getvalue().removeprefix("error: ").splitlines()[0]
-                raise SetupError(f"{self.file}: {point}: {text}. --rows runs other rows without it") from error
+                way_out = ". --rows runs other rows without this one" if "--select-strategy" in text else ""
+                raise SetupError(f"{self.file}: {point}: {text}{way_out}") from error
 
     def check(self, points: Sequence[Point]) -> None:
         """Stop where a cell's data or flags are wrong, or two cells would share a folder.
