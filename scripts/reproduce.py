@@ -17,6 +17,8 @@ when a signal has stopped it.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
 import shlex
 import shutil
@@ -38,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = (sys.executable, str(ROOT / "src" / "main.py"))
 EXIT_SETUP, EXIT_STOPPED = 2, 75
 _QUIET = 60.0  # seconds between two lines of progress where the output is no terminal
+_TAIL = 4096  # bytes at the end of a log that hold its last line
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ def trained_epochs(run: Path) -> float:
     """How far a run is, with the part of the current epoch where that was logged."""
     found = [float(row["epoch"]) for row in read_results(run / "checkpoints" / "results.jsonl")[-1:]]
     log = run / "train.jsonl"
-    for line in reversed(log.read_bytes().splitlines()[-2:] if log.exists() else []):
-        try:
-            found.append(float(json.loads(line)["epoch"]))
-        except ValueError:  # being written
-            continue
+    if log.exists():
+        with log.open("rb") as file:  # it may be long
+            file.seek(max(0, log.stat().st_size - _TAIL))
+            lines = file.read().splitlines()
+        for line in lines[-2:]:
+            with contextlib.suppress(ValueError):  # the last may be in the middle of being written
+                found.append(float(json.loads(line)["epoch"]))
     return max(found, default=0.0)
 
 
@@ -111,7 +116,11 @@ class Progress:
         return (max(mean - gone, 0) if rest is None else rest) + mean * max(waiting, 0)
 
     def show(self, job: Job, states: Mapping[str, str]) -> None:
-        """How far the running cell and the grid are."""
+        """How far the running cell and the grid are, not more often than can be read."""
+        now, pause = time.monotonic(), 1.0 if self.stream.isatty() else _QUIET
+        if now - self._told < pause:
+            return
+        self._told = now
         epochs = trained_epochs(self.runs.run_folder(job.cell))
         left = self.left(job, states, epochs)
         counts = ", ".join(
@@ -121,12 +130,11 @@ class Progress:
             f"[{counts or '0 done'} of {len(states)}] {job.cell.label}: epoch {epochs:.4g} of {job.epochs}"
             f"{'' if left is None else f'; all done in {short_time(left)}'}"
         )
-        now = time.monotonic()
         if self.stream.isatty():
             width = shutil.get_terminal_size().columns
             print(f"\r\x1b[K{text[: width - 1]}", end="", file=self.stream, flush=True)
-        elif text != self._text and now - self._told >= _QUIET:
-            self._told, self._text = now, text
+        elif text != self._text:
+            self._text = text
             self.say(text)
 
 
@@ -141,11 +149,17 @@ def run_all(jobs: Sequence[Job], runs: Runs, retry_failed: bool, stream: TextIO)
     """
     progress = Progress(runs, jobs, stream)
     wanted = ("waiting", "cut off", "failed") if retry_failed else ("waiting", "cut off")
+    busy = []
     for job in jobs:
         state = runs.state(job.cell)
         if state == "failed" and not retry_failed:
             _tell_failure(progress, runs, job, "failed before; --retry-failed runs it again")
+        if state == "running":
+            busy.append(job)
         if state in wanted:
+            _run_one(job, runs, progress)
+    for job in busy:  # what had them may have been killed: leftovers hold a cell for a moment
+        if runs.state(job.cell) in wanted:
             _run_one(job, runs, progress)
     states = {job.cell.name: runs.state(job.cell) for job in jobs}
     progress.say(f"# {summary(states)}")
@@ -215,6 +229,7 @@ _SBATCH = """\
 {options}
 set -euo pipefail
 cd {cwd}
+export PATH={python}:$PATH
 
 CELLS=(
 {cells}
@@ -257,6 +272,7 @@ def write_slurm(jobs: Sequence[Job], runs: Runs, options: argparse.Namespace) ->
         grids=", ".join(str(file) for file in options.grids), file=options.slurm, name=options.grids[0].stem,
         collect=shlex.join([*base, "--collect"]), last=len(left) - 1, runs=runs.folder,
         options="".join(f"#SBATCH {option}\n" for option in next(iter(asked))), cwd=shlex.quote(str(Path.cwd())),
+        python=shlex.quote(str(Path(sys.executable).parent)),
         cells="\n".join(f"    {name}" for name in left), command=shlex.join([*base, *data]), stopped=EXIT_STOPPED,
     )  # fmt: skip
     options.slurm.write_text(text, encoding="utf-8")
@@ -339,7 +355,10 @@ def make_jobs(grids: Sequence[Grid], options: argparse.Namespace) -> list[Job]:
     return list(jobs.values())
 
 
-def _check_launchers(grids: Sequence[Grid]) -> None:
+def _check_tools(grids: Sequence[Grid]) -> None:
+    """What a run will need in its course, or in its end."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SetupError("matplotlib is not installed: pip install -e '.[reproduce]'")
     for grid in grids:
         if grid.launcher and shutil.which(grid.launcher[0]) is None:
             raise SetupError(f"{grid.file}: launcher: {grid.launcher[0]} is not on the PATH")
@@ -368,7 +387,7 @@ def work(options: argparse.Namespace, program: tuple[str, ...]) -> int:
             runs.folder.mkdir(parents=True, exist_ok=True)
             print(f"# {options.slurm}: {write_slurm(jobs, runs, options)} tasks")
             return 0
-        _check_launchers(grids)
+        _check_tools(grids)
         left = run_all(jobs, runs, options.retry_failed, sys.stdout)
     if options.cell is None:
         for grid in grids:
@@ -385,7 +404,7 @@ def main(argv: Sequence[str] | None = None, program: tuple[str, ...] = PROGRAM) 
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETUP
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         print("# stopped; the same command goes on from here", file=sys.stderr)
         return EXIT_STOPPED
 

@@ -287,7 +287,7 @@ def _supervise(command: Sequence[str], log: TextIO, cwd: Path | None, watch: Cal
             try:
                 return _wait(process, asked, watch), bool(asked)
             except BaseException:
-                process.kill()
+                _kill(process)
                 raise
     finally:
         for number, handler in before.items():
@@ -302,10 +302,16 @@ def _wait(process: subprocess.Popen[bytes], asked: Sequence[int], watch: Callabl
             process.terminate()
             passed_on = True
         elif asked.count(signal.SIGINT) > 1:
-            process.kill()
+            _kill(process)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(_POLL)
         watch()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a process and the others of its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _settings(words: Sequence[str]) -> list[str]:
