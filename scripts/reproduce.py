@@ -193,7 +193,7 @@ def summary(states: Mapping[str, str]) -> str:
         state: list(states.values()).count(state) for state in ("done", "running", "cut off", "failed", "waiting")
     }
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    return f"{len(states)} cells: {told}"
+    return f"{len(states)} cell{'s' * (len(states) != 1)}: {told or 'none'}"
 
 
 def list_jobs(jobs: Sequence[Job], runs: Runs) -> None:

@@ -180,6 +180,15 @@ def test_the_flags_of_every_row_are_known(file: Path, row: str):
     assert {grid.config(point).select for point in points} == {strategy is not None}
 
 
+def test_the_grid_of_the_documentation_can_be_read(tmp_path: Path):
+    text = (ROOT / "docs" / "reproduce.md").read_text().split("```yaml\n")[1].split("```")[0]
+    file = tmp_path / "grid.yaml"
+    file.write_text(text.replace("../base/", f"{ROOT}/configs/base/"))
+    grid = grid_of(file)
+    assert grid.methods["Mine"].strategy == "margin"
+    assert grid.flags
+
+
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: f"{file.parent.name}-{file.stem}")
 def test_the_published_names_of_every_grid_are_there(file: Path):
     published_figures(grid_of(file))

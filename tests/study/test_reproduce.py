@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -247,6 +248,30 @@ def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert lines
     assert lines[-1].startswith("[0 done of 2] DISSect at 30 % on set, seed 1: epoch ")
     assert "; all done in " in lines[-1]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_on_a_terminal_one_line_changes(tmp_path: Path):
+    grid = make_grid(tmp_path, rows=["DISSect"], seeds=[0, 1, 2])
+    jobs = [reproduce.Job(grid, point, grid.cell(point, tmp_path), 4) for point in grid.points()]
+    states = dict(zip([job.cell.name for job in jobs], ["done", "waiting", "waiting"], strict=True))
+    progress = reproduce.Progress(Runs(tmp_path, FAKE), jobs, Terminal())
+    (tmp_path / f"{jobs[0].cell.name}.json").write_text(json.dumps({"command": [], "status": 0, "seconds": 600.0}))
+    (tmp_path / jobs[1].cell.name).mkdir()
+    progress.begin(jobs[1], states)
+    (tmp_path / jobs[1].cell.name / "train.jsonl").write_text('{"step": 1, "epoch": 1.5}\n{"step": 2, "epo')
+    progress.began -= 60  # 1.5 of 4 epochs in a minute: 100 s are left, and 10 minutes for the cell after that
+    progress._told -= 60
+    progress.show(jobs[1], states)
+    last = progress.stream.getvalue().split("\r")[-1]
+    assert last.startswith("\x1b[K[1 done of 3] DISSect at 30 % on set, seed 1: epoch 1.5 of 4; all done in 1")
+    assert "\n" not in last
+    left = progress.left(jobs[1], states, 1.5)
+    assert left == pytest.approx(700, abs=2)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7, "7 s"), (310, "5 min 10 s"), (3900, "1 h 05 min")])
