@@ -27,6 +27,12 @@ LAYERS: list[set[str]] = [
     {"train"},
     {"saving"},
     {"cli"},
+    {"study", "study.cells", "study.noise", "study.point"},
+    {"study.metrics"},
+    {"study.grid"},
+    {"study.tables"},
+    {"study.plots"},
+    {"study.collect"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
