@@ -479,6 +479,10 @@ CONTRADICTIONS = {
         "--select --select-strategy random --infobatch-prune-ratio 0.5",
         "--infobatch-prune-ratio has no meaning with --select-strategy random: it is for infobatch",
     ),
+    "rescaling for another": (
+        "--select --select-strategy random --select-rescale off",
+        "--select-rescale has no meaning with --select-strategy random",
+    ),
     "a period for another": (
         "--select --select-strategy random --scan-period 2",
         "--scan-period has no meaning with --select-strategy random: it is for scan",

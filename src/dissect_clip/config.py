@@ -787,6 +787,8 @@ def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[
         if getattr(config, name) != defaults[name] and owner not in strategies:
             flag = "--" + name.replace("_", "-")
             yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
+    if config.select and config.select_rescale != defaults["select_rescale"] and "infobatch" not in strategies:
+        yield f"--select-rescale has no meaning with --select-strategy {config.select_strategy}, which weights nothing"
     if config.select_rate_start != defaults["select_rate_start"] and config.select_rate_schedule == "constant":
         yield "--select-rate-start needs --select-rate-schedule linear or cosine"
     if config.infobatch_prune_ratio is not None:

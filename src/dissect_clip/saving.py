@@ -17,9 +17,10 @@ from dissect_clip.checkpoint import (
     checkpoint_content,
 )
 from dissect_clip.data import TrainData
-from dissect_clip.errors import Stopped, TrainingError
+from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder
+from dissect_clip.selection import Selector
 from dissect_clip.train import TrainState
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
     if state.selector is not None and checkpoint.scores is not None:
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
         if checkpoint.state is not None and checkpoint.state.survey:
-            state.selector.inform(checkpoint.state.survey)
+            inform(state.selector, checkpoint.path, checkpoint.state.survey)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
     if checkpoint.state is not None:
         changes = changed_settings(checkpoint.state, now)
@@ -85,6 +86,19 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
             log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
     inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
     log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
+
+
+def inform(selector: Selector, path: str, survey: tuple[float, ...]) -> None:
+    """Hand the strategy what it knew of the store; the checkpoint's scores are in place.
+
+    Raises:
+        SetupError: if these are not the numbers that it keeps.
+    """
+    fresh = selector.strategy.survey(selector.store.scores)
+    expected = 0 if fresh is None else len(fresh)
+    if len(survey) != expected:
+        raise SetupError(f"{path} holds {len(survey)} numbers about the whole data set, where {expected} are expected")
+    selector.inform(survey)
 
 
 def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dissect_clip.config import Config
 from dissect_clip.errors import SetupError
 from dissect_clip.loss import SampleLoss
+from dissect_clip.saving import inform
 from dissect_clip.selection import Candidates, build_chooser, build_selector
 from dissect_clip.selection.base import kept
 from dissect_clip.selection.infobatch import InfoBatch, share_below
@@ -230,3 +231,8 @@ def test_it_is_refused_with_losses_that_cannot_be_weighted(changes: dict[str, st
         build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
     unweighted = dataclasses.replace(config, select_rescale="off")
     assert build_selector(unweighted, SAMPLES, SampleLoss(world, siglip=False), world) is not None
+
+
+def test_a_checkpoint_with_other_numbers_is_refused():
+    with pytest.raises(SetupError, match=r"epoch_3.pt holds 3 numbers about the whole data set, where 2 are expected"):
+        inform(make_selector(), "epoch_3.pt", (1.0, 2.0, 3.0))
