@@ -129,9 +129,14 @@ class Layout:
         return data
 
 
+_PAGE = re.compile(r"(https://huggingface\.co/datasets/.*)/(?:tree|resolve)/([^/]+)")
+"""A data set's page on Hugging Face, or where its files are: repository and revision."""
+
+
 def _files(url: str) -> str:
-    """Of a data set's page on Hugging Face, where its files are; other URLs and folders as they are."""
-    return re.sub(r"^(https://huggingface\.co/datasets/.*)/tree/([^/]+)$", r"\1/resolve/\2", url)
+    """Of a page on Hugging Face, where the files are; other URLs and folders as they are."""
+    page = _PAGE.fullmatch(url)
+    return url if page is None else f"{page[1]}/resolve/{page[2]}"
 
 
 def locate(entry: str, root: str | None, timeout: float) -> tuple[str, Layout]:
@@ -145,7 +150,8 @@ def locate(entry: str, root: str | None, timeout: float) -> tuple[str, Layout]:
     """
     if root is None:
         path = entry.rstrip("/") if "://" in entry else os.path.abspath(entry)
-        return re.sub(r"/(tree|resolve)/[^/]+$", "", path).rpartition("/")[2], Layout(_files(path), timeout)
+        page = _PAGE.fullmatch(path)
+        return (path if page is None else page[1]).rpartition("/")[2], Layout(_files(path), timeout)
     bare = entry.removeprefix("wds/")
     try:
         place = root.format(dataset=bare, dataset_cleaned=bare.replace("/", "-"))

@@ -84,6 +84,8 @@ def _arrays(data: LabelledFeatures) -> tuple[NDArray[np.float64], NDArray[np.int
 def fit(data: LabelledFeatures, weight: float) -> tuple[Tensor, Tensor, bool]:
     """The linear classifier with the least summed cross entropy plus ``weight`` / 2 * |W|^2; intercepts are free.
 
+    Of two classes W is the difference of their weights, one vector.
+
     Returns:
         weights [C, D] and intercepts [C] float64 on the CPU, of the classes that occur, in rising order; whether the
         search came to its end.
