@@ -30,6 +30,12 @@ def test_name_and_place(entry, root, name, location):
     assert locate(entry, root, 1) == (name, Layout(location, 1))
 
 
+@pytest.mark.parametrize(("entry", "root"), [("pipe:touch x://", None), ("pipe:touch x", "{dataset}")])
+def test_a_line_of_a_list_is_no_command(entry, root):
+    with pytest.raises(SetupError, match="and no command"):
+        locate(entry, root, 1)
+
+
 def test_a_set_without_a_type_is_one_of_classes(tmp_path):
     found = find_split("pets", Layout(str(labelled_set(tmp_path)), 1), "test", templates=True)
     assert found.kind is Kind.CLASSIFICATION

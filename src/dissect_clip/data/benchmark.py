@@ -133,10 +133,16 @@ _PAGE = re.compile(r"(https://huggingface\.co/datasets/.*)/(?:tree|resolve)/([^/
 """A data set's page on Hugging Face, or where its files are: repository and revision."""
 
 
-def _files(url: str) -> str:
-    """Of a page on Hugging Face, where the files are; other URLs and folders as they are."""
-    page = _PAGE.fullmatch(url)
-    return url if page is None else f"{page[1]}/resolve/{page[2]}"
+def _layout(place: str, timeout: float) -> Layout:
+    """The data set at a folder or URL; of a page on Hugging Face, where its files are.
+
+    Raises:
+        SetupError: it is a command, which a list of data sets may not run.
+    """
+    if place.startswith("pipe:"):
+        raise SetupError(f"{FLAG} {place}: a data set is a folder or URL, and no command")
+    page = _PAGE.fullmatch(place)
+    return Layout(place if page is None else f"{page[1]}/resolve/{page[2]}", timeout)
 
 
 def locate(entry: str, root: str | None, timeout: float) -> tuple[str, Layout]:
@@ -146,18 +152,18 @@ def locate(entry: str, root: str | None, timeout: float) -> tuple[str, Layout]:
     place.
 
     Raises:
-        SetupError: the root has a field in braces that is not known.
+        SetupError: the root has a field in braces that is not known, or the place is a command.
     """
     if root is None:
         path = entry.rstrip("/") if "://" in entry else os.path.abspath(entry)
         page = _PAGE.fullmatch(path)
-        return (path if page is None else page[1]).rpartition("/")[2], Layout(_files(path), timeout)
+        return (path if page is None else page[1]).rpartition("/")[2], _layout(path, timeout)
     bare = entry.removeprefix("wds/")
     try:
         place = root.format(dataset=bare, dataset_cleaned=bare.replace("/", "-"))
     except (KeyError, IndexError, ValueError) as error:
         raise SetupError(f"--dataset-root {root}: {error}; known are {{dataset}} and {{dataset_cleaned}}") from error
-    return entry, Layout(_files(place.rstrip("/")), timeout)
+    return entry, _layout(place.rstrip("/"), timeout)
 
 
 @dataclass(frozen=True)
