@@ -318,6 +318,21 @@ def test_values_that_cannot_be_used_are_named(tmp_path, caplog, capfd, flags, me
     assert message in caplog.text + capfd.readouterr().err
 
 
+def test_two_data_sets_with_one_file_of_results_are_refused(tmp_path, caplog):
+    words = command(tmp_path, labelled_set(tmp_path / "pets"), labelled_set(tmp_path / "cars"))
+    assert main([*words, "--output", f"{tmp_path}/results/{{task}}.json"]) == EXIT_TRAINING
+    assert "cars failed: its file of results would be" in caplog.text
+    assert json.loads((tmp_path / "results" / "zeroshot_classification.json").read_text())["dataset"] == "pets"
+
+
+def test_results_that_cannot_be_written_are_known_before_the_work(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    words = command(tmp_path, labelled_set(tmp_path / "pets"))
+    assert main([*words, "--output", f"{tmp_path}/file/{{dataset}}.json"]) == EXIT_TRAINING
+    assert "pets failed: cannot write" in caplog.text
+    assert "pets: zeroshot_classification" not in caplog.text
+
+
 def test_two_data_sets_of_one_name_are_refused(tmp_path, capfd):
     words = command(tmp_path, labelled_set(tmp_path / "a" / "pets"), labelled_set(tmp_path / "b" / "pets"))
     assert main(words) == EXIT_SETUP

@@ -1,7 +1,7 @@
 """``dissect-clip evaluate``: a checkpoint, ours or any of open_clip, on data sets in CLIP_benchmark's layout.
 
 Zero-shot retrieval and classification, and the linear probe, over all ranks. Flags and results are named as
-CLIP_benchmark names them, and its defaults are kept where ours are not those of the training command.
+CLIP_benchmark names them; settings of the training command keep their names and defaults.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,16 @@ import open_clip
 import torch
 
 from dissect_clip.checkpoint import check_fits, load_checkpoint
-from dissect_clip.commands.results import COLUMNS, Result, fill_output, read_result, summary, write_result, write_text
+from dissect_clip.commands.results import (
+    COLUMNS,
+    Result,
+    fill_output,
+    make_folder,
+    read_result,
+    summary,
+    write_result,
+    write_text,
+)
 from dissect_clip.config import Config, Parser, Range, add_argument, parse_values, section, setting
 from dissect_clip.data import ClassificationData, RetrievalData
 from dissect_clip.data.benchmark import Found, Kind, Layout, find_split, locate
@@ -50,9 +59,9 @@ SHARED = (
 class Settings:
     """What the command has besides the settings of the training command."""
 
-    dataset: tuple[str, ...] = section(
+    dataset: tuple[str, ...] | None = section(
         "data sets",
-        (),
+        None,
         "folders or URLs in CLIP_benchmark's webdataset layout; names, with --dataset-root; text files with one on "
         "each line",
         metavar="DATASET",
@@ -113,7 +122,7 @@ def build_parser() -> Parser:
 
 def contradictions(settings: Settings) -> Iterator[str]:
     """What cannot mean anything, a line each."""
-    if not settings.dataset:
+    if settings.dataset is None:
         yield "nothing to do: give --dataset"
     if settings.dataset_root is not None and "{dataset" not in settings.dataset_root:
         yield f"--dataset-root {settings.dataset_root} has no place for a name: put {{dataset}} where it belongs"
@@ -175,7 +184,7 @@ def list_jobs(settings: Settings, timeout: float) -> list[Job]:
         SetupError: a list cannot be read, or two data sets have one name.
     """
     entries: list[str] = []
-    for entry in settings.dataset:
+    for entry in settings.dataset or ():
         entries += _listed(Path(entry)) if os.path.isfile(entry) else [entry]
     jobs = [Job(*locate(entry, settings.dataset_root, timeout)) for entry in dict.fromkeys(entries)]
     names = [job.name for job in jobs]
@@ -197,11 +206,13 @@ def make_plan(job: Job, settings: Settings, config: Config) -> Plan:
     """Look at a data set, and at what has been done. Not collective.
 
     Raises:
-        SetupError: the data set is missing or broken, or has no such task; its file of results is another's.
+        SetupError: the data set is missing or broken, or has no such task; its file of results is another's, or cannot
+            be written.
     """
     job.layout.shards("test")
     task = _task(job, settings.task)
     output = fill_output(settings.output, dataset=job.name, model=config.model, pretrained=config.pretrained, task=task)
+    make_folder(output)
     finished = None if settings.overwrite else _finished(output, job, task, config)
     if finished is not None:
         return Plan(task, output, finished, None)
@@ -212,6 +223,17 @@ def make_plan(job: Job, settings: Settings, config: Config) -> Plan:
     if settings.val_split is None:
         return Plan(task, output, None, test, train)
     return Plan(task, output, None, test, train, find_split(job.name, job.layout, settings.val_split, templates=False))
+
+
+def _check_own_file(plan: Plan, others: Mapping[str, Plan]) -> None:
+    """Raises:
+    SetupError: another data set of this command has the same file of results.
+    """
+    for name, other in others.items():
+        if other.output == plan.output:
+            raise SetupError(
+                f"its file of results would be {plan.output}, as that of {name}: put {{dataset}} into --output"
+            )
 
 
 _TASKS = {
@@ -410,7 +432,9 @@ def run(settings: Settings, config: Config, world: World) -> int:
     with world.watch.patient():
         for job in jobs:
             with _reporting(job.name, failed, world):
-                plans[job.name] = world.on_main(lambda job=job: make_plan(job, settings, config))  # type: ignore[misc]
+                plan = world.on_main(lambda job=job: make_plan(job, settings, config))  # type: ignore[misc]
+                _check_own_file(plan, plans)
+                plans[job.name] = plan
     results = {name: plan.finished for name, plan in plans.items() if plan.finished is not None}
     for name in results:
         log.info("%s: has a result in %s (--overwrite evaluates anew)", name, plans[name].output)
@@ -454,7 +478,8 @@ def _reporting(name: str, failed: dict[str, str], world: World) -> Iterator[None
         yield
     except (SetupError, TrainingError) as error:
         failed[name] = str(error)
-        log.error("%s failed: %s", name, error)
+        if world.is_main:
+            log.error("%s failed: %s", name, error)
     except Exception as error:
         if world.size > 1:
             raise

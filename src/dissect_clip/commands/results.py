@@ -81,15 +81,29 @@ def write_result(path: Path, result: Result) -> None:
     write_text(path, json.dumps(asdict(result)) + "\n")
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder of a file, and see that it can be written in.
+
+    Raises:
+        SetupError: it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"cannot write {path}: {error}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise SetupError(f"cannot write {path}: its folder is read-only")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file, whole or not at all, with its folder.
 
     Raises:
         SetupError: it cannot be written.
     """
+    make_folder(path)
     partial = path.with_name(f"{path.name}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8")
         put_in_place(partial, path)
     except OSError as error:
