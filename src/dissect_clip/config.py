@@ -608,7 +608,7 @@ class _Refuse(argparse.Action):
         parser.error(f"{option} is not supported: {entry.reason}. Instead: {entry.instead}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what was probably meant when a flag is unknown."""
 
     def error(self, message: str) -> NoReturn:
@@ -640,9 +640,10 @@ def _ranged(kind: Callable[[str], Any], within: Range) -> Callable[[str], Any]:
     return convert
 
 
-def _add_argument(
+def add_argument(
     group: Any, field: dataclasses.Field[Any], hint: Any, convert: Callable[[str], str] | None = None
 ) -> None:
+    """A setting as a flag; ``hint`` is the type of its field, ``convert`` reads it instead of the type."""
     facts = field.metadata
     names = ["--" + field.name.replace("_", "-"), *facts["aliases"]]
     kind = _strip_none(hint)
@@ -669,14 +670,18 @@ def _add_argument(
     group.add_argument(*names, help=text, **options)
 
 
-def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
-    """The command line. ``strategies`` maps each strategy's name to one line about it."""
-    lines = "\n".join(f"  {name:<26}{line}" for name, line in strategies.items())
+def _listed(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<26}{line}" for name, line in lines.items())
+
+
+def build_parser(strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
+    """The command line. ``strategies`` and ``commands`` map names to one line about each."""
+    others = f"other commands, each with its own --help:\n{_listed(commands)}\n\n" if commands else ""
     refused = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items())
-    parser = _Parser(
+    parser = Parser(
         prog="dissect-clip",
         description="Train CLIP with OpenCLIP's flags and, with --select, on the best part of every batch.",
-        epilog=f"strategies:\n{lines}\n\nflags of OpenCLIP that are not supported:\n{refused}",
+        epilog=f"{others}strategies:\n{_listed(strategies)}\n\nflags of OpenCLIP that are not supported:\n{refused}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = typing.get_type_hints(Config)
@@ -685,7 +690,7 @@ def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
         if "section" in field.metadata:
             group = parser.add_argument_group(field.metadata["section"])
         convert = _strategy_of(tuple(strategies)) if field.name == "select_strategy" else None
-        _add_argument(group, field, hints[field.name], convert)
+        add_argument(group, field, hints[field.name], convert)
     for flag, entry in UNSUPPORTED.items():
         parser.add_argument(flag, action=_Refuse, nargs=1 if entry.takes_value else 0, help=argparse.SUPPRESS)
     return parser
@@ -835,20 +840,24 @@ def _complete(config: Config) -> Config:
     return dataclasses.replace(config, **filled)
 
 
-def parse_args(argv: Sequence[str], strategies: Mapping[str, str]) -> Config:
-    """Settings from a command line.
-
-    Raises:
-        SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
-    """
-    parser = build_parser(strategies)
+def parse_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Settings by name from a command line; several numbers or words are a tuple. Ends as :func:`parse_args` does."""
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         if value == []:  # what argparse makes of --name=-- before Python 3.13
             parser.error(f"argument --{name.replace('_', '-')}: it cannot be --")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def parse_args(argv: Sequence[str], strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> Config:
+    """Settings from a command line; ``--help`` mentions the ``commands``.
+
+    Raises:
+        SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
+    """
+    parser = build_parser(strategies, commands)
     names = {field.name for field in dataclasses.fields(Config)}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
-    config = Config(**values)
+    config = Config(**{name: value for name, value in parse_values(parser, argv).items() if name in names})
     for line in contradictions(config):
         parser.error(line)
     return _complete(config)
