@@ -16,8 +16,9 @@ LAYERS: list[set[str]] = [
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
-    {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"},
-    {"data.table", "data.webdataset", "selection.selector"},
+    {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"}
+    | {"selection.pairs", "selection.negcliploss"},
+    {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
     {"data", "record", "selection.chooser"},
     {"checkpoint", "evaluation.common", "selection"},

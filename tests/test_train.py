@@ -104,7 +104,7 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str):
     state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1)
     lines = train(state)
-    warm = name == "warmup_base_sampling"
+    warm = state.config.selects_after_warmup
     assert state.counters.seen == 2 * STEPS * N
     assert state.counters.trained == STEPS * ((4 if warm else 2) + 2)
     assert lines[-1]["seen"] == state.counters.seen

@@ -248,12 +248,13 @@ class Config:
         10,
         "warmup_base_sampling: epochs of uniform sampling before selection starts; the scores of the last one are the "
         "reference. End it where captions that fit score clearly higher than captions that do not, after some 3 to 6 "
-        "passes of samples really trained on: too early ranks backwards",
+        "passes of samples really trained on: too early ranks backwards. learnability, jest without "
+        "--select-reference: the model after those epochs is the reference",
         within=NOT_NEGATIVE,
     )
     warmup_select_rate: float | None = setting(
         None,
-        "warmup_base_sampling: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
+        "with --warmup-point: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
         "trains on all of it, costs more and often selects better)",
         within=FRACTION,
     )
@@ -261,6 +262,40 @@ class Config:
         0.9,
         "historical_base_sampling: weight of the remembered score in its moving average",
         within=Range(at_least=0, at_most=1),
+    )
+    select_reference: str | None = setting(
+        None,
+        "learnability, jest: the reference model's weights, a file or a tag that OpenCLIP knows (default: the run's "
+        "own model as it is after --warmup-point epochs of uniform sampling)",
+    )
+    select_reference_model: str | None = setting(
+        None, "with --select-reference: the name of its architecture (default: --model)"
+    )
+    jest_chunks: int = setting(16, "jest: in how many parts the pairs are drawn, each given those before", within=COUNT)
+    jest_gain: float = setting(
+        1.0,
+        "jest: factor of the scores that are drawn by; the larger, the closer to --jest-deterministic",
+        within=POSITIVE,
+    )
+    jest_deterministic: bool = setting(False, "jest: take the best of each part instead of drawing")
+    divbs_on: str = setting(
+        "gradients",
+        "divbs: what is to be spanned, the gradients of the loss with respect to the features, or the features",
+        choices=("gradients", "features"),
+    )
+    divbs_greedy: str = setting(
+        "simplified",
+        "divbs: how a pick is found; exact maximises the objective, simplified leaves the candidates' lengths in",
+        choices=("simplified", "exact"),
+    )
+    negcliploss_batches: int = setting(
+        10, "negcliploss: over how many random partitions of the batch the normaliser is averaged", within=COUNT
+    )
+    negcliploss_batch_size: int | None = setting(
+        None, "negcliploss: pairs in each part of a partition (default: as many as are trained on)", within=COUNT
+    )
+    negcliploss_temperature: float | None = setting(
+        None, "negcliploss: temperature of the normaliser (default: the model's own, learned)", within=POSITIVE
     )
     select_score_mode: str = setting(
         "eval",
@@ -364,6 +399,12 @@ class Config:
         return self.distill_model is not None and self.distill_pretrained is not None
 
     @property
+    def selects_after_warmup(self) -> bool:
+        """Whether the strategy samples uniformly for ``--warmup-point`` epochs, and needs what these give it."""
+        own_reference = self.select_strategy in _WITH_REFERENCE and self.select_reference is None
+        return self.select_strategy == "warmup_base_sampling" or own_reference
+
+    @property
     def trains(self) -> bool:
         """Whether there is anything to train on; otherwise the run only evaluates."""
         return self.train_data is not None or self.dataset_type == "synthetic"
@@ -413,6 +454,16 @@ ADDED: dict[str, str] = {
     "warmup_select_rate": "online sample selection",
     "select_momentum": "online sample selection",
     "select_score_mode": "online sample selection",
+    "select_reference": "selection with a reference model",
+    "select_reference_model": "selection with a reference model",
+    "jest_chunks": "joint selection",
+    "jest_gain": "joint selection",
+    "jest_deterministic": "joint selection",
+    "divbs_on": "joint selection",
+    "divbs_greedy": "joint selection",
+    "negcliploss_batches": "selection by a normalised score",
+    "negcliploss_batch_size": "selection by a normalised score",
+    "negcliploss_temperature": "selection by a normalised score",
     "select_preset": "cheaper selection",
     "score_refresh": "cheaper selection",
     "select_before_load": "cheaper selection",
@@ -452,7 +503,25 @@ _ONLY_WITH_SELECT = (
     "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
     "select_preset", "score_refresh", "select_before_load", "score_keep_locked",
     *_SHORTCUTS, "record",
+    "select_reference", "select_reference_model", "jest_chunks", "jest_gain", "jest_deterministic", "divbs_on",
+    "divbs_greedy", "negcliploss_batches", "negcliploss_batch_size", "negcliploss_temperature",
 )  # fmt: skip
+
+_WITH_REFERENCE = ("learnability", "jest")
+
+_ONLY_WITH_STRATEGY = {
+    "select_reference": _WITH_REFERENCE,
+    "select_reference_model": _WITH_REFERENCE,
+    "jest_chunks": ("jest",),
+    "jest_gain": ("jest",),
+    "jest_deterministic": ("jest",),
+    "divbs_on": ("divbs",),
+    "divbs_greedy": ("divbs",),
+    "negcliploss_batches": ("negcliploss",),
+    "negcliploss_batch_size": ("negcliploss",),
+    "negcliploss_temperature": ("negcliploss",),
+}
+"""Settings that mean something with these strategies alone."""
 
 _LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
 """How many numbers a setting may hold: one for all, or one for each channel or side."""
@@ -592,13 +661,20 @@ def contradictions(config: Config) -> Iterator[str]:
                 yield f"{flag} needs --select (with --select-rate 1.0 every sample is trained on)"
     elif not config.trains:
         yield "--select needs training data: give --train-data"
-    elif config.select_strategy == "warmup_base_sampling" and 0 < config.epochs <= config.warmup_point:
+    elif config.selects_after_warmup and 0 < config.epochs <= config.warmup_point:
         yield (
             f"--warmup-point {config.warmup_point} leaves no epoch of --epochs {config.epochs} for selection: "
             "make it smaller, or train longer"
         )
     elif config.select_strategy == "warmup_base_sampling" and config.warmup_point == 0:
         yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
+    elif config.selects_after_warmup and config.warmup_point == 0:
+        yield (
+            f"--warmup-point 0 leaves {config.select_strategy} without a reference: give at least 1, or "
+            "--select-reference"
+        )
+    if config.select:
+        yield from _idle_with_strategy(config, defaults)
     if config.score_keep_locked and not (config.lock_image or config.lock_text):
         yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
     if config.score_keep_locked and (config.select_preset == "fast" or config.score_refresh not in (None, 1)):
@@ -608,8 +684,10 @@ def contradictions(config: Config) -> Iterator[str]:
             "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
             "--select-preset fast, cannot choose ahead of time: leave one of them out (--score-refresh alone works)"
         )
-    if config.warmup_select_rate is not None and config.select_strategy != "warmup_base_sampling":
-        yield f"--warmup-select-rate has no meaning with --select-strategy {config.select_strategy}: leave it out"
+    if config.warmup_select_rate is not None and not config.selects_after_warmup:
+        given = "" if config.select_reference is None else " and --select-reference"
+        chosen = f"--select-strategy {config.select_strategy}{given}"
+        yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
     if config.select and config.select_strategy == "random":
         for name in _SHORTCUTS:
             if getattr(config, name) != defaults[name]:
@@ -661,6 +739,20 @@ def contradictions(config: Config) -> Iterator[str]:
     ):
         if getattr(config, name) and not config.writes_logs:
             yield f"--{name.replace('_', '-')} needs a run folder: leave --logs none out"
+
+
+def _idle_with_strategy(config: Config, defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of other strategies than the one that is chosen, a line each."""
+    for name, strategies in _ONLY_WITH_STRATEGY.items():
+        if getattr(config, name) != defaults[name] and config.select_strategy not in strategies:
+            yield (
+                f"--{name.replace('_', '-')} has no meaning with --select-strategy {config.select_strategy}, only with "
+                f"{' or '.join(strategies)}: leave it out"
+            )
+    if config.select_reference_model is not None and config.select_reference is None:
+        yield "--select-reference-model needs --select-reference: give the weights"
+    if config.jest_deterministic and config.jest_gain != defaults["jest_gain"]:
+        yield "--jest-gain has no meaning with --jest-deterministic, which draws nothing: leave it out"
 
 
 def _zeroshot(config: Config) -> bool:

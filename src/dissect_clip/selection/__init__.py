@@ -11,10 +11,13 @@ from collections.abc import Callable
 from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
+from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLoss
 from dissect_clip.selection.chooser import Chooser
 from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
+from dissect_clip.selection.divbs import DivBS
+from dissect_clip.selection.learnability import Jest, Learnability
+from dissect_clip.selection.negcliploss import NegCLIPLoss
 from dissect_clip.selection.reuse import Known, ReusingSelector
 from dissect_clip.selection.selector import SampleLoss, Selector
 from dissect_clip.selection.store import ScoreStore
@@ -31,6 +34,10 @@ STRATEGIES: dict[str, Callable[[Config], Strategy]] = {
     "random": Random,
     "historical_base_sampling": MomentumDifferential,
     "warmup_base_sampling": WarmupDifferential,
+    "divbs": DivBS,
+    "learnability": Learnability,
+    "jest": Jest,
+    "negcliploss": NegCLIPLoss,
 }
 
 
@@ -43,11 +50,16 @@ def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, wo
     """The selector that the settings ask for, with an empty store; None without ``--select``.
 
     Raises:
-        SetupError: if the strategy cannot do with scores of earlier steps, where these are asked for.
+        SetupError: if the strategy cannot do with scores of earlier steps, or before loading, where it is asked to.
     """
     if not config.select:
         return None
     strategy = STRATEGIES[config.select_strategy](config)
+    if config.select_before_load and strategy.needs & ~REUSABLE:
+        raise SetupError(
+            f"--select-before-load chooses before samples are decoded, but --select-strategy {config.select_strategy} "
+            "looks at their features or at a reference model: leave it out, with --score-refresh and --select-preset"
+        )
     if strategy.needs is Needs.NOTHING or config.score_refresh in (None, 1):
         store = ScoreStore(num_samples, strategy.remembers, world)
         return Selector(

@@ -19,8 +19,8 @@ from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy, required
-from dissect_clip.selection.selector import Encode, SampleLoss, Selector, kept, replace_unusable, top_k
+from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy, kept, required
+from dissect_clip.selection.selector import Encode, SampleLoss, Selector, replace_unusable, top_k
 from dissect_clip.selection.store import ScoreStore
 
 _SCORE, _LOSS, _WHEN = "last_score", "last_loss", "last_batch"
@@ -74,7 +74,8 @@ class Known:
             config = self.strategy.config
             raise SetupError(
                 f"--score-refresh {config.score_refresh:g} ranks by scores of earlier steps, but --select-strategy "
-                f"{config.select_strategy} looks at more than scores: leave --score-refresh and --select-preset out"
+                f"{config.select_strategy} looks at more than scores, at features or at a reference model: leave "
+                "--score-refresh and --select-preset out"
             )
 
     @property
