@@ -304,9 +304,13 @@ def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
         assert saved == [step]
 
 
-def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", ["warmup_base_sampling", "divbs", "learnability", "jest", "negcliploss"])
+def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch):
     """On a GPU every one of these would wait for the device."""
-    state = make_state(tmp_path, select=True, select_strategy="warmup_base_sampling", select_rate=0.5, warmup_point=1)
+    state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.5, warmup_point=1)
+    state.counters.epoch = 1
+    if state.reference is not None:
+        state.reference.begin(1, state.module)
     (batch, *_) = MemoryData(state.world).loader
     train_step(state, [batch], PhaseClock(torch.device("cpu")))  # the optimizer makes its state in the first step
     state.optimizer = torch.optim.SGD(state.module.parameters(), lr=0.1)
@@ -349,6 +353,7 @@ RANK_VARIANTS: list[dict[str, Any]] = [
     {"select_strategy": "warmup_base_sampling", "warmup_point": 1, "precision": "amp"},
     {"select_strategy": "random", "ddp_static_graph": True},
     {"select_strategy": "clipscore", "model": "toy-rn"},
+    {"select_strategy": "jest", "warmup_point": 1, "siglip": True},
     {"select": False, "accum_freq": 3},
 ]
 

@@ -263,6 +263,11 @@ def build_reference_model(
     """
     assert config.select_reference is not None
     name = config.select_reference_model or config.model
+    if ":" in name:
+        raise SetupError(
+            f"--select-reference {config.select_reference}: a model such as {name} brings weights of its own. Give "
+            "--select-reference-model the name of an architecture that OpenCLIP knows"
+        )
     own = {"force_quick_gelu": config.force_quick_gelu, "force_custom_text": config.force_custom_text}
     reference: OpenClip = _create(
         name,
