@@ -77,6 +77,8 @@ class Selector:
     @property
     def scoring(self) -> str:
         """What is scored, for the log."""
+        if Needs.REFERENCE in self.strategy.needs:
+            return "every sample is scored by two models in every step after the warm-up, if there is one"
         return "nothing is scored" if self.strategy.needs is Needs.NOTHING else "every sample is scored in every step"
 
     def _scores(self, epoch: int) -> bool:
