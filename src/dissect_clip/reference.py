@@ -59,11 +59,11 @@ class Reference:
 
 def digest(module: nn.Module) -> str:
     """SHA-256 of a module's weights and their names, in hexadecimal. A device sync."""
-    digest = hashlib.sha256()
+    hashed = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        hashed.update(name.encode())
+        hashed.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def build_reference(
