@@ -70,6 +70,8 @@ class Plan:
         chosen = ["--select", "--select-strategy", strategy, "--record"] if strategy != "none" else []
         if strategy in ("warmup_base_sampling", "learnability", "jest"):
             chosen += ["--warmup-point", "1"]
+        if strategy == "scan":
+            chosen += ["--scan-warmup", "0"]
         return [
             sys.executable, str(ROOT / "src" / "main.py"), "--output-dir", str(self.out / "runs"), "--name", name,
             "--train-data", self.train_data, "--val-data", self.val_data, "--model", "RN-tiny", "--device", "cpu",

@@ -114,7 +114,7 @@ fi
 if [[ "$STRATEGY" != none ]]; then
     flags+=(--select --select-strategy "$STRATEGY" --select-rate "$RATE")
 fi
-if [[ "$STRATEGY" =~ ^(warmup_base_sampling|learnability|jest)$ ]]; then
+if [[ "$STRATEGY" =~ warmup_base_sampling|learnability|jest ]]; then
     flags+=(--warmup-point "$WARMUP_POINT")
 fi
 

@@ -39,6 +39,8 @@ def selection(strategy: str | None, **changes: Any) -> dict[str, Any]:
     flags: dict[str, Any] = {"select": True, "select_strategy": strategy, "select_rate": 0.3}
     if strategy in ("warmup_base_sampling", "learnability", "jest"):
         flags["warmup_point"] = 1
+    if strategy == "scan":
+        flags["scan_warmup"] = 0
     return flags | changes
 
 

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
     {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"}
-    | {"selection.pairs", "selection.negcliploss"},
+    | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"},
     {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
     {"data", "record", "selection.chooser"},
@@ -27,6 +27,12 @@ LAYERS: list[set[str]] = [
     {"train"},
     {"saving"},
     {"cli"},
+    {"study", "study.cells", "study.noise", "study.point"},
+    {"study.metrics"},
+    {"study.grid"},
+    {"study.tables"},
+    {"study.plots"},
+    {"study.collect"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

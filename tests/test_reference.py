@@ -139,6 +139,15 @@ def test_a_reference_that_takes_other_pixels_is_refused(tmp_path: Path):
         build_reference_model(config, World(), model.module, model.tokenizer)
 
 
+def test_a_combination_has_the_reference_of_one_of_its_strategies(tmp_path: Path):
+    state = make_state(tmp_path, **FLAGS | {"select_strategy": "clipscore:1+learnability:2"})
+    epoch(state)
+    after = weights(state)
+    assert state.counters.scored == STEPS * 8  # CLIPScore alone ranks in the warm-up
+    epoch(state)
+    assert same(frozen(state), after)
+
+
 # ---- checkpoints
 
 

@@ -85,6 +85,7 @@ class RunState:
     scored: int = 0  # samples that had a scoring pass, all ranks
     score_refresh: float | None = None
     select_before_load: bool | None = None
+    survey: tuple[float, ...] = ()  # what the strategy knew of the whole store when the epoch began
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -530,6 +531,10 @@ def _check_scores(path: str, file: Any, token: Any, state: RunState) -> None:
         raise SetupError(f"{path} holds scores of another data set or strategy, {found} instead of {expected}")
 
 
+_LATER = {"survey"}
+"""What files of format 2 may lack."""
+
+
 def _is(value: Any, hint: Any) -> bool:
     """Whether a value is of a type as RunState's fields have them; lists pass for tuples."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -555,9 +560,9 @@ def _state(path: str, dissect: Mapping[str, Any]) -> RunState:
         raise SetupError(f"{path} was saved by a newer version of this package: update it")
     hints = typing.get_type_hints(RunState)
     added = {field.name for field in dataclasses.fields(RunState) if field.default is not dataclasses.MISSING}
-    names = set(hints) - (added if dissect["format_version"] == 1 else set())
-    values = {name: _checked(path, name, dissect[name], hints[name]) for name in names}
-    return RunState(**{**values, "columns": tuple(values["columns"])})
+    names = set(hints) - (added if dissect["format_version"] == 1 else _LATER - set(dissect))
+    values: dict[str, Any] = {name: _checked(path, name, dissect[name], hints[name]) for name in names}
+    return RunState(**values | {name: tuple(value) for name, value in values.items() if isinstance(value, list)})
 
 
 def _unpack_shards(path: str, packed: Any) -> Shards | None:

@@ -336,8 +336,8 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     )  # fmt: skip
     if state.selector is not None:
         log.info(
-            "Selection: %s, keeping %g of every batch; %s%s",
-            config.select_strategy, config.select_rate, state.selector.scoring,
+            "Selection: %s, keeping %s of every batch; %s%s",
+            config.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
             "" if state.chooser is None else ", chosen before loading",
         )  # fmt: skip
 

@@ -19,9 +19,10 @@ from dissect_clip.checkpoint import (
     goes_on_with_reference,
 )
 from dissect_clip.data import TrainData
-from dissect_clip.errors import Stopped, TrainingError
+from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder
+from dissect_clip.selection import Selector
 from dissect_clip.train import TrainState
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         columns=() if selector is None else selector.store.columns,
         score_refresh=config.score_refresh,
         select_before_load=config.select_before_load,
+        survey=() if selector is None else selector.survey,
     )
 
 
@@ -76,6 +78,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         state.scaler.load_state_dict(checkpoint.scaler)
     if state.selector is not None and checkpoint.scores is not None:
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
+        if checkpoint.state is not None and checkpoint.state.survey:
+            inform(state.selector, checkpoint.path, checkpoint.state.survey)
     _resume_reference(state, checkpoint)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
     if checkpoint.state is not None:
@@ -97,6 +101,19 @@ def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:
         reference.load(saved.weights)
     if reference.after is None and saved.digest != reference.digest:
         log.warning("The run goes on with another reference model than it had: --select-reference has other weights")
+
+
+def inform(selector: Selector, path: str, survey: tuple[float, ...]) -> None:
+    """Hand the strategy what it knew of the store; the checkpoint's scores are in place.
+
+    Raises:
+        SetupError: if these are not the numbers that it keeps.
+    """
+    fresh = selector.strategy.survey(selector.store.scores)
+    expected = 0 if fresh is None else len(fresh)
+    if len(survey) != expected:
+        raise SetupError(f"{path} holds {len(survey)} numbers about the whole data set, where {expected} are expected")
+    selector.inform(survey)
 
 
 def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:

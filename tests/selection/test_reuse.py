@@ -190,6 +190,14 @@ def test_a_share_too_small_for_a_pair_is_rounded_up_to_two():
     assert Known(known.strategy, 0.0).fresh(1, 1000) == 0
 
 
+def test_schedules_count_where_scores_are_used_again():
+    known = Known(STRATEGIES["clipscore"](make_config(epochs=8, select_rate_schedule="linear")), 0.2)
+    assert [known.kept(epoch, 10) for epoch in range(8)] == [10, 9, 8, 7, 6, 5, 4, 3]
+    assert [known.fresh(epoch, 10) for epoch in (0, 1)] == [0, 2]  # training alone gives the first scores
+    selector = make_selector("clipscore", epochs=8, select_rate_schedule="linear")
+    assert published(selector, epochs=8)(torch.arange(20), torch.ones(20, dtype=torch.bool), 4, 0).count == 12
+
+
 def test_a_sample_nothing_is_known_of_is_at_the_mean():
     known = Known(STRATEGIES["clipscore"](make_config()), 0.0)
     rows = torch.tensor([[1.0, 0], [torch.nan, torch.nan], [5.0, 0]])

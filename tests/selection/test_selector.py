@@ -21,7 +21,7 @@ SAMPLES, N = 40, 10
 
 
 def make_selector(name: str, world: World | None = None, rate: float = 0.3, **changes: object) -> Selector:
-    settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate} | changes
+    settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate, "scan_warmup": 0} | changes
     if Needs.REFERENCE in STRATEGIES[name](Config()).needs:
         settings |= {"select_reference": "given"}
     config = Config(select=True, select_strategy=name, select_rate=rate, **settings)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_keeps_k_distinct_places(name, size):
     selector = make_selector(name)
     for epoch in (0, 1):
         index = selector.select(make_batch(torch.arange(size)), encode, epoch, epoch).index
-        assert len(index) == kept(0.3, size)
+        assert len(index) == kept(selector.strategy.rate(epoch), size)
         assert index.unique().numel() == len(index)
         assert (index.diff() > 0).all()
 

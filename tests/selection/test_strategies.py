@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dissect_clip.config import Config
+from dissect_clip.config import _ALONE, _SCORE_NOTHING, Config
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy
 from dissect_clip.selection.base import required
 from dissect_clip.selection.differential import differential
@@ -100,6 +100,32 @@ def test_is_pure(strategy):
 @pytest.mark.parametrize("epoch", [0, 9, 10, 11])
 def test_rate_is_a_share(strategy, epoch):
     assert 0 < strategy.rate(epoch) <= 1
+
+
+def test_the_command_line_knows_which_strategies_score_nothing_and_which_stand_alone():
+    strategies = {name: factory(make_config()) for name, factory in STRATEGIES.items()}
+    assert set(_SCORE_NOTHING) == {name for name, one in strategies.items() if one.needs is Needs.NOTHING}
+    alone = {name for name, one in strategies.items() if one.learns or one.weighs or one.as_a_set}
+    assert set(_ALONE) == alone | {"random"}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_full_epochs_end_the_run_and_schedules_go_to_the_select_rate(strategy, schedule):
+    config = dataclasses.replace(
+        strategy.config, epochs=20, select_full_last=0.1, select_rate_schedule=schedule, select_rate_start=0.9,
+        scan_warmup=2, scan_period=3, warmup_point=3,
+    )  # fmt: skip
+    strategy = type(strategy)(config)
+    rates = [strategy.rate(epoch) for epoch in range(20)]
+    assert rates[18:] == [1, 1]
+    assert rates[17] == pytest.approx(0.5)
+    assert max(rates[:18]) <= 1
+
+
+def test_a_warm_up_keeps_its_own_rate_and_a_schedule_begins_after_it():
+    changes = {"warmup_point": 3, "warmup_select_rate": 0.7, "select_rate_schedule": "linear", "epochs": 6}
+    strategy = STRATEGIES["warmup_base_sampling"](make_config(**changes))
+    assert [strategy.rate(epoch) for epoch in range(6)] == [0.7, 0.7, 0.7, 1.0, 0.75, 0.5]
 
 
 def test_has_a_line_for_help(strategy):

@@ -68,6 +68,7 @@ class DivBS(Strategy):
     """DivBS: pairs whose gradients span most of the batch's, counting what they share once"""
 
     needs = Needs.FEATURES
+    as_a_set = True
 
     def rank(self, candidates: Candidates) -> Tensor:
         if self.config.divbs_on == "features":

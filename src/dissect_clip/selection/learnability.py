@@ -26,11 +26,15 @@ class AgainstReference(Strategy):
     """Base of the strategies with a reference model; without ``--select-reference`` they warm up until there is one."""
 
     def _warms_up(self, epoch: int) -> bool:
-        return self.config.select_reference is None and epoch < self.config.warmup_point
+        return epoch < self.first_epoch
+
+    @property
+    def first_epoch(self) -> int:
+        return self.config.warmup_point if self.config.select_reference is None else 0
 
     def rate(self, epoch: int) -> float:
         warmup_rate = self.config.warmup_select_rate
-        return warmup_rate if self._warms_up(epoch) and warmup_rate is not None else self.config.select_rate
+        return warmup_rate if self._warms_up(epoch) and warmup_rate is not None else super().rate(epoch)
 
     def looks_at(self, epoch: int) -> Needs:
         return Needs.NOTHING if self._warms_up(epoch) else self.needs
@@ -117,6 +121,7 @@ class Jest(AgainstReference):
     """JEST: a sub-batch that is learnable as a whole, drawn in chunks by loss minus the loss of a reference model"""
 
     needs = Needs.FEATURES | Needs.REFERENCE
+    as_a_set = True
 
     def _rank(self, candidates: Candidates) -> Tensor:
         learnability = sigmoid_learnability if self.config.siglip else softmax_learnability

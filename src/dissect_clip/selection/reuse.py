@@ -174,7 +174,8 @@ class ReusingSelector(Selector):
             index = top_k(self.known.rank(candidates).where(usable, torch.nan), k, generator)
         if count > 0:
             index = replace_unusable(index, usable)
-        return Selection(index, candidates, fresh, rows, count)
+        weight = self.strategy.weights(candidates, index) if k < len(batch) else None
+        return Selection(index, candidates, fresh, rows, count, weight)
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Store the new scores, of the scoring pass and of the training pass. Collective: one all_gather.
