@@ -68,7 +68,7 @@ class Plan:
     def command(self, strategy: str, name: str) -> list[str]:
         """The command line of one rank."""
         chosen = ["--select", "--select-strategy", strategy, "--record"] if strategy != "none" else []
-        if strategy == "warmup_base_sampling":
+        if strategy in ("warmup_base_sampling", "learnability", "jest"):
             chosen += ["--warmup-point", "1"]
         if strategy == "scan":
             chosen += ["--scan-warmup", "0"]

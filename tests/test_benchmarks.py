@@ -48,6 +48,14 @@ def test_turns_are_taken_by_all(bench: Any):
     assert common.quartiles([5.0])["high"] == 5
 
 
+def test_choice_cost(bench: Any, capsys: pytest.CaptureFixture[str]):
+    choice_cost = bench("choice_cost")
+    choice_cost.main(["--sizes", "6", "9", "--features", "4", "--turns", "1"])
+    lines = printed(capsys)
+    assert [line["candidates"] for line in lines] == [6, 9]
+    assert all(set(line["milliseconds"]) == set(choice_cost.MODES) for line in lines)
+
+
 def test_step_cost(bench: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     step_cost, plot = bench("step_cost"), bench("plot")
     step_cost.main([*TINY, "--rates", "0.3", "1.0", "--cheap-flags", "--score-context-length 4"])

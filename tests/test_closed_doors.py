@@ -21,10 +21,11 @@ from toy import TEXT, VIT, make_config
 
 from dissect_clip import cli
 from dissect_clip.checkpoint import find_latest, load_checkpoint
+from dissect_clip.config import Config
 from dissect_clip.data.urls import expand
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.model import build_model
+from dissect_clip.model import build_model, build_reference_model
 
 PACKAGE = Path(cli.__file__).parent
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202e"
@@ -115,7 +116,12 @@ def write(path: Path, content: object, protocol: str) -> None:
         torch.save(content, path, _use_new_zipfile_serialization=protocol == "zip")
 
 
-@pytest.mark.parametrize("flag", ["pretrained", "distill_pretrained"])
+def build_both(config: Config) -> None:
+    model = build_model(config, World())
+    build_reference_model(config, World(), model.module, model.tokenizer)
+
+
+@pytest.mark.parametrize("flag", ["pretrained", "distill_pretrained", "select_reference"])
 @pytest.mark.parametrize("protocol", ["zip", "legacy", "plain"])
 def test_weights_run_nothing(tmp_path: Path, mark: Path, flag: str, protocol: str) -> None:
     path = tmp_path / "weights.pt"
@@ -124,7 +130,7 @@ def test_weights_run_nothing(tmp_path: Path, mark: Path, flag: str, protocol: st
     if flag == "distill_pretrained":
         changes["distill_model"] = "toy-vit"
     with pytest.raises(SetupError, match=r"could run code|cannot be built"):
-        build_model(make_config(tmp_path, **changes), World())
+        build_both(make_config(tmp_path, **changes))
 
 
 def test_numpy_weights_run_nothing(tmp_path: Path, mark: Path) -> None:

@@ -21,7 +21,7 @@ from dissect_clip.dist import World
 from dissect_clip.model import autocast_for, build_model
 from dissect_clip.scorer import Scorer
 from dissect_clip.selection import STRATEGIES, summaries
-from dissect_clip.selection.selector import kept
+from dissect_clip.selection.base import kept
 from dissect_clip.train import TrainState, train_epoch
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,8 +18,9 @@ LAYERS: list[set[str]] = [
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
     {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"}
-    | {"selection.combination", "selection.infobatch", "selection.scan"},
-    {"data.table", "data.webdataset", "selection.selector", "launch", "commands.results"},
+    | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"},
+    {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"}
+    | {"launch", "commands.results"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
     {"data", "data.benchmark", "record", "selection.chooser"},
     {"checkpoint", "evaluation.common", "selection"},

@@ -89,6 +89,10 @@ VARIANTS: list[dict[str, Any]] = [
 ONE_VARIANT: dict[str, dict[str, Any]] = {
     "infobatch": {"infobatch_prune_ratio": 0.9, "select_rate": None, "accum_freq": 2},
     "scan": {"epochs": 3},
+    "divbs": {"accum_freq": 2},
+    "learnability": {"dataset_resampled": True, "train_num_samples": 1000},
+    "jest": {},
+    "negcliploss": {},
     "clipscore:1+warmup_base_sampling:2": {"warmup_point": 1, "select_rate_schedule": "linear", "accum_freq": 2},
 }
 """Strategies that go through one variant of their own, since the machinery is that of the others."""

@@ -108,7 +108,7 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str):
     state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1)
     lines = train(state)
-    first = {"warmup_base_sampling": 4, "scan": 8}
+    first = {"warmup_base_sampling": 4, "learnability": 4, "jest": 4, "scan": 8}
     second = {"scan": 6}  # a quarter of the cycle's way from 8 to 2 of 8, rounded: 8 - 0.25 * 6
     assert state.counters.seen == 2 * STEPS * N
     assert state.counters.trained == STEPS * (first.get(name, 2) + second.get(name, 2))
@@ -351,11 +351,19 @@ def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
         assert saved == [step]
 
 
-@pytest.mark.parametrize("name", ["warmup_base_sampling", "infobatch", "scan", "clipscore:1+small_loss:2"])
+JOINT = {"divbs", "learnability", "jest", "negcliploss"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["warmup_base_sampling", "infobatch", "scan", "clipscore:1+small_loss:2", *sorted(JOINT)],
+)
 def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     """On a GPU every one of these would wait for the device."""
     state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.5, warmup_point=1)
-    state.counters.epoch = 1 if name == "scan" else 0
+    state.counters.epoch = 1 if name == "scan" or state.reference is not None else 0
+    if state.reference is not None:
+        state.reference.begin(1, state.module)
     (batch, *_) = MemoryData(state.world).loader
     train_step(state, [batch], PhaseClock(torch.device("cpu")))  # the optimizer makes its state in the first step
     state.optimizer = torch.optim.SGD(state.module.parameters(), lr=0.1)
@@ -398,6 +406,7 @@ RANK_VARIANTS: list[dict[str, Any]] = [
     {"select_strategy": "warmup_base_sampling", "warmup_point": 1, "precision": "amp"},
     {"select_strategy": "random", "ddp_static_graph": True},
     {"select_strategy": "clipscore", "model": "toy-rn"},
+    {"select_strategy": "jest", "warmup_point": 1, "siglip": True},
     {"select": False, "accum_freq": 3},
     {"select_strategy": "infobatch"},
     {"select_strategy": "infobatch", "infobatch_prune_ratio": 0.9, "accum_freq": 3, "local_loss": True},

@@ -36,12 +36,13 @@ from dissect_clip.loss import SampleLoss, build_loss
 from dissect_clip.model import Model, RunningBuffers, autocast_for, build_model, wrap_model
 from dissect_clip.optim import build_optimizer, build_scaler
 from dissect_clip.record import NullRecorder, Recorder
+from dissect_clip.reference import Reference, build_reference
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.saving import Saver, restore
 from dissect_clip.schedule import learning_rate
 from dissect_clip.scorer import build_scorer
-from dissect_clip.selection import build_chooser, build_selector, summaries
+from dissect_clip.selection import Needs, build_chooser, build_selector, summaries
 from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog
 from dissect_clip.train import Counters, Tally, TrainState, train_epoch
@@ -202,6 +203,10 @@ def build_state(
             f"--score-keep-locked: no tower of --model {config.model} is locked as a whole and the same in training "
             "as in scoring. Unlocked layers, BatchNorm that is not frozen, dropout and other --score flags prevent it"
         )
+    reference: Reference | None = None
+    if selector is not None and Needs.REFERENCE in selector.strategy.needs:
+        reference = build_reference(config, world, module, autocast, model.tokenizer)
+        selector.reference = reference
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.record and selector is not None and folder is not None:
         remembers = selector.strategy.remembers
@@ -227,6 +232,7 @@ def build_state(
         skip_log=SkipLog(folder.skipped if folder else None, world),
         tally=Tally(world.device),
         chooser=chooser,
+        reference=reference,
         folder=folder.path if folder else None,
     )
 

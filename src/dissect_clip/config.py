@@ -273,12 +273,13 @@ class Config:
         10,
         "warmup_base_sampling: epochs of uniform sampling before selection starts; the scores of the last one are the "
         "reference. End it where captions that fit score clearly higher than captions that do not, after some 3 to 6 "
-        "passes of samples really trained on: too early ranks backwards",
+        "passes of samples really trained on: too early ranks backwards. learnability, jest without "
+        "--select-reference: the model after those epochs is the reference",
         within=NOT_NEGATIVE,
     )
     warmup_select_rate: float | None = setting(
         None,
-        "warmup_base_sampling: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
+        "with --warmup-point: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
         "trains on all of it, costs more and often selects better)",
         within=FRACTION,
     )
@@ -286,6 +287,40 @@ class Config:
         0.9,
         "historical_base_sampling: weight of the remembered score in its moving average",
         within=Range(at_least=0, at_most=1),
+    )
+    select_reference: str | None = setting(
+        None,
+        "learnability, jest: the reference model's weights, a file or a tag that OpenCLIP knows (default: the run's "
+        "own model as it is after --warmup-point epochs of uniform sampling)",
+    )
+    select_reference_model: str | None = setting(
+        None, "with --select-reference: the name of its architecture (default: --model)"
+    )
+    jest_chunks: int = setting(16, "jest: in how many parts the pairs are drawn, each given those before", within=COUNT)
+    jest_gain: float = setting(
+        1.0,
+        "jest: factor of the scores that are drawn by; the larger, the closer to --jest-deterministic",
+        within=POSITIVE,
+    )
+    jest_deterministic: bool = setting(False, "jest: take the best of each part instead of drawing")
+    divbs_on: str = setting(
+        "gradients",
+        "divbs: what is to be spanned, the gradients of the loss with respect to the features, or the features",
+        choices=("gradients", "features"),
+    )
+    divbs_greedy: str = setting(
+        "simplified",
+        "divbs: how a pick is found; exact maximises the objective, simplified leaves the candidates' lengths in",
+        choices=("simplified", "exact"),
+    )
+    negcliploss_batches: int = setting(
+        10, "negcliploss: over how many random partitions of the batch the normaliser is averaged", within=COUNT
+    )
+    negcliploss_batch_size: int | None = setting(
+        None, "negcliploss: pairs in each part of a partition (default: as many as are trained on)", within=COUNT
+    )
+    negcliploss_temperature: float | None = setting(
+        None, "negcliploss: temperature of the normaliser (default: the model's own, learned)", within=POSITIVE
     )
     infobatch_prune_ratio: float | None = setting(
         None,
@@ -463,6 +498,16 @@ ADDED: dict[str, str] = {
     "warmup_select_rate": "online sample selection",
     "select_momentum": "online sample selection",
     "select_score_mode": "online sample selection",
+    "select_reference": "selection with a reference model",
+    "select_reference_model": "selection with a reference model",
+    "jest_chunks": "joint selection",
+    "jest_gain": "joint selection",
+    "jest_deterministic": "joint selection",
+    "divbs_on": "joint selection",
+    "divbs_greedy": "joint selection",
+    "negcliploss_batches": "selection by a normalised score",
+    "negcliploss_batch_size": "selection by a normalised score",
+    "negcliploss_temperature": "selection by a normalised score",
     "select_preset": "cheaper selection",
     "score_refresh": "cheaper selection",
     "select_before_load": "cheaper selection",
@@ -504,7 +549,25 @@ _ONLY_WITH_SELECT = (
     "select_rate_schedule", "select_rate_start", "select_full_last", "select_rescale",
     "infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant",
     *_SHORTCUTS, "record",
+    "select_reference", "select_reference_model", "jest_chunks", "jest_gain", "jest_deterministic", "divbs_on",
+    "divbs_greedy", "negcliploss_batches", "negcliploss_batch_size", "negcliploss_temperature",
 )  # fmt: skip
+
+_WITH_REFERENCE = ("learnability", "jest")
+
+_ONLY_WITH_STRATEGY = {
+    "select_reference": _WITH_REFERENCE,
+    "select_reference_model": _WITH_REFERENCE,
+    "jest_chunks": ("jest",),
+    "jest_gain": ("jest",),
+    "jest_deterministic": ("jest",),
+    "divbs_on": ("divbs",),
+    "divbs_greedy": ("divbs",),
+    "negcliploss_batches": ("negcliploss",),
+    "negcliploss_batch_size": ("negcliploss",),
+    "negcliploss_temperature": ("negcliploss",),
+}
+"""Settings that mean something with these strategies alone."""
 
 _SCORE_NOTHING = ("random", "infobatch", "scan")
 """Strategies without a scoring pass."""
@@ -700,6 +763,7 @@ def contradictions(config: Config) -> Iterator[str]:
     """What cannot mean anything in a combination of settings, a line each; each names the flags and a way out."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     strategies = tuple(parse_strategy(config.select_strategy))
+    warming = _warming_up(config, strategies)
     if not config.select:
         for name in _ONLY_WITH_SELECT:
             if getattr(config, name) != defaults[name]:
@@ -707,13 +771,17 @@ def contradictions(config: Config) -> Iterator[str]:
                 yield f"{flag} needs --select (with --select-rate 1.0 every sample is trained on)"
     elif not config.trains:
         yield "--select needs training data: give --train-data"
-    elif "warmup_base_sampling" in strategies and 0 < config.epochs <= config.warmup_point:
+    elif warming and 0 < config.epochs <= config.warmup_point:
         yield (
             f"--warmup-point {config.warmup_point} leaves no epoch of --epochs {config.epochs} for selection: "
             "make it smaller, or train longer"
         )
     elif "warmup_base_sampling" in strategies and config.warmup_point == 0:
         yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
+    elif warming and config.warmup_point == 0:
+        yield f"--warmup-point 0 leaves {warming[0]} without a reference: give at least 1, or --select-reference"
+    if config.select:
+        yield from _reference_contradictions(config, strategies)
     if config.score_keep_locked and not (config.lock_image or config.lock_text):
         yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
     if config.score_keep_locked and (config.select_preset == "fast" or config.score_refresh not in (None, 1)):
@@ -723,8 +791,10 @@ def contradictions(config: Config) -> Iterator[str]:
             "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
             "--select-preset fast, cannot choose ahead of time: leave one of them out (--score-refresh alone works)"
         )
-    if config.warmup_select_rate is not None and strategies[0] != "warmup_base_sampling":
-        yield f"--warmup-select-rate has no meaning with --select-strategy {config.select_strategy}: leave it out"
+    if config.warmup_select_rate is not None and strategies[0] not in warming:
+        given = "" if config.select_reference is None else " and --select-reference"
+        chosen = f"--select-strategy {config.select_strategy}{given}"
+        yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
     if config.select and set(strategies) <= set(_SCORE_NOTHING):
         for name in _SHORTCUTS:
             if getattr(config, name) != defaults[name]:
@@ -781,6 +851,26 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} needs a run folder: leave --logs none out"
 
 
+def _warming_up(config: Config, strategies: Sequence[str]) -> tuple[str, ...]:
+    """Those of the strategies that sample uniformly for ``--warmup-point`` epochs, and need what these give them."""
+    own_reference = _WITH_REFERENCE if config.select_reference is None else ()
+    return tuple(name for name in strategies if name == "warmup_base_sampling" or name in own_reference)
+
+
+def _reference_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
+    """Those of the settings of strategies that look at features or at a reference model."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, owners in _ONLY_WITH_STRATEGY.items():
+        if getattr(config, name) != defaults[name] and not set(owners) & set(strategies):
+            flag = "--" + name.replace("_", "-")
+            owner = " or ".join(owners)
+            yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
+    if config.select_reference_model is not None and config.select_reference is None:
+        yield "--select-reference-model needs --select-reference: give the weights"
+    if config.jest_deterministic and config.jest_gain != defaults["jest_gain"]:
+        yield "--jest-gain has no meaning with --jest-deterministic, which draws nothing: leave it out"
+
+
 def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
     """Those of the settings that say how much is trained on when; ``strategies`` are those that are combined."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -808,7 +898,7 @@ def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[
                 f"--select-full-last {config.select_full_last:g} is less than half an epoch of --epochs "
                 f"{config.epochs}: make it larger, or leave it out"
             )
-        warm = config.warmup_point if "warmup_base_sampling" in strategies else 0
+        warm = config.warmup_point if _warming_up(config, strategies) else 0
         if full > 0 and full + warm >= config.epochs:
             yield (
                 f"--select-full-last {config.select_full_last:g} leaves no epoch of --epochs {config.epochs} for "

@@ -11,10 +11,12 @@ from dissect_clip.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     RunState,
+    SavedReference,
     Shards,
     changed_settings,
     check_fits,
     checkpoint_content,
+    goes_on_with_reference,
 )
 from dissect_clip.data import TrainData
 from dissect_clip.errors import SetupError, Stopped, TrainingError
@@ -66,6 +68,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         strategy=now.strategy,
         columns=now.columns,
         shards=Shards(data.shard_names, data.shard_sizes),
+        reference_after=None if state.reference is None else state.reference.after,
     )
     state.module.load_state_dict(checkpoint.state_dict)
     state.buffers.remember()
@@ -77,6 +80,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
         if checkpoint.state is not None and checkpoint.state.survey:
             inform(state.selector, checkpoint.path, checkpoint.state.survey)
+    _resume_reference(state, checkpoint)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
     if checkpoint.state is not None:
         changes = changed_settings(checkpoint.state, now)
@@ -86,6 +90,17 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
             log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
     inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
     log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
+
+
+def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:
+    """The reference model that the run had, unless its weights are those of a file."""
+    reference, saved = state.reference, checkpoint.reference
+    if reference is None or saved is None:
+        return
+    if saved.weights is not None and goes_on_with_reference(checkpoint, reference.after):
+        reference.load(saved.weights)
+    if reference.after is None and saved.digest != reference.digest:
+        log.warning("The run goes on with another reference model than it had: --select-reference has other weights")
 
 
 def inform(selector: Selector, path: str, survey: tuple[float, ...]) -> None:
@@ -180,6 +195,7 @@ class Saver:
             state=run_state(state, self.data),
             loader=loader,
             shards=Shards(self.data.shard_names, self.data.shard_sizes),
+            reference=None if state.reference is None else SavedReference(*state.reference.saved()),
         )
         self.writer.save(
             epoch=state.counters.epoch,

@@ -34,6 +34,7 @@ from dissect_clip.loss import weighted_loss
 from dissect_clip.model import Autocast, RunningBuffers
 from dissect_clip.optim import optimizer_step, set_learning_rate
 from dissect_clip.record import NullRecorder, Recorder
+from dissect_clip.reference import Reference
 from dissect_clip.schedule import Schedule
 from dissect_clip.scorer import Scorer
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
@@ -113,6 +114,7 @@ class TrainState:
     skip_log: SkipLog
     tally: Tally
     chooser: Chooser | None
+    reference: Reference | None  # only with strategies that need one
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last begun
@@ -311,6 +313,8 @@ def train_epoch(
     clock = PhaseClock(state.world.device)
     if state.chooser is not None and state.selector is not None:
         state.chooser.publish(state.selector.store.scores)
+    if state.reference is not None:
+        state.reference.begin(counters.epoch, state.module)
     window = Window(state, data, steps, clock)
     signal = None
     with Progress(state.world, steps, f"Epoch {counters.epoch}", initial=first) as progress:

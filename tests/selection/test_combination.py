@@ -46,6 +46,16 @@ def test_the_rank_is_the_weighted_sum_of_the_positions():
     torch.testing.assert_close(strategy.rank(candidates), 0.7 * first + 0.3 * second)
 
 
+def test_of_a_strategy_that_chooses_a_set_the_order_of_its_picks_counts():
+    candidates = make_candidates(memory=torch.linspace(10, 60, 8)[:, None])
+    strategy = make_strategy("warmup_base_sampling:0.7+divbs:0.3")
+    delta = 100 * candidates.similarity.clamp(min=0) - candidates.memory[:, 0]
+    picks = STRATEGIES["divbs"](strategy.config).rank(candidates)
+    expected = 0.7 * delta.argsort().argsort() / 7 + 0.3 * picks.argsort().argsort() / 7
+    torch.testing.assert_close(strategy.rank(candidates), expected)
+    assert strategy.needs == Needs.SCORE | Needs.FEATURES
+
+
 def test_it_needs_what_any_needs_and_remembers_what_all_remember():
     strategy = make_strategy(BOTH + "+small_loss:2")
     assert strategy.needs == Needs.SCORE | Needs.LOSS

@@ -30,6 +30,11 @@ def make_candidates(epoch: int = 20, columns: int = 1, seed: int = 0, **parts: o
         "loss": torch.rand(N, generator=random),
         "image_features": features[0],
         "text_features": features[1],
+        "logit_scale": torch.tensor(5.0),
+        "reference_loss": torch.rand(N, generator=random),
+        "reference_image_features": features[1],
+        "reference_text_features": features[0].roll(1, 0),
+        "reference_logit_scale": torch.tensor(7.0),
     }
     return Candidates(**(defaults | parts))  # type: ignore[arg-type]
 
@@ -63,18 +68,30 @@ def test_looks_only_at_what_it_needs(strategy):
         loss=everything.loss if Needs.LOSS in needs else None,
         image_features=everything.image_features if Needs.FEATURES in needs else None,
         text_features=everything.text_features if Needs.FEATURES in needs else None,
+        reference_loss=everything.reference_loss if Needs.REFERENCE | Needs.LOSS in needs else None,
+        reference_image_features=everything.reference_image_features
+        if Needs.REFERENCE | Needs.FEATURES in needs
+        else None,
+        reference_text_features=everything.reference_text_features
+        if Needs.REFERENCE | Needs.FEATURES in needs
+        else None,
+        reference_logit_scale=everything.reference_logit_scale if Needs.REFERENCE in needs else None,
     )
-    assert torch.equal(strategy.rank(everything), strategy.rank(bare))
+    first = strategy.rank(everything)
+    everything.generator.manual_seed(0)  # both have the same
+    assert torch.equal(first, strategy.rank(bare))
 
 
 def test_is_pure(strategy):
     candidates = make_candidates(columns=len(strategy.remembers))
     before = {
         name: value.clone()
-        for name in ("memory", "similarity", "loss")
+        for name in ("memory", "similarity", "loss", "image_features", "text_features", "reference_loss")
         if (value := getattr(candidates, name)) is not None
     }
-    assert torch.equal(strategy.rank(candidates), strategy.rank(candidates))
+    first = strategy.rank(candidates)
+    candidates.generator.manual_seed(0)
+    assert torch.equal(first, strategy.rank(candidates))
     strategy.remember(candidates)
     for name, value in before.items():
         assert torch.equal(getattr(candidates, name).nan_to_num(7), value.nan_to_num(7))

@@ -11,12 +11,15 @@ from collections.abc import Callable
 from dissect_clip.config import Config, parse_strategy
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
+from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLoss
 from dissect_clip.selection.chooser import Chooser
 from dissect_clip.selection.combination import Combination
 from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
+from dissect_clip.selection.divbs import DivBS
 from dissect_clip.selection.infobatch import InfoBatch
+from dissect_clip.selection.learnability import Jest, Learnability
+from dissect_clip.selection.negcliploss import NegCLIPLoss
 from dissect_clip.selection.reuse import Known, ReusingSelector
 from dissect_clip.selection.scan import Scan
 from dissect_clip.selection.selector import SampleLoss, Selector
@@ -34,6 +37,10 @@ STRATEGIES: dict[str, Callable[[Config], Strategy]] = {
     "random": Random,
     "historical_base_sampling": MomentumDifferential,
     "warmup_base_sampling": WarmupDifferential,
+    "divbs": DivBS,
+    "learnability": Learnability,
+    "jest": Jest,
+    "negcliploss": NegCLIPLoss,
     "infobatch": InfoBatch,
     "scan": Scan,
 }
@@ -70,13 +77,18 @@ def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, wo
     """The selector that the settings ask for, with an empty store; None without ``--select``.
 
     Raises:
-        SetupError: if the strategy cannot do with scores of earlier steps, where these are asked for, or with the
-            loss of the run, or in a combination.
+        SetupError: if the strategy cannot do with scores of earlier steps, or before loading, where it is asked to, or
+            with the loss of the run, or in a combination.
     """
     if not config.select:
         return None
     strategy = build_strategy(config)
     _check_loss(config, strategy)
+    if config.select_before_load and strategy.needs & ~REUSABLE:
+        raise SetupError(
+            f"--select-before-load chooses before samples are decoded, but --select-strategy {config.select_strategy} "
+            "looks at their features or at a reference model: leave it out, with --score-refresh and --select-preset"
+        )
     if strategy.needs is Needs.NOTHING or config.score_refresh in (None, 1):
         store = ScoreStore(num_samples, strategy.remembers, world)
         return Selector(

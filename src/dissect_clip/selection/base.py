@@ -1,6 +1,6 @@
 """What a strategy is: a pure function from what is known about a batch to an order of its samples.
 
-Shapes: N pairs of this rank, K kept, C columns that the strategy remembers, D features.
+Shapes: N pairs of this rank, K kept, C columns that the strategy remembers, D features, R of the reference model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Needs(Flag):
     """What a strategy looks at, and so what the scoring pass computes. NOTHING means there is no scoring pass.
 
     SCORE is how well a pair matches, and may come from an earlier step where the run says so; SIMILARITY is the cosine
-    of this step.
+    of this step. REFERENCE is the same of a second, frozen model: its loss with LOSS, its features with FEATURES.
     """
 
     NOTHING = 0
@@ -31,6 +31,7 @@ class Needs(Flag):
     LOSS = auto()
     FEATURES = auto()
     SCORE = auto()
+    REFERENCE = auto()
 
 
 REUSABLE = Needs.SCORE | Needs.LOSS
@@ -49,6 +50,13 @@ class Candidates:
     image_features: Tensor | None = None  # [N, D] float32, unit norm
     text_features: Tensor | None = None  # [N, D] float32, unit norm
     reused: Tensor | None = None  # [N] float32, scores that need not be of this step, as z; NaN = never scored
+    logit_scale: Tensor | None = None  # scalar float32, the factor of the cosines in the loss; where pairs were scored
+    logit_bias: Tensor | None = None  # scalar float32, SigLIP only
+    reference_loss: Tensor | None = None  # [N] float32, as ``loss``, under the reference model
+    reference_image_features: Tensor | None = None  # [N, R] float32, unit norm, under the reference model
+    reference_text_features: Tensor | None = None  # [N, R] float32, unit norm, under the reference model
+    reference_logit_scale: Tensor | None = None  # scalar float32
+    reference_logit_bias: Tensor | None = None  # scalar float32, SigLIP only
 
     @property
     def score(self) -> Tensor | None:
@@ -129,6 +137,10 @@ class Strategy:
         """Whether this epoch may leave samples out, as far as that is known before it."""
         return self.rate(epoch) < 1
 
+    def looks_at(self, epoch: int) -> Needs:
+        """The part of ``needs`` that is used in this epoch (0-based)."""
+        return self.needs
+
     def rank(self, candidates: Candidates) -> Tensor:
         """[N] float, the largest are trained on. Ties are broken at random, NaN is chosen last."""
         raise NotImplementedError
@@ -153,6 +165,20 @@ class Strategy:
         return self
 
 
+def kept(rate: float, size: int) -> int:
+    """K, how many of ``size`` samples a rate in (0, 1] keeps: rounded, at least 1."""
+    return max(1, round(rate * size))
+
+
+def in_order(chosen: Tensor, others: Tensor) -> Tensor:
+    """A rank [N] of what was chosen one after the other: places ``chosen`` [K] int64, the first the highest.
+
+    Below them the others, by ``others`` [N], of which the values of the chosen do not matter; all finite.
+    """
+    below = others.float() - others.max() - 1
+    return below.scatter(0, chosen, torch.arange(len(chosen), 0, -1, device=below.device, dtype=below.dtype))
+
+
 def required(part: T | None) -> T:
     """A part of the candidates that the strategy declared in ``needs``, and so is there."""
     assert part is not None, "the strategy uses a part of the candidates that its `needs` does not declare"
@@ -162,8 +188,3 @@ def required(part: T | None) -> T:
 def clip_score(similarity: Tensor) -> Tensor:
     """CLIPScore, ``max(100 * cos, 0)`` in score points, [N] in 0..100 (Zhao et al., 2025, section 3)."""
     return (100 * similarity).clamp(min=0)
-
-
-def kept(rate: float, size: int) -> int:
-    """K, how many of ``size`` samples a rate in (0, 1] keeps: rounded, at least 1."""
-    return max(1, round(rate * size))

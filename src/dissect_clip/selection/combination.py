@@ -58,6 +58,9 @@ class Combination(Strategy):
     def rate(self, epoch: int) -> float:
         return self.members[0].rate(epoch)
 
+    def looks_at(self, epoch: int) -> Needs:
+        return functools.reduce(operator.or_, (strategy.looks_at(epoch) for strategy in self.members), Needs.NOTHING)
+
     def _views(self, candidates: Candidates) -> list[Candidates]:
         """The candidates as each strategy is to see them, with its own columns."""
         parts = candidates.memory.split([len(strategy.remembers) for strategy in self.members], dim=1)  # type: ignore[no-untyped-call]

@@ -74,7 +74,8 @@ class Known:
             config = self.strategy.config
             raise SetupError(
                 f"--score-refresh {config.score_refresh:g} ranks by scores of earlier steps, but --select-strategy "
-                f"{config.select_strategy} looks at more than scores: leave --score-refresh and --select-preset out"
+                f"{config.select_strategy} looks at more than scores, at features or at a reference model: leave "
+                "--score-refresh and --select-preset out"
             )
 
     @property

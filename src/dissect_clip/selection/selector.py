@@ -71,12 +71,16 @@ class Selector:
         self.keep_locked = keep_locked
         self.not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
         """Samples of this rank whose scores were not finite, on the device; the training loop sets it back."""
+        self.reference: Encode | None = None
+        """The scoring pass of the reference model; there is one where the strategy needs it."""
         self.survey: tuple[float, ...] = ()
         """What the strategy knows of the whole store since the epoch began; the same on all ranks."""
 
     @property
     def scoring(self) -> str:
         """What is scored, for the log."""
+        if Needs.REFERENCE in self.strategy.needs:
+            return "every sample is scored by two models in every step after the warm-up, if there is one"
         return "nothing is scored" if self.strategy.needs is Needs.NOTHING else "every sample is scored in every step"
 
     def begin_epoch(self) -> None:
@@ -100,31 +104,59 @@ class Selector:
         """Whether this epoch needs a scoring pass: not when everything is kept and nothing will be read back."""
         if self.strategy.needs is Needs.NOTHING:
             return False
-        return self.strategy.rate(epoch) < 1 or self.always_score or self._matters_later(epoch)
+        if self.always_score or self._matters_later(epoch):
+            return True
+        return self.strategy.rate(epoch) < 1 and self.strategy.looks_at(epoch) is not Needs.NOTHING
 
     def _score(
         self, batch: Batch, encode: Encode, epoch: int, generator: torch.Generator
     ) -> tuple[Candidates, Encoded]:
         """The scoring pass, and what the strategy needs of it."""
-        needs = self.strategy.needs
+        needs = self.strategy.looks_at(epoch)
         with torch.no_grad():
             encoded = encode(batch)
-            image, text = encoded.image_features, encoded.text_features
-            similarity = (image * text).sum(dim=1)
-            finite = similarity.isfinite()[:, None]
-            image, text = image.where(finite, 0), text.where(finite, 0)  # they would spoil the losses of all others
+            reference = required(self.reference)(batch) if Needs.REFERENCE in needs else None
+            similarity = (encoded.image_features * encoded.text_features).sum(dim=1)
+            if reference is not None:
+                finite = (reference.image_features * reference.text_features).sum(dim=1).isfinite()
+                similarity = similarity.where(finite, torch.nan)
+            finite = similarity.isfinite()
+            image, text, loss = self._parts(encoded, finite, needs)
             candidates = Candidates(
                 epoch=epoch,
                 generator=generator,
                 memory=self.store.read(batch.sample_id),
                 similarity=similarity,
-                loss=self.sample_loss(image, text, encoded.logit_scale, encoded.logit_bias)
-                if Needs.LOSS in needs
-                else None,
-                image_features=image if Needs.FEATURES in needs else None,
-                text_features=text if Needs.FEATURES in needs else None,
+                loss=loss,
+                image_features=image,
+                text_features=text,
+                logit_scale=encoded.logit_scale,
+                logit_bias=encoded.logit_bias,
             )
+            if reference is not None:
+                image, text, loss = self._parts(reference, finite, needs)
+                candidates = dataclasses.replace(
+                    candidates,
+                    reference_loss=loss,
+                    reference_image_features=image,
+                    reference_text_features=text,
+                    reference_logit_scale=reference.logit_scale,
+                    reference_logit_bias=reference.logit_bias,
+                )
         return candidates, encoded
+
+    def _parts(
+        self, encoded: Encoded, finite: Tensor, needs: Needs
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Features of images and texts, and losses, as far as they are needed; of pairs that are ``finite`` [N].
+
+        The features of the others are 0: they would spoil the losses of all.
+        """
+        image, text = (part.where(finite[:, None], 0) for part in (encoded.image_features, encoded.text_features))
+        loss = None
+        if Needs.LOSS in needs:
+            loss = self.sample_loss(image, text, encoded.logit_scale, encoded.logit_bias)
+        return (image, text, loss) if Needs.FEATURES in needs else (None, None, loss)
 
     def select(self, batch: Batch, encode: Encode, epoch: int, step: int) -> Selection:
         """The K pairs of this rank's batch to train on.
@@ -198,4 +230,6 @@ class Selector:
 def _usable(candidates: Candidates) -> Tensor:
     """[N] bool, whether the scores that were taken are finite."""
     usable = required(candidates.similarity).isfinite()
-    return usable if candidates.loss is None else usable & candidates.loss.isfinite()
+    for loss in (candidates.loss, candidates.reference_loss):
+        usable = usable if loss is None else usable & loss.isfinite()
+    return usable
