@@ -446,6 +446,11 @@ class Config:
         return self.train_data is not None or self.dataset_type == "synthetic"
 
     @property
+    def warms_up(self) -> bool:
+        """Whether selection begins after ``--warmup-point`` epochs of uniform sampling."""
+        return self.select and bool(_warming_up(self, tuple(parse_strategy(self.select_strategy))))
+
+    @property
     def writes_logs(self) -> bool:
         """Whether the run has a folder."""
         return self.logs.lower() != "none"

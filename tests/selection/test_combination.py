@@ -49,7 +49,7 @@ def test_the_rank_is_the_weighted_sum_of_the_positions():
 def test_of_a_strategy_that_chooses_a_set_the_order_of_its_picks_counts():
     candidates = make_candidates(memory=torch.linspace(10, 60, 8)[:, None])
     strategy = make_strategy("warmup_base_sampling:0.7+divbs:0.3")
-    delta = 100 * candidates.similarity.clamp(min=0) - candidates.memory[:, 0]
+    delta = candidates.memory[:, 0] - 100 * candidates.similarity.clamp(min=0)
     picks = STRATEGIES["divbs"](strategy.config).rank(candidates)
     expected = 0.7 * delta.argsort().argsort() / 7 + 0.3 * picks.argsort().argsort() / 7
     torch.testing.assert_close(strategy.rank(candidates), expected)
