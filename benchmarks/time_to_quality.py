@@ -50,6 +50,8 @@ MODES: dict[str, tuple[str, ...]] = {
     "random": (*_SELECT, "random"),
     "random, equal pairs": ("--select", "--select-rate", "{equal_rate}", "--select-strategy", "random"),
     "exact": _DISSECT,
+    "train mode": (*_DISSECT, "--select-score-mode", "train"),
+    "all negatives": (*_DISSECT, "--select-score-mode", "train", "--select-negatives", "all"),
     "cheap": (*_DISSECT, "--score-context-length", "16"),
     "refresh 0.2": (*_DISSECT, "--score-refresh", "0.2"),
     "refresh 0.1": (*_DISSECT, "--score-refresh", "0.1"),

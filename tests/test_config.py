@@ -447,6 +447,23 @@ CONTRADICTIONS = {
         "--select --select-strategy random --score-patch-dropout 0.5",
         "--score-patch-dropout has no meaning with --select-strategy random",
     ),
+    "all negatives without selection": ("--select-negatives all", "--select-negatives needs --select"),
+    "all negatives without a scoring pass": (
+        "--select --select-strategy random --select-negatives all",
+        "--select-negatives all needs a scoring pass: --select-strategy random has none",
+    ),
+    "all negatives and scores of earlier steps": (
+        "--select --select-negatives all --select-preset fast",
+        "--select-negatives all needs a scoring pass over the whole batch",
+    ),
+    "all negatives and accumulation": (
+        "--select --select-negatives all --accum-freq 2",
+        "--select-negatives all cannot be combined with --accum-freq above 1",
+    ),
+    "all negatives and another loss": (
+        "--select --select-negatives all --siglip",
+        "--select-negatives all works with the CLIP loss only",
+    ),
     "score mode without selection": ("--select-score-mode train", "--select-score-mode needs --select"),
     "record without selection": ("--record", "--record needs --select"),
     "no epoch left after the warm-up": ("--select --epochs 10", "--warmup-point 10 leaves no epoch of --epochs 10"),

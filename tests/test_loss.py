@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from toy import make_config
 
 from dissect_clip.dist import World
-from dissect_clip.loss import SampleLoss, build_loss, weighted_loss
+from dissect_clip.loss import SampleLoss, build_loss, loss_against_all, weighted_loss
 
 SCALE, BIAS = torch.tensor(7.0), torch.tensor(-3.0)
 
@@ -136,3 +136,45 @@ def test_weighted_loss_on_two_ranks(tmp_path: Path):
         if "gather_with_grad" in mode or "siglip" in mode:
             both = torch.cat([torch.tensor(rank[name][0][1]) for rank in (first, second)], dim=1)
             torch.testing.assert_close(both / 2, torch.tensor(gradients(expected, image, text)), msg=name)
+
+
+# ---- against all pairs
+
+
+def _against_all_on_rank(world: World) -> tuple[float, list[list[list[float]]]]:
+    """Value and gradients of two pairs a rank, against all of these and the last two of six, shared out."""
+    mine = slice(2 * world.rank, 2 * world.rank + 2)
+    image, text = (part[mine].clone().requires_grad_() for part in features(6))
+    others = torch.cat(features(6), dim=1)[4:].tensor_split(world.size)[world.rank]
+    losses = loss_against_all(world, others, image_features=image, text_features=text, logit_scale=SCALE)
+    value = losses["contrastive_loss"]
+    return value.item(), gradients(value, image, text)
+
+
+def anchored_by_hand(count: int, others: list[int]) -> tuple[torch.Tensor, list[list[list[float]]]]:
+    """The loss of the first ``count`` of six pairs against each other and ``others``; only anchors move."""
+    image, text = (part.clone().requires_grad_() for part in features(6))
+    total = torch.zeros(())
+    rows = [*range(count), *others]
+    for i in range(count):
+        by_image = SCALE * torch.stack([image[i] @ text[j].detach() for j in rows])
+        by_text = SCALE * torch.stack([text[i] @ image[j].detach() for j in rows])
+        total = total + (by_image.logsumexp(0) - by_image[i] + by_text.logsumexp(0) - by_text[i]) / 2
+    loss = total / count
+    return loss, gradients(loss, image, text)
+
+
+def test_loss_against_all_by_hand():
+    value, found = _against_all_on_rank(World())
+    expected, gradient = anchored_by_hand(2, [4, 5])
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(gradient)[:, :2])
+
+
+@pytest.mark.dist
+def test_loss_against_all_is_that_of_all_ranks_together():
+    results = run_on_ranks(2, _against_all_on_rank)
+    expected, gradient = anchored_by_hand(4, [4, 5])
+    assert sum(value for value, _ in results) / 2 == pytest.approx(expected.item(), rel=1e-5)
+    both = torch.cat([torch.tensor(found) for _, found in results], dim=1)
+    torch.testing.assert_close(both / 2, torch.tensor(gradient)[:, :4])

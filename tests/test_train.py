@@ -122,7 +122,7 @@ def test_rate_one_is_training_without_selection_bit_for_bit(tmp_path: Path, name
     plain = make_state(tmp_path, force_patch_dropout=0.5)
     everything = make_state(
         tmp_path, force_patch_dropout=0.5, select=True, select_strategy=name, select_rate=1.0, warmup_select_rate=1.0,
-        select_score_mode=mode,
+        select_score_mode=mode, select_negatives="all",
     )  # fmt: skip
     losses = [[line["loss"] for line in train(state)] for state in (plain, everything)]
     assert losses[0] == losses[1]
@@ -160,6 +160,9 @@ VARIANTS: list[dict[str, Any]] = [
     {"opt": "timm/lamb", "beta1": None, "beta2": None},
     {"skip_scheduler": True},
     {"select_score_mode": "train"},
+    {"select_negatives": "all"},
+    {"select_negatives": "all", "precision": "pure_bf16"},
+    {"select_negatives": "all", "model": "toy-rn", "select_score_mode": "train", "precision": "amp"},
     pytest.param({"torchcompile": True}, marks=pytest.mark.slow),
 ]
 
@@ -360,7 +363,10 @@ JOINT = {"divbs", "learnability", "jest", "negcliploss"}
 )
 def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     """On a GPU every one of these would wait for the device."""
-    state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.5, warmup_point=1)
+    negatives = "selected" if name in ("infobatch", "scan") else "all"
+    state = make_state(
+        tmp_path, select=True, select_strategy=name, select_rate=0.5, warmup_point=1, select_negatives=negatives
+    )
     state.counters.epoch = 1 if name == "scan" or state.reference is not None else 0
     if state.reference is not None:
         state.reference.begin(1, state.module)

@@ -344,6 +344,12 @@ class Config:
         "mode of the model while it scores; train keeps dropout and batch statistics on",
         choices=("eval", "train"),
     )
+    select_negatives: str = setting(
+        "selected",
+        "what the selected pairs are told apart from: selected is each other; all is also the pairs that were not "
+        "selected, by the features of the scoring pass. Where the model has BatchNorm, with --select-score-mode train",
+        choices=("selected", "all"),
+    )
     score_keep_locked: bool = setting(
         False,
         "with a tower that is locked as a whole: train on the features that the scoring pass computed with it, which "
@@ -521,6 +527,7 @@ ADDED: dict[str, str] = {
     "score_patch_dropout": "a cheaper scoring pass",
     "score_context_length": "a cheaper scoring pass",
     "score_keep_locked": "a cheaper scoring pass",
+    "select_negatives": "online sample selection",
     "record": "online sample selection",
 }
 """Our own settings, which OpenCLIP does not have, and what each is for."""
@@ -550,7 +557,7 @@ _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "sc
 
 _ONLY_WITH_SELECT = (
     "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
-    "select_preset", "score_refresh", "select_before_load", "score_keep_locked",
+    "select_preset", "score_refresh", "select_before_load", "score_keep_locked", "select_negatives",
     "select_rate_schedule", "select_rate_start", "select_full_last", "select_rescale",
     "infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant",
     *_SHORTCUTS, "record",
@@ -807,6 +814,8 @@ def contradictions(config: Config) -> Iterator[str]:
                 yield f"{flag} has no meaning with --select-strategy {config.select_strategy}, which scores nothing"
     if config.select:
         yield from _rate_contradictions(config, strategies)
+    if config.select and config.select_negatives == "all":
+        yield from _negatives_contradictions(config, strategies)
     if not config.trains and config.val_data is None and not _zeroshot(config):
         yield (
             "nothing to do: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
@@ -874,6 +883,18 @@ def _reference_contradictions(config: Config, strategies: Sequence[str]) -> Iter
         yield "--select-reference-model needs --select-reference: give the weights"
     if config.jest_deterministic and config.jest_gain != defaults["jest_gain"]:
         yield "--jest-gain has no meaning with --jest-deterministic, which draws nothing: leave it out"
+
+
+def _negatives_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
+    """Those of ``--select-negatives all``."""
+    if set(strategies) <= set(_SCORE_NOTHING):
+        yield f"--select-negatives all needs a scoring pass: --select-strategy {config.select_strategy} has none"
+    if config.select_preset == "fast" or config.score_refresh not in (None, 1):
+        yield "--select-negatives all needs a scoring pass over the whole batch: leave --score-refresh and presets out"
+    if config.accum_freq > 1:
+        yield "--select-negatives all cannot be combined with --accum-freq above 1: give --accum-freq 1"
+    if config.siglip or config.distill or "coca" in config.model.lower():
+        yield "--select-negatives all works with the CLIP loss only: leave it out, or use another --model or loss"
 
 
 def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:

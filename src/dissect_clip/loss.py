@@ -101,6 +101,30 @@ def weighted_loss(
     return {"contrastive_loss": (weight * by_pair).mean() / 2}
 
 
+def loss_against_all(
+    world: World,
+    others: Tensor,
+    *,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Symmetric InfoNCE of this rank's pairs against all pairs of all ranks, by the name that open_clip's loss has.
+
+    ``others`` [M, 2 D] are image and text features of M pairs of this rank that are not trained on; M is equal on all
+    ranks. The gradient flows through a pair's own features, as the anchor of its row and of its column, and never
+    through what it is held against: the others do not move away, and all features would come to lie on one point. A
+    bias of the logits is the same for all of a row. Collective: one all_gather of all features.
+    """
+    chosen = torch.cat([image_features, text_features], dim=1).detach()
+    every = world.all_gather(torch.cat([chosen, others.to(chosen.dtype)]))
+    all_image, all_text = every.split(image_features.shape[1], dim=1)  # type: ignore[no-untyped-call]
+    offset = world.rank * (len(chosen) + len(others))
+    by_pair = infonce_by_sample(image_features, text_features, all_image, all_text, offset, logit_scale)
+    return {"contrastive_loss": by_pair.mean()}
+
+
 class SampleLoss:
     """The contrastive part of the training loss, by sample.
 

@@ -30,7 +30,7 @@ from dissect_clip.data import TrainData
 from dissect_clip.dist import World
 from dissect_clip.errors import Stopped, TrainingError
 from dissect_clip.logs import Progress, Reporter
-from dissect_clip.loss import weighted_loss
+from dissect_clip.loss import loss_against_all, weighted_loss
 from dissect_clip.model import Autocast, RunningBuffers
 from dissect_clip.optim import optimizer_step, set_learning_rate
 from dissect_clip.record import NullRecorder, Recorder
@@ -192,7 +192,13 @@ def _learn_losses(selector: Selector, chosen: Sequence[Chosen], outputs: Sequenc
 
 
 def _losses(state: TrainState, chosen: Sequence[Chosen], features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The losses by name of the contrastive batch that all parts make together; weighted where the selection is."""
+    """The losses by name of the contrastive batch that all parts make together.
+
+    Weighted, or against the pairs that were not chosen, too, where the selection says so.
+    """
+    selection = chosen[0].selection
+    if selection is not None and selection.others is not None:
+        return loss_against_all(state.world, selection.others, **features)
     weights = [one.selection.weight for one in chosen if one.selection is not None and one.selection.weight is not None]
     if not weights:
         losses: dict[str, Tensor] = state.loss(**features, output_dict=True)

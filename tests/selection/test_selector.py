@@ -121,6 +121,22 @@ def test_a_sample_without_a_finite_score_is_left_out_and_counted(name, rate):
         assert candidates.loss[[0, 1, 3, 4, 6, 7, 8, 9]].isfinite().all()
 
 
+def test_features_of_the_pairs_that_are_not_chosen_are_handed_on():
+    selection = make_selector("clipscore", select_negatives="all").select(make_batch(torch.arange(N)), encode, 0, 0)
+    rest = [place for place in range(N) if place not in selection.index.tolist()]
+    encoded = encode(make_batch(torch.tensor(rest)))
+    assert torch.equal(selection.others, torch.cat([encoded.image_features, encoded.text_features], dim=1))
+    assert make_selector("clipscore").select(make_batch(torch.arange(N)), encode, 0, 0).others is None
+
+
+def test_what_is_not_finite_is_handed_on_as_zeros():
+    selector = make_selector("clipscore", select_negatives="all")
+    others = selector.select(make_batch(torch.arange(N)), encode_with_broken, 0, 0).others
+    assert others is not None
+    assert others.isfinite().all()
+    assert others.eq(0).all(dim=1).sum() == 2
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("size", [1, N])
 def test_keeps_k_distinct_places(name, size):

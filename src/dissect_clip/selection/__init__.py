@@ -92,7 +92,14 @@ def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, wo
     if strategy.needs is Needs.NOTHING or config.score_refresh in (None, 1):
         store = ScoreStore(num_samples, strategy.remembers, world)
         return Selector(
-            strategy, store, sample_loss, world, config.seed, config.record, keep_locked=config.score_keep_locked
+            strategy,
+            store,
+            sample_loss,
+            world,
+            config.seed,
+            config.record,
+            keep_locked=config.score_keep_locked,
+            keep_others=config.select_negatives == "all",
         )
     assert config.score_refresh is not None
     known = Known(strategy, config.score_refresh)

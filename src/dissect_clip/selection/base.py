@@ -80,6 +80,8 @@ class Selection:
     rows: Tensor | None = None  # [N, C] float32, what is known of the batch, where scores are used again
     scored: int = 0  # how many had a scoring pass
     weight: Tensor | None = None  # [K] float32, what each sample's loss is multiplied by; None where all are 1
+    others: Tensor | None = None
+    """[N - K, 2 D] float32, image and text features of the pairs not at ``index``, with --select-negatives all."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """What training need not compute again for ``index``: features [K, D] of locked towers, by open_clip's names."""
 

@@ -50,6 +50,7 @@ class Selector:
     Args:
         always_score: score in epochs that keep every sample, too, where the record wants the scores.
         keep_locked: hand the features of locked towers on to training.
+        keep_others: hand the features of the pairs that are not chosen on, too.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Selector:
         seed: int,
         always_score: bool = False,
         keep_locked: bool = False,
+        keep_others: bool = False,
     ) -> None:
         self.strategy = strategy
         self.store = store
@@ -69,6 +71,7 @@ class Selector:
         self.seed = seed
         self.always_score = always_score
         self.keep_locked = keep_locked
+        self.keep_others = keep_others
         self.not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
         """Samples of this rank whose scores were not finite, on the device; the training loop sets it back."""
         self.reference: Encode | None = None
@@ -195,7 +198,10 @@ class Selector:
             known = self.strategy.needs is Needs.NOTHING and self.strategy.remembers
             return Selection(index, candidates if known else None, weight=weight)
         features = encoded.known(index) if self.keep_locked else {}
-        return Selection(index, candidates, scored=len(batch), features=features, weight=weight)
+        others = None
+        if self.keep_others and k < len(batch):
+            others = _others(encoded, index, required(usable))
+        return Selection(index, candidates, scored=len(batch), features=features, others=others, weight=weight)
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Take note of the features [K, D] that training computed for the chosen pairs; unused in exact scoring."""
@@ -225,6 +231,14 @@ class Selector:
         values = self.strategy.remember(taken)
         if values is not None:
             self.store.write(batch.sample_id[index], values.where(loss.isfinite()[:, None], taken.memory))
+
+
+def _others(encoded: Encoded, index: Tensor, usable: Tensor) -> Tensor:
+    """Features [N - K, 2 D] of the pairs that are not at ``index`` [K]; 0 where they are not ``usable`` [N] bool."""
+    chosen = torch.zeros_like(usable, dtype=torch.uint8).index_fill_(0, index, 1)
+    places = chosen.argsort(stable=True)[: len(usable) - len(index)]
+    features = torch.cat([encoded.image_features, encoded.text_features], dim=1)
+    return features.where(usable[:, None], 0)[places]
 
 
 def _usable(candidates: Candidates) -> Tensor:
