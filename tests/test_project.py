@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
-    {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"},
+    {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"},
     {"data.table", "data.webdataset", "selection.selector"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
     {"data", "record", "selection.chooser"},

@@ -94,6 +94,12 @@ class Config:
     train_data_upsampling_factors: str | None = setting(
         None, "with several sources and --dataset-resampled: how often to draw from each, as 1::2::0.5"
     )
+    train_keep: str | None = setting(
+        None,
+        "train on the samples of this list only; their ids stay. A .parquet, .csv, .tsv or .txt with sample_id, or "
+        "shard and key",
+        metavar="FILE",
+    )
     val_data: str | None = setting(None, "validation data for retrieval, in the same forms as --train-data")
     train_num_samples: int | None = setting(
         None,
@@ -398,6 +404,7 @@ ADDED: dict[str, str] = {
     "val_captions": "retrieval sets with several captions an image",
     "zeroshot_data": "zero-shot classification on sets other than ImageNet",
     "model_config": "model configurations without changing open_clip",
+    "train_keep": "training on a list of samples",
     "max_skip_fraction": "damaged data",
     "data_timeout": "damaged data",
     "fast_decode": "faster loading",
@@ -614,6 +621,8 @@ def contradictions(config: Config) -> Iterator[str]:
         for name in _SHORTCUTS:
             if getattr(config, name) != defaults[name]:
                 yield f"--{name.replace('_', '-')} has no meaning with --select-strategy random, which scores nothing"
+    if config.train_keep is not None and not config.trains:
+        yield "--train-keep needs training data: give --train-data"
     if not config.trains and config.val_data is None and not _zeroshot(config):
         yield (
             "nothing to do: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "

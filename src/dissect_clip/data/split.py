@@ -5,16 +5,14 @@ Shapes: S shards, M samples in the data set, N samples a batch, B batches a rank
 An epoch with known shard sizes is one long row of samples: shards in an order drawn from (seed, epoch), begun at a
 drawn place and continued cyclically to B * N * ranks. Ranks, then their workers, take spans of it that follow each
 other. So every sample is read once an epoch, but for the few that fill up the last batches, and any number of shards
-serves any number of workers. What is left of an epoch that was stopped in the middle is another, shorter row, which is
-laid out in the same way.
+serves any number of workers. The samples of a list, and what is left of an epoch that was stopped in the middle, are
+other, shorter rows, which are laid out in the same way.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from dissect_clip.data.position import Bits, unmarked
+from dissect_clip.data.position import Bits, Unmarked, unmarked
 from dissect_clip.seeding import Stream, derive_seed
 
 Ints = NDArray[np.int64]
@@ -151,6 +149,56 @@ class SpanPlan:
         return parts
 
 
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The samples of shards that are not left out."""
+
+    sizes: Ints  # [S], of whole shards
+    left_out: Bits
+    counts: Ints  # [S], how many of each shard are not left out
+
+    @classmethod
+    def of(cls, sizes: Ints, left_out: Bits) -> Kept:
+        """Count them."""
+        ends = np.cumsum(sizes)
+        bounds = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
+        return cls(sizes, left_out, np.array([len(unmarked(left_out, *bound)) for bound in bounds], np.int64))
+
+    def ordinals(self, shards: Sequence[int], spans: Sequence[range]) -> list[Unmarked]:
+        """For each shard those of its samples that are at the places of a span among the ones not left out."""
+        ends = np.cumsum(self.sizes)
+        return [
+            Unmarked(self.left_out, int(ends[shard] - self.sizes[shard]), int(ends[shard]), span.start, span.stop)
+            for shard, span in zip(shards, spans, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class KeptPlan:
+    """Shards of known sizes of which some samples are left out: every other one once an epoch.
+
+    Shards of which all are left out are not read.
+    """
+
+    kept: Kept
+    num_batches: int
+    batch_size: int
+    seed: int
+    coverage = Coverage.ONCE
+
+    @property
+    def sizes(self) -> Ints:
+        """[S], of whole shards."""
+        return self.kept.sizes
+
+    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+        """This worker's span of a row of the samples that are not left out; see :meth:`SpanPlan.parts`."""
+        parts = SpanPlan(self.kept.counts, self.num_batches, self.batch_size, self.seed).parts(place, epoch, attempt)
+        spans = [range(part.ordinals[0], part.ordinals[-1] + 1) for part in parts]
+        ordinals = self.kept.ordinals([part.shard for part in parts], spans)
+        return [part._replace(ordinals=chosen) for part, chosen in zip(parts, ordinals, strict=True)]
+
+
 @dataclass(frozen=True)
 class RestPlan:
     """The samples of an epoch that were not visited before it was stopped, each once.
@@ -159,26 +207,18 @@ class RestPlan:
     of the whole epoch.
     """
 
-    whole: SpanPlan
-    visited: Bits
+    whole: SpanPlan | KeptPlan
+    visited: Bits  # with those that the whole epoch leaves out
     num_batches: int  # of a rank, for the rest
     coverage = Coverage.ONCE
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """This worker's span of the row that is left; in later attempts its span of the epoch's whole row."""
+        whole = self.whole
         if attempt > 0:
-            return self.whole.parts(place, epoch, attempt)
-        ends = np.cumsum(self.whole.sizes)
-        bounds = list(zip((ends - self.whole.sizes).tolist(), ends.tolist(), strict=True))
-        left = np.array([len(unmarked(self.visited, *bound)) for bound in bounds])
-        plan = dataclasses.replace(self.whole, sizes=left, num_batches=self.num_batches)
-        return [self._among_left(part, *bounds[part.shard]) for part in plan.parts(place, epoch, 0)]
-
-    def _among_left(self, part: Part, first: int, last: int) -> Part:
-        """A part counted in unvisited samples, by the ordinals of these; the shard's ids are ``first`` to ``last``."""
-        ordinals = unmarked(self.visited, first, last)
-        chosen = ordinals[part.ordinals[0] : part.ordinals[-1] + 1]
-        return part._replace(ordinals=array("q", chosen.tobytes()))
+            return whole.parts(place, epoch, attempt)
+        left = Kept.of(whole.sizes, self.visited)
+        return KeptPlan(left, self.num_batches, whole.batch_size, whole.seed).parts(place, epoch, 0)
 
 
 @dataclass(frozen=True)
@@ -207,29 +247,38 @@ def draw_shards(weights: list[float], count: int, seed: int) -> list[int]:
 class DrawPlan:
     """Shards drawn with replacement, by weight."""
 
-    weights: list[float]  # [S]
+    weights: list[float]  # [S]; a shard of which all samples are left out is never drawn
     sizes: Ints | None  # [S], or None where they are unknown
     seed: int
+    kept: Kept | None = None  # where some samples are left out
     coverage = Coverage.DRAWS
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """As many draws as there are shards, other ones in every attempt."""
         seed = derive_seed(self.seed, Stream.RESAMPLE, epoch, *place, attempt)
-        shards = draw_shards(self.weights, len(self.weights), seed)
-        return [Part(shard, range(sys.maxsize if self.sizes is None else int(self.sizes[shard]))) for shard in shards]
+        if self.kept is None:
+            shards = draw_shards(self.weights, len(self.weights), seed)
+            return [
+                Part(shard, range(sys.maxsize if self.sizes is None else int(self.sizes[shard]))) for shard in shards
+            ]
+        counts = self.kept.counts
+        weights = [weight * (count > 0) for weight, count in zip(self.weights, counts.tolist(), strict=True)]
+        shards = draw_shards(weights, len(weights), seed)
+        ordinals = self.kept.ordinals(shards, [range(int(counts[shard])) for shard in shards])
+        return list(map(Part, shards, ordinals))
 
 
 def span_rows(
-    num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, visited: Bits | None = None
+    num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, left_out: Bits | None = None
 ) -> tuple[Ints, int]:
     """Rows of a table that a worker reads in an epoch, and how many of them come before the epoch repeats itself.
 
-    They are its span of a permutation, continued cyclically. Of an epoch that goes on after a stop with ``visited``
-    rows, the permutation is that of the others.
+    They are its span of a permutation, continued cyclically. Where some rows are left out, because they were visited
+    before a stop or are not on a list, the permutation is that of the others.
     """
     order: Ints = _generator(seed, Stream.SHARDS, epoch).permutation(num_rows)
-    if visited is not None:
-        order = order[np.unpackbits(visited, bitorder="little")[order] == 0]
+    if left_out is not None:
+        order = order[np.unpackbits(left_out, bitorder="little")[order] == 0]
     first, last = worker_span(num_batches, batch_size, place)
     rows: Ints = order[np.arange(first, last) % len(order)]
     return rows, min(max(len(order) - first, 0), len(rows))

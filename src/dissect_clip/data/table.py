@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dissect_clip.config import Config
 from dissect_clip.data.decode import RawSample
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
-from dissect_clip.data.position import Bits
+from dissect_clip.data.keep import Names, list_digest, read_list
+from dissect_clip.data.position import Bits, count_marked, flipped
 from dissect_clip.data.skips import SkipCounter
 from dissect_clip.data.split import Coverage, Place, count_batches, span_rows
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
@@ -31,6 +32,10 @@ class Table(Protocol):
 
     def read(self, row: int) -> RawSample:
         """One row."""
+        ...
+
+    def keys(self) -> Iterator[str]:
+        """The key of each row."""
         ...
 
 
@@ -58,13 +63,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class TableSource:
-    """Every row of a table once an epoch, in an order drawn from (seed, epoch)."""
+    """Every row of a table that is not left out once an epoch, in an order drawn from (seed, epoch)."""
 
     table: Table
     num_batches: int
     batch_size: int
     seed: int
-    visited: Bits | None = None  # rows that the first attempt leaves out
+    left_out: Bits | None = None  # rows that no attempt gives
+    visited: Bits | None = None  # rows that the first attempt leaves out, with those
     rest_batches: int = 0  # of a rank, for those that it does not
     coverage = Coverage.ONCE
     shuffle_buffer = 0
@@ -75,16 +81,14 @@ class TableSource:
         if attempt == 0 and self.visited is not None:
             rows, once = self._span(self.rest_batches, epoch, place, self.visited)
             return Rows(self.table, rows, once, done)
-        rows, once = self._span(self.num_batches, epoch, place)
+        rows, once = self._span(self.num_batches, epoch, place, self.left_out)
         if attempt > 0:
             seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
             np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
         return Rows(self.table, rows, once, done)
 
-    def _span(
-        self, num_batches: int, epoch: int, place: Place, visited: Bits | None = None
-    ) -> tuple[NDArray[np.int64], int]:
-        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, visited)
+    def _span(self, num_batches: int, epoch: int, place: Place, left_out: Bits | None) -> tuple[NDArray[np.int64], int]:
+        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, left_out)
 
     def rest(self, visited: Bits, num_batches: int) -> TableSource:
         """See :class:`dissect_clip.data.stream.Source`."""
@@ -118,13 +122,18 @@ def table_train(
     """The loader of a table's rows; not collective.
 
     Raises:
-        SetupError: with --dataset-resampled.
+        SetupError: with --dataset-resampled, or where the list of --train-keep does not fit.
     """
     if config.dataset_resampled:
         raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
-    num_batches = count_batches(len(table), config.batch_size, world.size, config.accum_freq)
-    source = TableSource(table, num_batches, config.batch_size, config.seed)
-    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer)
+    left_out, num_kept, sizes = None, len(table), np.array([len(table)])
+    if config.train_keep is not None:
+        keep = read_list(config.train_keep, Names((table.name,), sizes, lambda _: table.keys()), "--train-keep")
+        left_out, num_kept = flipped(keep, len(table)), count_marked(keep)
+        fingerprint = f"{fingerprint}+{list_digest(keep)}"
+    num_batches = count_batches(num_kept, config.batch_size, world.size, config.accum_freq)
+    source = TableSource(table, num_batches, config.batch_size, config.seed, left_out)
+    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer, left_out)
     return TrainData(
         world=world,
         loader=make_loader(stream, config.workers, world),
@@ -132,8 +141,9 @@ def table_train(
         num_samples=len(table),
         fingerprint=fingerprint,
         shard_names=(table.name,),
-        shard_sizes=np.array([len(table)]),
+        shard_sizes=sizes,
         find_shard=all_in_first,
+        num_kept=num_kept,
     )
 
 
