@@ -132,20 +132,19 @@ def test_the_same_where_scores_are_used_again(
 @pytest.mark.parametrize("preset", ["exact", "fast"])
 def test_the_same_on_a_list_of_samples(tmp_path: Path, emoji: Path, preset: str, monkeypatch: pytest.MonkeyPatch):
     data = break_some(emoji, tmp_path / "data")
+    kept = range(0, 960, 3)  # eight steps of forty
     listed = tmp_path / "list.txt"
-    listed.write_text("".join(f"{number}\n" for number in range(0, 1000, 3)))
-    flags = selection("warmup_base_sampling") | {"epochs": 2, "save_every_n_steps": 1, "batch_size": 40}
-    flags |= {"record": True, "val_data": emoji / "val-000000.tar", "val_frequency": 2, "train_keep": listed}
-    flags |= {"select_preset": preset}
+    listed.write_text("".join(f"{number}\n" for number in kept))
+    flags = selection("warmup_base_sampling", select_preset=preset) | {"epochs": 2, "save_every_n_steps": 1}
+    flags |= {"record": True, "val_data": emoji / "val-000000.tar", "val_frequency": 2}
+    flags |= {"train_keep": listed, "batch_size": 40}
     whole = train(tmp_path, data, "whole", **flags)
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
     for step in (4, 12):
         run_until(step, words, monkeypatch)
     assert cli.main(words) == 0
     assert_same(whole, tmp_path / "logs" / "stopped", 2, "warmup_base_sampling")
-    seen = {row["sample_id"] for epoch in range(2) for row in record(whole, epoch)}
-    assert seen <= set(range(0, 1000, 3))
-    assert len(checkpoint(whole, "epoch_2")["dissect"]["fingerprint"].split("+")) == 2
+    assert {row["sample_id"] for epoch in range(2) for row in record(whole, epoch)} <= set(kept)
 
 
 @pytest.mark.slow
