@@ -338,10 +338,14 @@ def _keys(url: str, timeout: float) -> Iterator[str]:
         _log.warning("the keys of %s are not all known: %s", url, error)
 
 
+def shard_names(index: ShardIndex, timeout: float) -> Names:
+    """How the samples of shards are called in a record and in lists."""
+    return Names(display_names(index.urls), index.sizes, lambda place: _keys(index.urls[place], timeout))
+
+
 def _read_keep(config: Config, world: World, index: ShardIndex) -> Bits:
     assert config.train_keep is not None
-    names = Names(display_names(index.urls), index.sizes, lambda place: _keys(index.urls[place], config.data_timeout))
-    return read_list(config.train_keep, names, "--train-keep", world.watch.alive)
+    return read_list(config.train_keep, shard_names(index, config.data_timeout), "--train-keep", world.watch.alive)
 
 
 def _plan(
