@@ -61,6 +61,7 @@ class Part(NamedTuple):
     shard: int
     ordinals: Sequence[int]  # rising; a range up to sys.maxsize is up to the shard's end
     again: bool = False  # whether they come a second time in the epoch, to fill it up
+    twice: bool = False  # whether they are the first of two times
 
 
 def count_batches(num_samples: int, batch_size: int, world_size: int, accum_freq: int = 1) -> int:
@@ -80,6 +81,17 @@ def worker_span(num_batches: int, batch_size: int, place: Place) -> tuple[int, i
     first = place.rank * num_batches + before
     count = worker_batches(num_batches, place.worker, place.workers)
     return first * batch_size, (first + count) * batch_size
+
+
+def once_in_row(num_samples: int, length: int, first: int, last: int) -> tuple[int, int]:
+    """Of the places ``first`` to before ``last`` of a row of ``length`` that repeats itself after ``num_samples``.
+
+    Those from the first number given to before the second hold samples that come once in the row. Before them are the
+    first of two times, behind them samples that come again.
+    """
+    ends = (min(max(0, length - num_samples), num_samples), num_samples)
+    begin, end = (min(max(first, place), last) for place in ends)
+    return begin, end
 
 
 def cut_shards(order: Ints, sizes: Ints, first: int, last: int) -> list[Part]:
@@ -141,9 +153,11 @@ class SpanPlan:
         # Begun at a drawn sample, since with few shards the workers' spans would otherwise meet at the same places.
         start = int(generator.integers(self.sizes.sum()))
         first, last = worker_span(self.num_batches, self.batch_size, place)
-        once = min(max(first, int(self.sizes.sum())), last)  # from here on the row repeats itself
-        parts = cut_shards(order, self.sizes, start + first, start + once)
-        parts += [part._replace(again=True) for part in cut_shards(order, self.sizes, start + once, start + last)]
+        length = self.num_batches * self.batch_size * place.world_size
+        begin, end = once_in_row(int(self.sizes.sum()), length, first, last)
+        parts = [part._replace(twice=True) for part in cut_shards(order, self.sizes, start + first, start + begin)]
+        parts += cut_shards(order, self.sizes, start + begin, start + end)
+        parts += [part._replace(again=True) for part in cut_shards(order, self.sizes, start + end, start + last)]
         if attempt > 0:
             random.Random(derive_seed(self.seed, Stream.SHARDS, epoch, *place, attempt)).shuffle(parts)
         return parts
@@ -270,18 +284,20 @@ class DrawPlan:
 
 def span_rows(
     num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, left_out: Bits | None = None
-) -> tuple[Ints, int]:
-    """Rows of a table that a worker reads in an epoch, and how many of them come before the epoch repeats itself.
+) -> tuple[Ints, range]:
+    """Rows of a table that a worker reads in an epoch, and the places of those that come once in it.
 
-    They are its span of a permutation, continued cyclically. Where some rows are left out, because they were visited
-    before a stop or are not on a list, the permutation is that of the others.
+    Before these are the first of two times, behind them rows that come again. They are this worker's span of a
+    permutation, continued cyclically. Where some rows are left out, because they were visited before a stop or are not
+    on a list, the permutation is that of the others.
     """
     order: Ints = _generator(seed, Stream.SHARDS, epoch).permutation(num_rows)
     if left_out is not None:
         order = order[np.unpackbits(left_out, bitorder="little")[order] == 0]
     first, last = worker_span(num_batches, batch_size, place)
     rows: Ints = order[np.arange(first, last) % len(order)]
-    return rows, min(max(len(order) - first, 0), len(rows))
+    begin, end = once_in_row(len(order), num_batches * batch_size * place.world_size, first, last)
+    return rows, range(begin - first, end - first)
 
 
 class Share(NamedTuple):

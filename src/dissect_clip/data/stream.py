@@ -64,8 +64,8 @@ class Choice(Protocol):
 class Chooser(Protocol):
     """Says which of the samples that were read are to be decoded. Picklable."""
 
-    def __call__(self, ids: Tensor, first: Tensor, epoch: int, seed: int) -> Choice:
-        """``ids`` [N] int64; ``first`` [N] bool: whether the sample is there for the first time in the epoch."""
+    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Choice:
+        """``ids`` [N] int64; ``once`` [N] bool: whether the sample was not and will not be there again in the epoch."""
         ...
 
 
@@ -241,7 +241,7 @@ class _Read(NamedTuple):
 
     sample: RawSample
     skips: SkipCounter  # where it is counted if it cannot be used
-    first: bool  # whether it is there for the first time in the epoch
+    once: bool  # whether it comes once in the epoch, as far as is known beforehand, and this is that time
 
 
 class _Pairs:
@@ -273,7 +273,7 @@ class _Pairs:
             return self._decode_some(self._reading, size)
         read = list(itertools.islice(self._reading, size))
         ids = torch.tensor([one.sample.sample_id for one in read])
-        choice = chooser(ids, torch.tensor([one.first for one in read]), self._epoch, seed)
+        choice = chooser(ids, torch.tensor([one.once for one in read]), self._epoch, seed)
         places = iter(choice.order.tolist())
         pairs = self._decode_some((read[place] for place in places), choice.count)
         self.passed_over = ids[list(places)]
@@ -318,7 +318,8 @@ class _Pairs:
         """
         while True:
             for sample in self._samples:
-                read = _Read(sample, self._skips, self._attempt == 0 and not sample.again)
+                once = self._attempt == 0 and not (sample.again or sample.twice)
+                read = _Read(sample, self._skips, once)
                 if sample.problem is not None:
                     _count(read, sample.problem)
                 else:

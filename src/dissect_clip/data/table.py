@@ -42,18 +42,18 @@ class Table(Protocol):
 class Rows:
     """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.stream.Samples`.
 
-    Those after the first ``once`` come a second time in the epoch.
+    Those at the places ``once`` come once in the epoch; before them are the first of two times, behind them the second.
     """
 
-    def __init__(self, table: Table, rows: NDArray[np.int64], once: int, done: int) -> None:
+    def __init__(self, table: Table, rows: NDArray[np.int64], once: range, done: int) -> None:
         self._table, self._rows, self._once, self._done = table, rows, once, done
 
     def __iter__(self) -> Iterator[RawSample]:
         """All of them."""
         for row in self._rows[self._done :].tolist():
-            again = self._done >= self._once
+            twice, again = self._done < self._once.start, self._done >= self._once.stop
             self._done += 1
-            yield self._table.read(row)._replace(again=again)
+            yield self._table.read(row)._replace(twice=twice, again=again)
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -87,7 +87,9 @@ class TableSource:
             np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
         return Rows(self.table, rows, once, done)
 
-    def _span(self, num_batches: int, epoch: int, place: Place, left_out: Bits | None) -> tuple[NDArray[np.int64], int]:
+    def _span(
+        self, num_batches: int, epoch: int, place: Place, left_out: Bits | None
+    ) -> tuple[NDArray[np.int64], range]:
         return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, left_out)
 
     def rest(self, visited: Bits, num_batches: int) -> TableSource:

@@ -222,7 +222,9 @@ class ShardSource:
         def read(part: Part, given: int = 0, reread: bool = False) -> Iterator[RawSample]:
             counter = counted_before() if part.again else skips
             samples = self.shards[part.shard].read(part.ordinals, self.suffixes, counter, given, reread)
-            return (sample._replace(again=True) for sample in samples) if part.again else samples
+            if not (part.again or part.twice):
+                return samples
+            return (sample._replace(again=part.again, twice=part.twice) for sample in samples)
 
         seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
         return Shuffled(self.plan.parts(place, epoch, attempt), read, seed, position)
