@@ -40,6 +40,9 @@ from dissect_clip.errors import SetupError, TrainingError
 METADATA = b"dissect_clip.coreset"
 """Key of the list's metadata: how it was made, as JSON."""
 
+_PIECE = 1 << 20
+"""Samples that are looked at at a time, where places are needed."""
+
 _EPOCH = re.compile(r"epoch_(\d+)\.parquet")
 
 Floats = NDArray[np.float32]
@@ -173,12 +176,12 @@ def mean_of(files: Sequence[Path], num_samples: int, measure: Callable[[pa.Table
 
 def drawn(files: Sequence[Path], num_samples: int, seed: int) -> Floats:
     """A number drawn for each sample that is in some epoch."""
-    value = np.full(num_samples, np.nan, np.float32)
+    absent = np.ones(num_samples, bool)
     for path in files:
         for table in row_groups(path, ["sample_id"]):
-            value[table["sample_id"].to_numpy()] = 0
-    found = np.flatnonzero(value == 0)
-    value[found] = np.random.default_rng(seed).random(len(found), np.float32)
+            absent[table["sample_id"].to_numpy()] = False
+    value = np.random.default_rng(seed).random(num_samples, np.float32)
+    value[absent] = np.nan
     return value
 
 
@@ -265,10 +268,23 @@ def choose(value: Floats, largest: bool, rate: float | None, threshold: float | 
     rank.partition(len(rank) - count)
     edge = rank[len(rank) - count] if largest else -rank[len(rank) - count]
     kept = value > edge if largest else value < edge
-    ties = np.flatnonzero(value == edge)
-    missing = count - int(kept.sum())
-    kept[np.random.default_rng(seed).choice(ties, missing, replace=False)] = True
+    ties = value == edge
+    keep_some(ties, count - int(kept.sum()), np.random.default_rng(seed))
+    kept |= ties
     return kept
+
+
+def keep_some(marked: NDArray[np.bool_], count: int, generator: np.random.Generator) -> None:
+    """Leave ``count`` of the marks, drawn uniformly; a piece at a time, since places of all would take 8 bytes each."""
+    left = int(marked.sum())
+    for begin in range(0, len(marked), _PIECE):
+        piece = marked[begin : begin + _PIECE]
+        places = np.flatnonzero(piece)
+        left -= len(places)
+        part = int(generator.hypergeometric(len(places), left, count))
+        piece[:] = False
+        piece[generator.choice(places, part, replace=False)] = True
+        count -= part
 
 
 _SCHEMA = pa.schema(
@@ -341,7 +357,7 @@ def make(args: argparse.Namespace) -> None:
 
 def scored_with(record: Path) -> dict[str, object]:
     """What a record was scored with, where it is not a training run's."""
-    path = record / "scored_with.json"
+    path = record / "_scored_with.json"  # a name that readers of data sets leave out
     return {"scored_with": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 

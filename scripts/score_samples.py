@@ -64,7 +64,7 @@ def score_data_set(folder: Path, flags: Sequence[str], passes: int, remembered: 
         facts = _score(world, folder, config, passes, remembered)
         if world.is_main:
             text = json.dumps({"flags": list(flags), **facts}, indent=2)
-            (folder / "scored_with.json").write_text(text + "\n", encoding="utf-8")
+            (folder / "_scored_with.json").write_text(text + "\n", encoding="utf-8")
             print(f"scored {facts['samples']} samples into {folder}; could not use: {facts['skipped'] or 'none'}")
     except Exception as error:
         if world.size > 1:

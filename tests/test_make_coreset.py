@@ -410,3 +410,25 @@ def test_a_checkpoint_that_remembers_nothing_or_other_data_has_no_differentials(
     )
     assert make(tmp_path / "more", *flags, "--", *words) == 1
     assert "was trained on other data" in capsys.readouterr().err
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.data())
+def test_marks_are_thinned_out_across_pieces(script, marks, data):
+    marked = np.array(marks)
+    count = data.draw(st.integers(0, sum(marks)))
+    before = marked.copy()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "_PIECE", 7)
+        script.keep_some(marked, count, np.random.default_rng(0))
+    assert marked.sum() == count
+    assert not (marked & ~before).any()
+
+
+def test_every_mark_is_as_likely(script, monkeypatch):
+    monkeypatch.setattr(script, "_PIECE", 3)
+    generator, times = np.random.default_rng(0), np.zeros(8)
+    for _ in range(2000):
+        marked = np.ones(8, bool)
+        script.keep_some(marked, 3, generator)
+        times += marked
+    assert np.abs(times / 2000 - 3 / 8).max() < 0.05

@@ -66,7 +66,6 @@ class _Marked:
         self.bits = no_bits(self.num_samples)
 
     def add(self, ids: Ints) -> None:
-        self.listed += len(ids)
         inside = (ids >= 0) & (ids < self.num_samples)
         outside = ids[~inside]
         self.outside.add(len(outside), lambda: str(outside[0]))
@@ -257,6 +256,7 @@ def _by_id(batches: Iterator[pa.RecordBatch], names: Names) -> tuple[_Marked, li
     ends = np.cumsum(names.sizes)
     for batch in batches:
         ids = batch.column(0).to_numpy()
+        marked.listed += len(ids)
         marked.add(ids)
         if batch.num_columns > 1:
             told = batch.column(1).dictionary_encode()
@@ -308,7 +308,6 @@ def _by_key(batches: Iterator[pa.RecordBatch], names: Names, alive: Callable[[],
             continue
         ids = _look_up(name, wanted, names.keys(found[0]), int(names.sizes[found[0]]), tallies)
         marked.add(ids + offsets[found[0]])
-        marked.listed -= len(ids)  # they are in the table's count
         alive()
     return marked, [*marked.problems(), *(line for what in _WHAT for line in tallies[what].sentence(_WHAT[what]))]
 
