@@ -2,6 +2,7 @@
 
 import pickle
 from collections import Counter
+from contextlib import suppress
 from itertools import chain
 
 import numpy as np
@@ -9,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from distributed import run_on_ranks
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loading import ids_of, load, passing, reload, same, states, take, within, worlds
 from runs import arguments, selection
@@ -504,3 +505,24 @@ def test_files_of_rows_that_are_not_on_the_list_are_not_read(tmp_path, monkeypat
     (data,) = kept_ranks("table", tmp_path)
     take(data, 0)
     assert {int(path.rpartition(b"/")[2].partition(b".")[0]) for path in read} == set(LIST)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from([".csv", ".tsv", ".txt", ".parquet"]),
+    st.sampled_from([b"", b"sample_id\n", b"sample_id,shard\n", b"shard\tkey\n", b"1\n", b"a.tar x\n", b"PAR1"]),
+    st.binary(max_size=40) | st.text('0123456789,\t\n" ax.tr-', max_size=40).map(str.encode),
+)
+def test_whatever_a_list_holds_it_is_read_or_refused(tmp_path, suffix, head, rest):
+    path = text(tmp_path, head + rest, f"list{suffix}")
+    with suppress(SetupError):
+        assert 0 < count_marked(read_list(path, NAMES, "--train-keep")) <= 7
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    path = parquet(tmp_path, {"sample_id": list(range(7)), "shard": ["a.tar"] * 3 + ["b.tar"] * 2 + ["c.tar"] * 2})
+    whole = (tmp_path / "list.parquet").read_bytes()
+    for place in range(0, len(whole), 3):
+        (tmp_path / "list.parquet").write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        with suppress(SetupError):
+            read_list(path, NAMES, "--train-keep")
