@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-quality: each sets up .venv by itself, from pyproject.toml.
+# make demo | test | lint | bench | bench-quality | reproduce: each sets up .venv by itself, from pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -7,8 +7,12 @@ BENCH_FLAGS ?=
 TRAIN_DATA ?=
 VAL_DATA ?=
 QUALITY_FLAGS ?=
+GRID ?=
+REPRODUCE_FLAGS ?=
+# What tests compare evaluations with. Without its dependencies, of which dev has all but 100 MB of caption metrics.
+CLIP_BENCHMARK := 1.6.2
 
-.PHONY: demo test lint bench bench-quality clean
+.PHONY: demo test lint bench bench-quality reproduce clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -18,6 +22,7 @@ help:
 	@echo "make lint   style and types"
 	@echo "make bench  run the benchmarks (CPU, some ten minutes)"
 	@echo "make bench-quality TRAIN_DATA='...tar' VAL_DATA='...tar'   time to quality (hours)"
+	@echo "make reproduce GRID=configs/small/rates.yaml REPRODUCE_FLAGS='--data EMOJI=...'   a grid of runs, and its tables"
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -25,6 +30,7 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --editable '.[dev]'
+	$(RUN) -m pip install --quiet --no-deps 'clip-benchmark==$(CLIP_BENCHMARK)'
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -46,6 +52,11 @@ bench-quality: $(VENV)/.installed
 	@test -n "$(TRAIN_DATA)" -a -n "$(VAL_DATA)" || { echo "error: give TRAIN_DATA and VAL_DATA" >&2; exit 1; }
 	$(RUN) benchmarks/time_to_quality.py --train-data '$(TRAIN_DATA)' --val-data '$(VAL_DATA)' \
 		--out bench/quality $(QUALITY_FLAGS)
+
+# REPRODUCE_FLAGS: flags of scripts/reproduce.py, such as --data, --list and --collect.
+reproduce: $(VENV)/.installed
+	@test -n "$(GRID)" || { echo "error: give GRID, as in GRID=configs/small/rates.yaml" >&2; exit 1; }
+	$(RUN) scripts/reproduce.py $(GRID) $(REPRODUCE_FLAGS)
 
 clean:
 	rm -rf $(VENV) demo bench logs .mypy_cache .ruff_cache .pytest_cache

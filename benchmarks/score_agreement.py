@@ -37,8 +37,7 @@ from dissect_clip.errors import SetupError
 from dissect_clip.model import Model, autocast_for, build_model
 from dissect_clip.scorer import Scorer, Shortcuts
 from dissect_clip.selection import summaries
-from dissect_clip.selection.base import clip_score
-from dissect_clip.selection.selector import kept
+from dissect_clip.selection.base import clip_score, kept
 
 Pass = Callable[[Batch], Tensor]
 """Batch -> [N] cosines."""

@@ -24,27 +24,22 @@ and curves.png. `--collect` makes these of what is there.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
-import os
 import shlex
-import shutil
 import statistics
-import subprocess
 import sys
-import tarfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, flags, markdown, quartiles, read_lines, report
+from common import ROOT, flags, markdown, quartiles, report
 
 from dissect_clip.clock import PHASES
-from dissect_clip.data.urls import expand
+from dissect_clip.errors import SetupError
+from dissect_clip.study.cells import Busy, Cell, Interrupted, Runs, read_results
+from dissect_clip.study.noise import noisy_shards
 
 _SELECT = ("--select", "--select-rate", "{rate}", "--select-strategy")
 _DISSECT = (*_SELECT, "warmup_base_sampling", "--warmup-point", "{warmup}", "--warmup-select-rate", "{warmup_rate}")
@@ -89,6 +84,15 @@ class Study:
         data = ["--train-data", self.train_data, "--val-data", self.val_data]
         return [*data, *self.common, *self.modes[mode], *own]
 
+    @property
+    def runs(self) -> Runs:
+        """Where they are run, and by what."""
+        return Runs(self.out / "runs", (sys.executable, str(ROOT / "src" / "main.py")), cwd=ROOT)
+
+    def cell(self, mode: str, seed: int) -> Cell:
+        """A run that is to be made."""
+        return Cell(self.folder_name(mode, seed), f"{mode}, seed {seed}", tuple(self.command(mode, seed)))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -113,112 +117,60 @@ class Run:
 # ---- data
 
 
-def write_noisy(shards: Sequence[str], swaps: Mapping[str, str], out: Path) -> str:
-    """Shards in which each key of ``swaps`` has the caption of another; returns their pattern.
+def noisy(train_data: str, noise_list: Path, out: Path) -> str:
+    """The pattern of the shards in OUT/shards.
 
     Raises:
         SystemExit: a key of the list is in none of the shards.
     """
-    captions = {}
-    for shard in shards:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is not None and member.name.endswith(".txt"):
-                    captions[member.name.removesuffix(".txt")] = file.read()
-    if missing := [key for pair in swaps.items() for key in pair if key not in captions]:
-        raise SystemExit(f"error: --noise-list names {len(missing)} keys without a caption, {missing[0]} for one")
-    partial = out.with_name(out.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for number, shard in enumerate(shards):
-        with tarfile.open(shard) as tar, tarfile.open(partial / f"{number:05d}.tar", "w") as copy:
-            for member in tar:
-                file = tar.extractfile(member)
-                if file is None:
-                    continue
-                content = file.read()
-                key = member.name.removesuffix(".txt")
-                if key != member.name and key in swaps:
-                    content = captions[swaps[key]]
-                info = tarfile.TarInfo(member.name)
-                info.size = len(content)
-                copy.addfile(info, io.BytesIO(content))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    return f"{out}/{{00000..{len(shards) - 1:05d}}}.tar"
-
-
-def noisy_shards(train_data: str, noise_list: Path, out: Path) -> str:
-    """The pattern of the shards in OUT/shards, written anew where the list or the shards are others."""
-    shards = [url for source in expand(train_data, "--train-data") for url in source]
-    text = noise_list.read_text(encoding="utf-8")
-    wanted, note = json.dumps([shards, text]), out / "shards.json"
-    folder = out / "shards"
-    if folder.exists() and note.exists() and note.read_text(encoding="utf-8") == wanted:
-        return f"{folder}/{{00000..{len(shards) - 1:05d}}}.tar"
-    rows = list(csv.reader(io.StringIO(text)))[1:]
-    pattern = write_noisy(shards, {row[0]: row[1] for row in rows if row}, folder)
-    note.write_text(wanted, encoding="utf-8")
-    return pattern
+    try:
+        return noisy_shards(train_data, noise_list, out / "shards")
+    except SetupError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 # ---- running
 
 
 def finish(study: Study, mode: str, seed: int) -> str | None:
-    """Run what is not finished yet, to its end; what went wrong, or None.
+    """Run what is not finished yet, from its start to its end; what went wrong, or None.
 
     Raises:
-        SystemExit: a finished run of that name had other flags.
+        SystemExit: a finished run of that name had other flags, or a signal asked for the end.
     """
-    command, name = study.command(mode, seed), study.folder_name(mode, seed)
-    runs = study.out / "runs"
-    note, log = runs / f"{name}.json", runs / f"{name}.log"
-    if note.exists():
-        before = json.loads(note.read_text(encoding="utf-8"))
-        if before["command"] != command:
-            raise SystemExit(
-                f"error: {note} is of another command: give another --out, or delete it\n"
-                f"  was: {shlex.join(before['command'])}\n  now: {shlex.join(command)}"
-            )
-        if before["status"] == 0:
+    cell, runs = study.cell(mode, seed), study.runs
+    try:
+        runs.check_unchanged(cell)
+        if runs.state(cell) == "done":
             return None
-    shutil.rmtree(runs / name, ignore_errors=True)
-    runs.mkdir(parents=True, exist_ok=True)
-    # Other programs on the cores would make threads that wait by spinning many times slower.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    print(f"# {mode}, seed {seed}: {shlex.join(command)}", flush=True)
-    began = time.perf_counter()
-    with log.open("w", encoding="utf-8") as file:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "src" / "main.py"), *command],
-            stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=ROOT, env=environment, check=False,
-        )  # fmt: skip
-    seconds = time.perf_counter() - began
-    facts = {"command": command, "status": done.returncode, "seconds": round(seconds, 2)}
-    note.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    if done.returncode == 0:
+        print(f"# {cell.label}: {shlex.join(cell.command)}", flush=True)
+        status = runs.run(cell, resume=False)
+    except SetupError as error:
+        raise SystemExit(f"error: {error}") from error
+    except Busy:
+        raise SystemExit(f"error: {cell.label}: another process runs it") from None
+    except Interrupted:
+        raise SystemExit(130) from None
+    if status == 0:
         return None
-    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-    print(f"# {mode}, seed {seed} failed with status {done.returncode}; see {log}\n{tail}", file=sys.stderr, flush=True)
-    return f"status {done.returncode}"
+    told = f"# {cell.label} failed with status {status}; see {runs.log(cell)}\n{runs.tail(cell)}"
+    print(told, file=sys.stderr, flush=True)
+    return f"status {status}"
 
 
 def read_run(study: Study, mode: str, seed: int) -> Run | None:
     """A finished run; None for any other."""
-    name = study.folder_name(mode, seed)
-    note = study.out / "runs" / f"{name}.json"
-    facts = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {"status": None}
-    if facts["status"] != 0:
+    cell = study.cell(mode, seed)
+    note = study.runs.note(cell)
+    if note is None or note.status != 0:
         return None
-    rows = read_lines(study.out / "runs" / name / "checkpoints" / "results.jsonl")
+    rows = read_results(study.runs.run_folder(cell) / "checkpoints" / "results.jsonl")
     spent = [{phase: row[f"{phase}_seconds"] for phase in PHASES} for row in rows]
     return Run(
         mode, seed, [row["epoch"] for row in rows], [row["rsum"] for row in rows],
         [round(sum(phases.values()), 3) for phases in spent], [row["trained"] for row in rows],
         [row["scored"] for row in rows], {phase: round(value, 3) for phase, value in spent[-1].items()},
-        facts["seconds"],
+        note.seconds,
     )  # fmt: skip
 
 
@@ -329,7 +281,8 @@ def collect(study: Study) -> list[dict[str, Any]]:
             to_target = None if target is None else run.seconds_to(target)
             file.write(json.dumps({**asdict(run), "target": target, "seconds_to_target": to_target}) + "\n")
     failures = {
-        mode: [seed for seed in study.seeds if _status(study, mode, seed) not in (0, None)] for mode in study.modes
+        mode: [seed for seed in study.seeds if study.runs.status(study.cell(mode, seed)) not in (0, None)]
+        for mode in study.modes
     }
     lines = [summarise(runs, mode, failures[mode]) for mode in study.modes]
     text = table(lines, targets)
@@ -340,11 +293,6 @@ def collect(study: Study) -> list[dict[str, Any]]:
     if runs:
         draw_quality([asdict(run) for run in runs], list(targets.values()), study.out / "curves.png")
     return lines
-
-
-def _status(study: Study, mode: str, seed: int) -> int | None:
-    note = study.out / "runs" / f"{study.folder_name(mode, seed)}.json"
-    return json.loads(note.read_text(encoding="utf-8"))["status"] if note.exists() else None
 
 
 # ---- the command line
@@ -413,7 +361,7 @@ def make_study(options: argparse.Namespace) -> Study:
     out.mkdir(parents=True, exist_ok=True)
     train_data = options.train_data
     if options.noise_list is not None:
-        train_data = noisy_shards(train_data, options.noise_list, out)
+        train_data = noisy(train_data, options.noise_list, out)
     common = [*flags(settings), *shlex.split(options.common_flags)]
     return Study(out, train_data, options.val_data, modes, options.seeds, common)
 

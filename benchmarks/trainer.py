@@ -17,8 +17,8 @@ environment for it and give its Python:
     python -m venv oclip && oclip/bin/pip install 'open_clip_torch[training]==3.3.0' 'webdataset==0.2.86'
 
 On a CPU a small model's time depends on whether glibc gives the memory of large gradients back after every step, which
-is a matter of luck: `MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000` before the command keeps it for
-both. The line of JSON says what was set.
+is a matter of luck: `MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000` before the command keeps it
+for both. The line of JSON says what was set.
 """
 
 from __future__ import annotations

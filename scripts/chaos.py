@@ -68,8 +68,10 @@ class Plan:
     def command(self, strategy: str, name: str) -> list[str]:
         """The command line of one rank."""
         chosen = ["--select", "--select-strategy", strategy, "--record"] if strategy != "none" else []
-        if strategy == "warmup_base_sampling":
+        if strategy in ("warmup_base_sampling", "learnability", "jest"):
             chosen += ["--warmup-point", "1"]
+        if strategy == "scan":
+            chosen += ["--scan-warmup", "0"]
         return [
             sys.executable, str(ROOT / "src" / "main.py"), "--output-dir", str(self.out / "runs"), "--name", name,
             "--train-data", self.train_data, "--val-data", self.val_data, "--model", "RN-tiny", "--device", "cpu",

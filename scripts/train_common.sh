@@ -16,7 +16,7 @@ Set by environment variables, here with their defaults:
   GPUS=all visible                      processes, one for each GPU
   STRATEGY=warmup_base_sampling         how samples are ranked; none trains on every sample
   RATE=0.2                              share of every batch that is trained on
-  WARMUP_POINT=10                       epochs of uniform sampling before warmup_base_sampling selects
+  WARMUP_POINT=10                       epochs of uniform sampling before a strategy with a warm-up selects
   BATCH_SIZE=1280                       pairs per GPU and step, before selection
   EPOCHS=$DEFAULT_EPOCHS
   MODEL=RN50
@@ -114,7 +114,7 @@ fi
 if [[ "$STRATEGY" != none ]]; then
     flags+=(--select --select-strategy "$STRATEGY" --select-rate "$RATE")
 fi
-if [[ "$STRATEGY" == warmup_base_sampling ]]; then
+if [[ "$STRATEGY" =~ warmup_base_sampling|learnability|jest ]]; then
     flags+=(--warmup-point "$WARMUP_POINT")
 fi
 

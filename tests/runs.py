@@ -37,8 +37,10 @@ def selection(strategy: str | None, **changes: Any) -> dict[str, Any]:
     if strategy is None:
         return {}
     flags: dict[str, Any] = {"select": True, "select_strategy": strategy, "select_rate": 0.3}
-    if strategy == "warmup_base_sampling":
+    if strategy in ("warmup_base_sampling", "learnability", "jest"):
         flags["warmup_point"] = 1
+    if strategy == "scan":
+        flags["scan_warmup"] = 0
     return flags | changes
 
 

@@ -48,6 +48,14 @@ def test_turns_are_taken_by_all(bench: Any):
     assert common.quartiles([5.0])["high"] == 5
 
 
+def test_choice_cost(bench: Any, capsys: pytest.CaptureFixture[str]):
+    choice_cost = bench("choice_cost")
+    choice_cost.main(["--sizes", "6", "9", "--features", "4", "--turns", "1"])
+    lines = printed(capsys)
+    assert [line["candidates"] for line in lines] == [6, 9]
+    assert all(set(line["milliseconds"]) == set(choice_cost.MODES) for line in lines)
+
+
 def test_step_cost(bench: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     step_cost, plot = bench("step_cost"), bench("plot")
     step_cost.main([*TINY, "--rates", "0.3", "1.0", "--cheap-flags", "--score-context-length 4"])
@@ -179,13 +187,13 @@ def test_captions_are_swapped_as_listed(bench: Any, tmp_path: Path):
     with listed.open("w", newline="") as file:
         csv.writer(file).writerows([("key", "donor"), ("k1", "k3"), ("k3", "k1")])
     study = bench("time_to_quality")
-    pattern = study.noisy_shards(f"{tmp_path}/?.tar", listed, tmp_path)
+    pattern = study.noisy(f"{tmp_path}/?.tar", listed, tmp_path)
     assert pattern == f"{tmp_path}/shards/{{00000..00001}}.tar"
     assert captions_of(tmp_path / "shards" / "00000.tar") == {"k1": "three", "k2": "two"}
     assert captions_of(tmp_path / "shards" / "00001.tar") == {"k3": "one"}
     listed.write_text("key,donor\nk1,k9\n")
     with pytest.raises(SystemExit, match="k9"):
-        study.noisy_shards(f"{tmp_path}/?.tar", listed, tmp_path)
+        study.noisy(f"{tmp_path}/?.tar", listed, tmp_path)
 
 
 def a_run(study: Any, mode: str, seed: int, rsum: list[float], seconds: list[float]) -> Any:

@@ -62,6 +62,7 @@ STATE = RunState(
     batch_size=4,
     accum_freq=2,
     workers=0,
+    survey=(2.5, 0.25),
 )
 INSIDE = dataclasses.replace(STATE, epoch_step=3)
 LOADER = {"layout": {"world size": 1}, "workers": torch.arange(3), "visited": None}
@@ -241,7 +242,7 @@ def test_what_is_loaded_needs_the_file_no_more(tmp_path: Path) -> None:
 
 def test_format_1_is_read(tmp_path: Path) -> None:
     loaded = load_checkpoint(Path(__file__).parent / "assets" / "checkpoint_v1" / "epoch_2.pt")
-    unknown = {"steps_per_epoch": None, "batch_size": None, "accum_freq": None, "workers": None}
+    unknown = {"steps_per_epoch": None, "batch_size": None, "accum_freq": None, "workers": None, "survey": ()}
     assert (loaded.epoch, loaded.state) == (2, dataclasses.replace(STATE, **unknown))
     assert (weight(loaded), score(loaded), loaded.scaler) == (7.0, 4.0, {"scale": 8.0})
     assert (loaded.loader, loaded.shards) == (None, None)

@@ -17,10 +17,13 @@ from dissect_clip.config import (
     Range,
     build_parser,
     parse_args,
+    parse_strategy,
 )
 
 STRATEGIES = {
     "random": "a uniformly random part",
+    "infobatch": "a part of what is learned",
+    "scan": "ever less",
     "small_loss": "the smallest losses",
     "warmup_base_sampling": "against a frozen reference",
     "historical_base_sampling": "against a moving average",
@@ -191,7 +194,7 @@ def test_openclips_own_smoke_commands_parse_to_what_openclip_reads(model: str) -
         ("--train-n", "32", "train_num_samples", 32),
         ("--log-every", "3", "log_every_n_steps", 3),
         ("--output", "there", "logs", "there"),
-        ("--select-ra", "0.5", "select_rate", 0.5),
+        ("--select-m", "0.5", "select_momentum", 0.5),
     ],
 )
 def test_a_flag_may_be_abbreviated(flag: str, value: str, setting: str, expected: object) -> None:
@@ -302,6 +305,34 @@ def test_an_unknown_strategy_lists_the_known_ones(capsys: pytest.CaptureFixture[
     message = refusal(capsys, *SELECT, "--select-strategy", "smal_loss")
     assert "smal_loss" in message
     assert all(name in message for name in STRATEGIES)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("small_loss+random", "'small_loss' is not of the form NAME:WEIGHT"),
+        ("small_loss:1+random", "'random' is not of the form NAME:WEIGHT"),
+        ("small_loss:1+", "'' is not of the form NAME:WEIGHT"),
+        ("small_loss:1+:2", "':2' is not of the form NAME:WEIGHT"),
+        ("small_loss:much+scan:1", "the weight of small_loss is 'much': it must be a number above 0"),
+        ("small_loss:0+scan:1", "the weight of small_loss is '0': it must be a number above 0"),
+        ("small_loss:nan+scan:1", "the weight of small_loss is 'nan'"),
+        ("small_loss:inf+scan:1", "the weight of small_loss is 'inf'"),
+        ("small_loss:1+small_loss:2", "small_loss is there twice"),
+        ("small_loss:1", "a weight needs several strategies: give small_loss alone"),
+        ("small_loss:1+smal:1", "'smal' is unknown: give one of random, infobatch, scan, small_loss"),
+    ],
+)
+def test_a_combination_that_cannot_be_read(text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, *SELECT, "--select-strategy", text)
+    assert "--select-strategy" in message
+    assert expected in message
+
+
+def test_a_combination_is_read_in_order() -> None:
+    assert parse_strategy("b:0.5+a:2") == {"b": 0.5, "a": 2.0}
+    assert parse_strategy("a") == {"a": 1.0}
+    assert list(parse_strategy("b:0.5+a:2")) == ["b", "a"]
 
 
 def test_the_strategies_belong_to_the_parser_they_were_given_to(capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,6 +455,68 @@ CONTRADICTIONS = {
         "--select --select-strategy random --warmup-select-rate 1.0",
         "--warmup-select-rate has no meaning with --select-strategy random",
     ),
+    "a warm-up rate that the first strategy has no use for": (
+        "--select --select-strategy small_loss:1+warmup_base_sampling:1 --warmup-select-rate 1.0",
+        "--warmup-select-rate has no meaning with --select-strategy small_loss:1+warmup_base_sampling:1",
+    ),
+    "no epoch left after the warm-up of the second": (
+        "--select --select-strategy small_loss:1+warmup_base_sampling:1 --epochs 10",
+        "--warmup-point 10 leaves no epoch of --epochs 10",
+    ),
+    "a shortcut where nothing is scored": (
+        "--select --select-strategy infobatch --score-context-length 8",
+        "--score-context-length has no meaning with --select-strategy infobatch, which scores nothing",
+    ),
+    "random in a combination": (
+        "--select --select-strategy small_loss:1+random:1",
+        "small_loss:1+random:1: random cannot be combined with others",
+    ),
+    "infobatch in a combination": (
+        "--select --select-strategy infobatch:1+small_loss:1",
+        "infobatch cannot be combined with others",
+    ),
+    "a prune ratio for another": (
+        "--select --select-strategy random --infobatch-prune-ratio 0.5",
+        "--infobatch-prune-ratio has no meaning with --select-strategy random: it is for infobatch",
+    ),
+    "rescaling for another": (
+        "--select --select-strategy random --select-rescale off",
+        "--select-rescale has no meaning with --select-strategy random",
+    ),
+    "a period for another": (
+        "--select --select-strategy random --scan-period 2",
+        "--scan-period has no meaning with --select-strategy random: it is for scan",
+    ),
+    "a rate and a prune ratio": (
+        "--select --select-strategy infobatch --infobatch-prune-ratio 0.5 --select-rate 0.5",
+        "--select-rate has no meaning with --infobatch-prune-ratio",
+    ),
+    "a schedule and a prune ratio": (
+        "--select --select-strategy infobatch --infobatch-prune-ratio 0.5 --select-rate-schedule linear",
+        "--select-rate-schedule has no meaning with --infobatch-prune-ratio",
+    ),
+    "a start without a schedule": (
+        "--select --select-strategy random --select-rate-start 0.9",
+        "--select-rate-start needs --select-rate-schedule linear or cosine",
+    ),
+    "a schedule without selection": ("--select-rate-schedule linear", "--select-rate-schedule needs --select"),
+    "full epochs without selection": ("--select-full-last 0.5", "--select-full-last needs --select"),
+    "less than a full epoch": (
+        "--select --select-strategy random --select-full-last 0.1 --epochs 4",
+        "--select-full-last 0.1 is less than half an epoch of --epochs 4",
+    ),
+    "full epochs alone": (
+        "--select --select-strategy random --select-full-last 1 --epochs 4",
+        "--select-full-last 1 leaves no epoch of --epochs 4",
+    ),
+    "full epochs after the warm-up": (
+        "--select --warmup-point 6 --select-full-last 0.5 --epochs 12",
+        "--select-full-last 0.5 leaves no epoch of --epochs 12",
+    ),
+    "no epoch left after preparation": (
+        "--select --select-strategy scan --epochs 3",
+        "--scan-warmup 2 and the epoch that finds candidates leave no epoch of --epochs 3",
+    ),
     "factors without resampling": (
         "--train-data-upsampling-factors 1::2",
         "--train-data-upsampling-factors needs --dataset-resampled",
@@ -477,6 +570,11 @@ def test_a_run_without_its_data_is_refused(line: str, expected: str, capsys: pyt
         "--select --epochs 11",
         "--select --select-strategy random --epochs 1",
         "--select --select-strategy historical_base_sampling --epochs 1 --record",
+        "--select --select-strategy warmup_base_sampling:0.7+small_loss:3e-1 --warmup-select-rate 1.0 --epochs 11",
+        "--select --select-strategy small_loss:1+historical_base_sampling:2+warmup_base_sampling:1",
+        "--select --select-strategy infobatch --infobatch-prune-ratio 0.5 --epochs 1",
+        "--select --select-strategy scan --epochs 4 --select-rate 0.4",
+        "--select --warmup-point 6 --select-full-last 0.4 --epochs 12 --select-rate-schedule cosine",
         "--siglip --loss-dist-impl gather",
         "--lr-scheduler const-cooldown --epochs-cooldown 2",
         "--opt timm/lamb --beta1 0.9 --beta2 0.99",

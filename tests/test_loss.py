@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from toy import make_config
 
 from dissect_clip.dist import World
-from dissect_clip.loss import SampleLoss, build_loss
+from dissect_clip.loss import SampleLoss, build_loss, weighted_loss
 
 SCALE, BIAS = torch.tensor(7.0), torch.tensor(-3.0)
 
@@ -58,3 +58,81 @@ def test_two_ranks_give_the_losses_of_the_global_batch(siglip: bool):
     first, second = run_on_ranks(2, _loss_on_rank, siglip)
     whole = SampleLoss(World(), siglip)(*features(6), SCALE, BIAS).tolist()
     assert first + second == pytest.approx(whole, rel=1e-5)
+
+
+# ---- weights
+
+MODES: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "gathered with gradient": {"gather_with_grad": True},
+    "local": {"local_loss": True},
+    "local, gathered with gradient": {"local_loss": True, "gather_with_grad": True},
+    "siglip": {"siglip": True},
+}
+WEIGHT = torch.tensor([0.5, 2.0, 0.0, 1.0, 3.0, 0.25])
+
+
+def by_hand(image: torch.Tensor, text: torch.Tensor, weight: torch.Tensor, siglip: bool) -> torch.Tensor:
+    """The weighted loss of a whole batch, pair by pair."""
+    logits = SCALE * image @ text.T
+    total = torch.zeros(())
+    for i in range(len(image)):
+        if siglip:
+            sign = 2 * torch.eye(len(image)) - 1
+            terms = -torch.nn.functional.logsigmoid(sign * (logits + BIAS))
+            pair = (terms[i].sum() + terms[:, i].sum()) / 2
+        else:
+            pair = (logits[i].logsumexp(0) + logits[:, i].logsumexp(0)) / 2 - logits[i, i]
+        total = total + weight[i] * pair
+    return total / len(image)
+
+
+def gradients(loss: torch.Tensor, *features: torch.Tensor) -> list[list[list[float]]]:
+    return [part.tolist() for part in torch.autograd.grad(loss, features)]
+
+
+def _weighted_on_rank(world: World, folder: str) -> dict[str, list[tuple[float, list[list[list[float]]]]]]:
+    """For each mode value and gradients: with weights, with weights of one, and of open_clip's loss."""
+    results = {}
+    mine = slice(6 // world.size * world.rank, 6 // world.size * (world.rank + 1))
+    for name, mode in MODES.items():
+        loss = build_loss(make_config(Path(folder), **mode), world)
+        bias = {"logit_bias": BIAS} if "siglip" in mode else {}
+        found = []
+        for weight in (WEIGHT[mine], torch.ones(6 // world.size), None):
+            image, text = (part[mine].clone().requires_grad_() for part in features(6))
+            parts = {"image_features": image, "text_features": text, "logit_scale": SCALE, **bias}
+            losses = loss(**parts, output_dict=True) if weight is None else weighted_loss(loss, world, weight, **parts)
+            value = losses["contrastive_loss"]
+            found.append((value.item(), gradients(value, image, text)))
+        results[name] = found
+    return results
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+def test_weighted_loss_by_hand(tmp_path: Path, siglip: bool):
+    name = "siglip" if siglip else "plain"
+    weighted, _, _ = _weighted_on_rank(World(), str(tmp_path))[name]
+    image, text = (part.clone().requires_grad_() for part in features(6))
+    expected = by_hand(image, text, WEIGHT, siglip)
+    assert weighted[0] == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(torch.tensor(weighted[1]), torch.tensor(gradients(expected, image, text)))
+
+
+@pytest.mark.dist
+def test_weighted_loss_on_two_ranks(tmp_path: Path):
+    """Its value is that of the whole batch. With weights of one, gradients are open_clip's, whatever is gathered how;
+    where gradients flow through what is gathered, they are those of the whole batch on both ranks together."""
+    first, second = run_on_ranks(2, _weighted_on_rank, str(tmp_path))
+    for name, mode in MODES.items():
+        image, text = (part.clone().requires_grad_() for part in features(6))
+        expected = by_hand(image, text, WEIGHT, "siglip" in mode)
+        values = [rank[name][0][0] for rank in (first, second)]
+        assert sum(values) / 2 == pytest.approx(expected.item(), rel=1e-5), name
+        ones, theirs = (first[name][place][0] + second[name][place][0] for place in (1, 2))
+        assert ones == pytest.approx(theirs, rel=1e-5), name
+        for rank in (first, second):
+            torch.testing.assert_close(torch.tensor(rank[name][1][1]), torch.tensor(rank[name][2][1]), msg=name)
+        if "gather_with_grad" in mode or "siglip" in mode:
+            both = torch.cat([torch.tensor(rank[name][0][1]) for rank in (first, second)], dim=1)
+            torch.testing.assert_close(both / 2, torch.tensor(gradients(expected, image, text)), msg=name)

@@ -4,7 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dissect_clip.metrics import best_rank, contrastive_loss, full_float32, rank_metrics, retrieval_metrics, similarity
+from dissect_clip.metrics import (
+    accuracy,
+    average_precision,
+    best_rank,
+    class_counts,
+    contrastive_loss,
+    full_float32,
+    rank_metrics,
+    retrieval_metrics,
+    similarity,
+)
 
 
 def unit(*shape: int, seed: int = 0) -> Tensor:
@@ -103,3 +113,25 @@ def test_contrastive_loss_is_the_mean_of_both_cross_entropies():
     logits = 5 * image @ text.T
     by_hand = [(2 * logits[i, i] - logits[i].exp().sum().log() - logits[:, i].exp().sum().log()) / -2 for i in range(6)]
     assert contrastive_loss(image, text, torch.tensor(5.0)).item() == pytest.approx(float(sum(by_hand)) / 6)
+
+
+def test_mean_recall_is_over_the_classes_that_occur():
+    label, rank = torch.tensor([0, 0, 0, 2, 2, 4]), torch.tensor([0, 3, 0, 1, 7, 0])
+    found = accuracy(class_counts(rank, label, 6))
+    assert (found.top1, found.top5) == pytest.approx((3 / 6, 5 / 6))
+    assert found.mean_per_class_recall == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert found.num_images == 6
+
+
+def test_counts_of_parts_add_up():
+    label, rank = torch.randint(4, (20,)), torch.randint(4, (20,))
+    parts = [class_counts(rank[part], label[part], 4) for part in (slice(7), slice(7, None))]
+    assert torch.equal(sum(parts), class_counts(rank, label, 4))
+
+
+def test_average_precision_is_the_mean_precision_at_the_right_places():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.5], [0.7, 0.3], [0.1, 0.9]])
+    truth = torch.tensor([[1, 0], [0, 0], [1, 0], [1, 0]]).bool()
+    # Right places of the first class: 1st, 3rd and 4th; the second class has none.
+    expected = torch.tensor([(1 / 1 + 2 / 3 + 3 / 4) / 3, 0], dtype=torch.float64)
+    torch.testing.assert_close(average_precision(scores, truth), expected)

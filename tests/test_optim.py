@@ -79,3 +79,19 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path: Path, opt: st
     assert optimizer_step(optimizer, None, parameters, clip_norm).item()
     assert not any(torch.equal(old, new) for old, new in zip(before, parameters, strict=True))
     assert all(parameter.isfinite().all() for parameter in parameters)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "finite"),
+    [
+        (torch.float32, 1e18, True),
+        (torch.float32, 1e20, False),  # Adam's second moment would be infinite for ever
+        (torch.bfloat16, 1e18, True),
+        (torch.float16, 6e4, True),  # a norm in fp16 would be infinite
+        (torch.float16, torch.inf, False),
+    ],
+)
+def test_what_counts_as_finite(dtype: torch.dtype, value: float, finite: bool):
+    weight = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+    weight.grad = torch.full_like(weight, value)
+    assert optimizer_step(torch.optim.SGD([weight], lr=1e-6), None, [weight], None).item() is finite

@@ -11,21 +11,30 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 
 # A module imports only from lower layers; docs/architecture.md draws the same picture.
 LAYERS: list[set[str]] = [
-    {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips", "data.position", "judge"},
+    {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips", "data.position", "judge"}
+    | {"commands"},
     {"watch", "transfer", "data.decode"},
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
-    {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"},
-    {"data.table", "data.webdataset", "selection.selector"},
+    {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"}
+    | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"},
+    {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"}
+    | {"launch", "commands.results"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
-    {"data", "record", "selection.chooser"},
+    {"data", "data.benchmark", "record", "selection.chooser"},
     {"checkpoint", "evaluation.common", "selection"},
-    {"evaluation.retrieval", "evaluation.zeroshot"},
+    {"evaluation.retrieval", "evaluation.zeroshot", "evaluation.probe"},
     {"evaluation"},
-    {"train"},
+    {"train", "commands.evaluate"},
     {"saving"},
     {"cli"},
+    {"study", "study.cells", "study.noise", "study.point"},
+    {"study.metrics"},
+    {"study.grid"},
+    {"study.tables"},
+    {"study.plots"},
+    {"study.collect"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

@@ -77,7 +77,11 @@ class Reports:
 def make_state(folder: Path, world: World | None = None, **changes: Any) -> TrainState:
     world = world or World()
     config: Config = make_config(
-        folder, **({"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5, "max_skip_fraction": 0.1} | changes)
+        folder,
+        **(
+            {"epochs": 2, "log_every_n_steps": 1, "warmup_select_rate": 0.5, "max_skip_fraction": 0.1, "scan_warmup": 0}
+            | changes
+        ),
     )
     data: Any = SimpleNamespace(num_samples=SAMPLES)
     return build_state(config, world, build_model(config, world), data, None, STEPS)
@@ -104,9 +108,10 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str):
     state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1)
     lines = train(state)
-    warm = name == "warmup_base_sampling"
+    first = {"warmup_base_sampling": 4, "learnability": 4, "jest": 4, "scan": 8}
+    second = {"scan": 6}  # a quarter of the cycle's way from 8 to 2 of 8, rounded: 8 - 0.25 * 6
     assert state.counters.seen == 2 * STEPS * N
-    assert state.counters.trained == STEPS * ((4 if warm else 2) + 2)
+    assert state.counters.trained == STEPS * (first.get(name, 2) + second.get(name, 2))
     assert lines[-1]["seen"] == state.counters.seen
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
 
@@ -168,6 +173,48 @@ def test_selection_works_with_every_way_to_train(tmp_path: Path, variant: dict[s
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
     assert not same(before, weights(state))
     assert state.counters.trained == state.counters.seen / 2
+
+
+@pytest.mark.parametrize("variant", [{}, {"siglip": True}, {"accum_freq": 3}, {"precision": "amp"}], ids=str)
+def test_weights_reach_the_loss(tmp_path: Path, variant: dict[str, Any]):
+    """When losses are known, those of training are other ones without the weights; before, all weights are 1."""
+    settings = {"select": True, "select_strategy": "infobatch", "select_rate": 0.5, **variant}
+    states = [make_state(tmp_path, **settings, select_rescale=rescale) for rescale in ("on", "off")]
+    first, second = ([line["loss"] for line in train(state)] for state in states)
+    begin = len(first) // 2
+    assert first[:begin] == pytest.approx(second[:begin], rel=1e-5)
+    assert first[begin:] != pytest.approx(second[begin:], rel=1e-4)
+    assert all(map(math.isfinite, first))
+
+
+def test_the_losses_that_are_learned_are_those_of_training(tmp_path: Path):
+    """Their mean is the loss of the step, also where several batches make it."""
+    state = make_state(tmp_path, select=True, select_strategy="infobatch", select_rate=0.5, accum_freq=3)
+    (line,) = train(state, epochs=1)
+    assert state.selector is not None
+    known = state.selector.store.scores[:, 0]
+    assert known.isfinite().sum() == 12
+    assert known.nanmean().item() == pytest.approx(line["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_an_epoch_at_rate_one_is_training_without_selection(tmp_path: Path, schedule: str):
+    settings = {"select": True, "select_strategy": "clipscore", "select_rate": 0.5, "select_rate_schedule": schedule}
+    plain, annealed = make_state(tmp_path), make_state(tmp_path, **settings)
+    losses = [[line["loss"] for line in train(state)] for state in (plain, annealed)]
+    assert losses[0][:STEPS] == losses[1][:STEPS]
+    assert losses[0][STEPS] != losses[1][STEPS]
+    assert annealed.counters.scored == STEPS * N
+    assert annealed.counters.trained == STEPS * (N + N // 2)
+
+
+def test_full_epochs_at_the_end_score_nothing(tmp_path: Path):
+    """Not even where a strategy remembers: nothing will be read any more."""
+    settings = {"select": True, "select_strategy": "historical_base_sampling", "select_rate": 0.5}
+    state = make_state(tmp_path, **settings, select_full_last=0.5)
+    train(state)
+    assert state.counters.scored == STEPS * N
+    assert state.counters.trained == STEPS * (N // 2 + N)
 
 
 def test_distillation_learns_from_the_selected(tmp_path: Path):
@@ -304,9 +351,19 @@ def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
         assert saved == [step]
 
 
-def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+JOINT = {"divbs", "learnability", "jest", "negcliploss"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["warmup_base_sampling", "infobatch", "scan", "clipscore:1+small_loss:2", *sorted(JOINT)],
+)
+def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     """On a GPU every one of these would wait for the device."""
-    state = make_state(tmp_path, select=True, select_strategy="warmup_base_sampling", select_rate=0.5, warmup_point=1)
+    state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.5, warmup_point=1)
+    state.counters.epoch = 1 if name == "scan" or state.reference is not None else 0
+    if state.reference is not None:
+        state.reference.begin(1, state.module)
     (batch, *_) = MemoryData(state.world).loader
     train_step(state, [batch], PhaseClock(torch.device("cpu")))  # the optimizer makes its state in the first step
     state.optimizer = torch.optim.SGD(state.module.parameters(), lr=0.1)
@@ -349,7 +406,13 @@ RANK_VARIANTS: list[dict[str, Any]] = [
     {"select_strategy": "warmup_base_sampling", "warmup_point": 1, "precision": "amp"},
     {"select_strategy": "random", "ddp_static_graph": True},
     {"select_strategy": "clipscore", "model": "toy-rn"},
+    {"select_strategy": "jest", "warmup_point": 1, "siglip": True},
     {"select": False, "accum_freq": 3},
+    {"select_strategy": "infobatch"},
+    {"select_strategy": "infobatch", "infobatch_prune_ratio": 0.9, "accum_freq": 3, "local_loss": True},
+    {"select_strategy": "infobatch", "siglip": True},
+    {"select_strategy": "scan", "model": "toy-coca"},
+    {"select_strategy": "warmup_base_sampling:1+small_loss:1", "warmup_point": 1},
 ]
 
 

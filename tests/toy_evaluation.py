@@ -90,7 +90,7 @@ def toy_tokenizer(texts: list[str]) -> Tensor:
 def toy_labelled(num_images: int) -> LabelledBatch:
     generator = torch.Generator().manual_seed(4)
     label = torch.randint(len(CLASSNAMES), (num_images,), generator=generator)
-    return LabelledBatch(torch.randn(num_images, 3, 16, 16, generator=generator), label)
+    return LabelledBatch(torch.randn(num_images, 3, 16, 16, generator=generator), label, torch.arange(num_images))
 
 
 def run_evaluation(

@@ -1,7 +1,7 @@
 """The tensors that travel from the loaders to the step.
 
-Shapes: N pairs of this rank, M images, T captions, L tokens, W bytes of the longest key, P numbers and B bytes of a
-loader worker's report.
+Shapes: N pairs of this rank, M images, T captions, C classes, L tokens, W bytes of the longest key, P numbers and B
+bytes of a loader worker's report.
 """
 
 from __future__ import annotations
@@ -105,12 +105,13 @@ class LabelledBatch:
     """Images of a classification set."""
 
     image: Tensor  # [M, 3, H, W] float
-    label: Tensor  # [M] int64, a place in the set's class names
+    label: Tensor  # [M] int64, a place in the set's class names; of a multi-label set [M, C] int64, 0 or 1
+    order: Tensor  # [M] int64, the images' place in the data set; unique
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LabelledBatch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""
-        return LabelledBatch(_move(self.image, device, dtype), _move(self.label, device))
+        return LabelledBatch(_move(self.image, device, dtype), _move(self.label, device), self.order)
 
     def pin_memory(self) -> LabelledBatch:
         """See :meth:`Batch.pin_memory`."""
-        return LabelledBatch(self.image.pin_memory(), self.label.pin_memory())
+        return LabelledBatch(self.image.pin_memory(), self.label.pin_memory(), self.order)

@@ -85,6 +85,7 @@ class RunState:
     scored: int = 0  # samples that had a scoring pass, all ranks
     score_refresh: float | None = None
     select_before_load: bool | None = None
+    survey: tuple[float, ...] = ()  # what the strategy knew of the whole store when the epoch began
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +94,14 @@ class Shards:
 
     names: tuple[str, ...]  # [S]
     sizes: NDArray[np.int64] | None  # [S] samples; None where they are not known
+
+
+@dataclass(frozen=True, slots=True)
+class SavedReference:
+    """The reference model of a run: its weights where it is the run's own, which is None in the warm-up."""
+
+    digest: str | None  # of weights that were read from a file
+    weights: dict[str, Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +117,7 @@ class Checkpoint:
     loader: dict[str, Any] | None = None  # where the loaders stood; only in the middle of an epoch
     shards: Shards | None = None
     scores: Tensor | None = None  # [num_samples, C] float32
+    reference: SavedReference | None = None  # only with strategies that have a reference model
 
 
 # ---- content
@@ -136,6 +146,7 @@ def checkpoint_content(
     state: RunState,
     loader: Mapping[str, Any] | None = None,
     shards: Shards | None = None,
+    reference: SavedReference | None = None,
 ) -> dict[str, Any]:
     """What :meth:`CheckpointWriter.save` takes, from state dicts: OpenCLIP's keys and "dissect".
 
@@ -150,6 +161,7 @@ def checkpoint_content(
         **_plain(dataclasses.asdict(state)),
         "loader": _plain(loader),
         "shards": None if shards is None else _pack_shards(shards),
+        "reference": None if reference is None else {"digest": reference.digest, "weights": reference.weights},
     }
     return content
 
@@ -519,6 +531,10 @@ def _check_scores(path: str, file: Any, token: Any, state: RunState) -> None:
         raise SetupError(f"{path} holds scores of another data set or strategy, {found} instead of {expected}")
 
 
+_LATER = {"survey"}
+"""What files of format 2 may lack."""
+
+
 def _is(value: Any, hint: Any) -> bool:
     """Whether a value is of a type as RunState's fields have them; lists pass for tuples."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -544,9 +560,9 @@ def _state(path: str, dissect: Mapping[str, Any]) -> RunState:
         raise SetupError(f"{path} was saved by a newer version of this package: update it")
     hints = typing.get_type_hints(RunState)
     added = {field.name for field in dataclasses.fields(RunState) if field.default is not dataclasses.MISSING}
-    names = set(hints) - (added if dissect["format_version"] == 1 else set())
-    values = {name: _checked(path, name, dissect[name], hints[name]) for name in names}
-    return RunState(**{**values, "columns": tuple(values["columns"])})
+    names = set(hints) - (added if dissect["format_version"] == 1 else _LATER - set(dissect))
+    values: dict[str, Any] = {name: _checked(path, name, dissect[name], hints[name]) for name in names}
+    return RunState(**values | {name: tuple(value) for name, value in values.items() if isinstance(value, list)})
 
 
 def _unpack_shards(path: str, packed: Any) -> Shards | None:
@@ -559,6 +575,15 @@ def _unpack_shards(path: str, packed: Any) -> Shards | None:
             f"{path} cannot be used as a checkpoint: its list of shards is not whole. Give --resume another"
         )
     return Shards(tuple(names), None if sizes is None else sizes.numpy())
+
+
+def _reference(path: str, saved: Any) -> SavedReference | None:
+    if saved is None:
+        return None
+    _checked(path, "reference", saved, dict)
+    digest = _checked(path, "reference's digest", saved.get("digest"), str | None)
+    weights = saved.get("weights")
+    return SavedReference(digest, None if weights is None else _weights(path, weights))
 
 
 def _weights(path: str, weights: Any) -> dict[str, Tensor]:
@@ -590,6 +615,7 @@ def _parse(path: str, content: dict[str, Any]) -> Checkpoint:
         state=_state(path, dissect),
         loader=None if loader is None else _checked(path, "loader", loader, dict),
         shards=_unpack_shards(path, dissect.get("shards")),
+        reference=_reference(path, dissect.get("reference")),
     )
 
 
@@ -712,6 +738,26 @@ def _selection_misfits(checkpoint: Checkpoint, strategy: str | None, columns: tu
         yield f"it has no scores for --select-strategy {strategy}"
 
 
+def goes_on_with_reference(checkpoint: Checkpoint, after: int | None) -> bool:
+    """Whether the run's own reference model, which it has after so many epochs, is in use at this place."""
+    step = 0 if checkpoint.state is None else checkpoint.state.epoch_step
+    return after is not None and (checkpoint.epoch, step) > (after, 0)
+
+
+def _reference_misfits(checkpoint: Checkpoint, model: Mapping[str, Tensor], after: int | None) -> Iterator[str]:
+    if not goes_on_with_reference(checkpoint, after):
+        return
+    if checkpoint.reference is None or checkpoint.reference.weights is None:
+        yield (
+            f"it has no reference model, which the run has after --warmup-point {after} epochs without "
+            "--select-reference"
+        )
+        return
+    saved = {name: value.shape for name, value in checkpoint.reference.weights.items()}
+    if saved != {name: value.shape for name, value in model.items()}:
+        yield "its reference model is of another --model"
+
+
 def _loader_misfits(checkpoint: Checkpoint) -> Iterator[str]:
     state = checkpoint.state
     if state is not None and state.epoch_step > 0 and checkpoint.loader is None:
@@ -728,6 +774,7 @@ def check_fits(
     strategy: str | None,
     columns: tuple[str, ...],
     shards: Shards | None = None,
+    reference_after: int | None = None,
 ) -> None:
     """See that a run can go on from a checkpoint.
 
@@ -737,6 +784,7 @@ def check_fits(
         strategy: None without ``--select``.
         columns: what the strategy remembers.
         shards: of the training data, so that the message can say which differ.
+        reference_after: complete epochs after which the run's own model is its reference; None where it never is.
 
     Raises:
         SetupError: naming everything that does not fit.
@@ -746,6 +794,7 @@ def check_fits(
         misfits += _data_misfits(checkpoint, num_samples, fingerprint, shards)
         misfits += _selection_misfits(checkpoint, strategy, columns)
         misfits += _loader_misfits(checkpoint)
+        misfits += _reference_misfits(checkpoint, without_prefix(model_state_dict), reference_after)
     if misfits:
         lines = "".join(f"\n  - {misfit}" for misfit in misfits)
         raise SetupError(

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import logging
-import os
-import signal
 import sys
-import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import open_clip
@@ -23,6 +17,7 @@ from dissect_clip.checkpoint import (
     find_resume,
     load_checkpoint,
 )
+from dissect_clip.commands import COMMANDS, run_command
 from dissect_clip.config import Config, parse_args
 from dissect_clip.data import (
     ClassificationData,
@@ -32,126 +27,44 @@ from dissect_clip.data import (
     build_retrieval,
     build_train,
 )
-from dissect_clip.dist import World, init_world, is_loss_of_others, shutdown_world
-from dissect_clip.errors import SetupError, Stopped, TrainingError, printable
+from dissect_clip.dist import World
+from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.evaluation import Tokenizer, evaluate
-from dissect_clip.logs import Reporter, close_logging, evaluated_epochs, make_reporter, setup_logging
+from dissect_clip.launch import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, launch, only_first_speaks
+from dissect_clip.logs import Reporter, evaluated_epochs, make_reporter, setup_logging
 from dissect_clip.loss import SampleLoss, build_loss
 from dissect_clip.model import Model, RunningBuffers, autocast_for, build_model, wrap_model
 from dissect_clip.optim import build_optimizer, build_scaler
 from dissect_clip.record import NullRecorder, Recorder
+from dissect_clip.reference import Reference, build_reference
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.saving import Saver, restore
 from dissect_clip.schedule import learning_rate
 from dissect_clip.scorer import build_scorer
-from dissect_clip.selection import build_chooser, build_selector, summaries
+from dissect_clip.selection import Needs, build_chooser, build_selector, summaries
 from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog
 from dissect_clip.train import Counters, Tally, TrainState, train_epoch
 
 log = logging.getLogger(__name__)
 
-EXIT_TRAINING = 1
-"""Exit status where training could not go on."""
-
-EXIT_SETUP = 2
-"""Exit status where flags, data or files are wrong: nothing was trained."""
-
-EXIT_REQUEUE = 75
-"""Exit status after a signal of a scheduler, when all is saved: start the same command again (EX_TEMPFAIL)."""
-
-EXIT_INTERRUPT = 130
-"""Exit status after Ctrl-C, as shells have it."""
+__all__ = ["EXIT_INTERRUPT", "EXIT_REQUEUE", "EXIT_SETUP", "EXIT_TRAINING", "build_state", "main", "run"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train or evaluate as the command line says; returns the exit status, of which docs/operations.md has a table.
+    """Train, evaluate or run a command as the command line says; the exit status (docs/operations.md has a table)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        return run_command(words[0], words[1:])
+    with only_first_speaks():
+        config = parse_args(words, summaries(), {name: command.summary for name, command in COMMANDS.items()})
 
-    Of several processes, one that cannot go on ends here and now, and the watch ends the others.
-    """
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    with contextlib.nullcontext() if first else _silent():
-        config = parse_args(sys.argv[1:] if argv is None else argv, summaries())
-    try:
-        with warnings.catch_warnings():
-            if not first:
-                warnings.simplefilter("ignore")  # one rank's word is enough on a device that is not there
-            world = init_world(
-                config.device,
-                config.dist_backend,
-                config.dist_url,
-                not config.no_set_device_rank,
-                config.rank_timeout,
-            )
-    except SetupError as error:
-        prefix = "error: " if first else f"error on rank {os.environ['RANK']}: "
-        print(f"{prefix}{error}", file=sys.stderr, flush=True)
-        return EXIT_SETUP
-    try:
+    def work(world: World) -> int:
         run(config, world)
-        status = 0
-    except Stopped as stopped:
-        log.info("Stopped by %s; --resume latest goes on from here", stopped.signal_name)
-        status = EXIT_INTERRUPT if stopped.signal_name == "SIGINT" else EXIT_REQUEUE
-    except (Exception, KeyboardInterrupt) as error:
-        status = _fail(error, world)
-    except BaseException:
-        if world.size == 1:
-            world.watch.close()  # else it would find the run stalled, and end the process
-        raise
-    finally:
-        close_logging()
-    shutdown_world()
-    world.watch.close()
-    return status
+        return 0
 
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-_STATUS: dict[type[BaseException], int] = {SetupError: EXIT_SETUP, KeyboardInterrupt: EXIT_INTERRUPT}
-
-
-def _fail(error: BaseException, world: World) -> int:
-    """Say why the run ends; the exit status. Ends the process where there are several.
-
-    Raises:
-        BaseException: ``error``, in a single process, if it is none whose message is enough.
-    """
-    if world.size > 1:
-        # torch's handler raises in the main thread for every loader worker that was killed: once is enough.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    log.debug("ended by", exc_info=error)  # into the log file, with --debug
-    if is_loss_of_others(error):
-        world.watch.lost(error)
-    words = _explain(error)
-    if words is None:
-        if world.size == 1:
-            world.watch.close()
-            raise error
-        traceback.print_exception(error)
-        words = printable(f"{type(error).__name__}: {error}")
-    status = _STATUS.get(type(error), EXIT_TRAINING)
-    world.watch.fail(words, status)
-    return status
-
-
-def _explain(error: BaseException) -> str | None:
-    """What to say of an error; None if its traceback has to be seen."""
-    if isinstance(error, (SetupError, TrainingError)):
-        return str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; --resume latest goes on from the last checkpoint"
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
-        return (
-            f"a loader worker is gone ({str(error).strip()}). It was probably killed for memory (dmesg tells): give "
-            "fewer --workers, or more memory. --resume latest goes on from the last checkpoint"
-        )
-    return None
+    return launch(config, work, "--resume latest goes on from the last checkpoint")
 
 
 def run(config: Config, world: World) -> None:
@@ -290,6 +203,10 @@ def build_state(
             f"--score-keep-locked: no tower of --model {config.model} is locked as a whole and the same in training "
             "as in scoring. Unlocked layers, BatchNorm that is not frozen, dropout and other --score flags prevent it"
         )
+    reference: Reference | None = None
+    if selector is not None and Needs.REFERENCE in selector.strategy.needs:
+        reference = build_reference(config, world, module, autocast, model.tokenizer)
+        selector.reference = reference
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.record and selector is not None and folder is not None:
         remembers = selector.strategy.remembers
@@ -315,6 +232,7 @@ def build_state(
         skip_log=SkipLog(folder.skipped if folder else None, world),
         tally=Tally(world.device),
         chooser=chooser,
+        reference=reference,
         folder=folder.path if folder else None,
     )
 
@@ -331,8 +249,8 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     )  # fmt: skip
     if state.selector is not None:
         log.info(
-            "Selection: %s, keeping %g of every batch; %s%s",
-            config.select_strategy, config.select_rate, state.selector.scoring,
+            "Selection: %s, keeping %s of every batch; %s%s",
+            config.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
             "" if state.chooser is None else ", chosen before loading",
         )  # fmt: skip
 

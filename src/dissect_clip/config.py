@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NoReturn, Union
 
 
@@ -248,24 +249,100 @@ class Config:
 
     # ---- selection
     select: bool = section("online sample selection", False, "train on the best part of every batch only")
-    select_strategy: str = setting("warmup_base_sampling", "how samples are ranked")
+    select_strategy: str = setting(
+        "warmup_base_sampling",
+        "how samples are ranked: a name from the list below, or several with weights, as A:0.7+B:0.3, for the weighted "
+        "sum of their ranks",
+        metavar="STRATEGY",
+    )
     select_rate: float = setting(0.3, "share of every batch that is trained on", within=FRACTION)
+    select_rate_schedule: str = setting(
+        "constant",
+        "how that share gets from --select-rate-start to --select-rate, from the first epoch after a warm-up to the "
+        "last that selects",
+        choices=("constant", "linear", "cosine"),
+    )
+    select_rate_start: float = setting(
+        1.0, "share of every batch that linear and cosine schedules begin with", within=FRACTION
+    )
+    select_full_last: float | None = setting(
+        None,
+        "train on everything in this share of the epochs, the last ones (default: 0.125 with infobatch, else 0)",
+        within=Range(at_least=0, at_most=1),
+    )
+    select_rescale: str = setting(
+        "on",
+        "weight the losses of the samples by the inverse of their chance to be chosen, where a strategy knows it",
+        choices=("on", "off"),
+    )
     warmup_point: int = setting(
         10,
         "warmup_base_sampling: epochs of uniform sampling before selection starts; the scores of the last one are the "
         "reference. End it where captions that fit score clearly higher than captions that do not, after some 3 to 6 "
-        "passes of samples really trained on: too early ranks backwards",
+        "passes of samples really trained on: too early ranks backwards. learnability, jest without "
+        "--select-reference: the model after those epochs is the reference",
         within=NOT_NEGATIVE,
     )
     warmup_select_rate: float | None = setting(
         None,
-        "warmup_base_sampling: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
+        "with --warmup-point: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
         "trains on all of it, costs more and often selects better)",
         within=FRACTION,
     )
     select_momentum: float = setting(
         0.9,
         "historical_base_sampling: weight of the remembered score in its moving average",
+        within=Range(at_least=0, at_most=1),
+    )
+    select_reference: str | None = setting(
+        None,
+        "learnability, jest: the reference model's weights, a file or a tag that OpenCLIP knows (default: the run's "
+        "own model as it is after --warmup-point epochs of uniform sampling)",
+    )
+    select_reference_model: str | None = setting(
+        None, "with --select-reference: the name of its architecture (default: --model)"
+    )
+    jest_chunks: int = setting(16, "jest: in how many parts the pairs are drawn, each given those before", within=COUNT)
+    jest_gain: float = setting(
+        1.0,
+        "jest: factor of the scores that are drawn by; the larger, the closer to --jest-deterministic",
+        within=POSITIVE,
+    )
+    jest_deterministic: bool = setting(False, "jest: take the best of each part instead of drawing")
+    divbs_on: str = setting(
+        "gradients",
+        "divbs: what is to be spanned, the gradients of the loss with respect to the features, or the features",
+        choices=("gradients", "features"),
+    )
+    divbs_greedy: str = setting(
+        "simplified",
+        "divbs: how a pick is found; exact maximises the objective, simplified leaves the candidates' lengths in",
+        choices=("simplified", "exact"),
+    )
+    negcliploss_batches: int = setting(
+        10, "negcliploss: over how many random partitions of the batch the normaliser is averaged", within=COUNT
+    )
+    negcliploss_batch_size: int | None = setting(
+        None, "negcliploss: pairs in each part of a partition (default: as many as are trained on)", within=COUNT
+    )
+    negcliploss_temperature: float | None = setting(
+        None, "negcliploss: temperature of the normaliser (default: the model's own, learned)", within=POSITIVE
+    )
+    infobatch_prune_ratio: float | None = setting(
+        None,
+        "infobatch: share of the samples below the mean loss that is left out; instead of --select-rate",
+        within=Range(above=0, at_most=0.99),
+    )
+    scan_warmup: int = setting(2, "scan: epochs on everything before the first cycle", within=NOT_NEGATIVE)
+    scan_period: int = setting(
+        3,
+        "scan: epochs of a cycle that leave samples out, ever more, to --select-rate in the last; one on everything, "
+        "which finds the candidates, goes before them",
+        within=COUNT,
+    )
+    scan_redundant: float = setting(
+        0.5,
+        "scan: share of the candidates that have the smallest losses; the others have the largest",
         within=Range(at_least=0, at_most=1),
     )
     select_score_mode: str = setting(
@@ -375,6 +452,11 @@ class Config:
         return self.train_data is not None or self.dataset_type == "synthetic"
 
     @property
+    def warms_up(self) -> bool:
+        """Whether selection begins after ``--warmup-point`` epochs of uniform sampling."""
+        return self.select and bool(_warming_up(self, tuple(parse_strategy(self.select_strategy))))
+
+    @property
     def writes_logs(self) -> bool:
         """Whether the run has a folder."""
         return self.logs.lower() != "none"
@@ -416,10 +498,28 @@ ADDED: dict[str, str] = {
     "select": "online sample selection",
     "select_strategy": "online sample selection",
     "select_rate": "online sample selection",
+    "select_rate_schedule": "select rates that change",
+    "select_rate_start": "select rates that change",
+    "select_full_last": "select rates that change",
+    "select_rescale": "strategies that weight samples",
+    "infobatch_prune_ratio": "online sample selection",
+    "scan_warmup": "online sample selection",
+    "scan_period": "online sample selection",
+    "scan_redundant": "online sample selection",
     "warmup_point": "online sample selection",
     "warmup_select_rate": "online sample selection",
     "select_momentum": "online sample selection",
     "select_score_mode": "online sample selection",
+    "select_reference": "selection with a reference model",
+    "select_reference_model": "selection with a reference model",
+    "jest_chunks": "joint selection",
+    "jest_gain": "joint selection",
+    "jest_deterministic": "joint selection",
+    "divbs_on": "joint selection",
+    "divbs_greedy": "joint selection",
+    "negcliploss_batches": "selection by a normalised score",
+    "negcliploss_batch_size": "selection by a normalised score",
+    "negcliploss_temperature": "selection by a normalised score",
     "select_preset": "cheaper selection",
     "score_refresh": "cheaper selection",
     "select_before_load": "cheaper selection",
@@ -458,8 +558,34 @@ _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "sc
 _ONLY_WITH_SELECT = (
     "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
     "select_preset", "score_refresh", "select_before_load", "score_keep_locked",
+    "select_rate_schedule", "select_rate_start", "select_full_last", "select_rescale",
+    "infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant",
     *_SHORTCUTS, "record",
+    "select_reference", "select_reference_model", "jest_chunks", "jest_gain", "jest_deterministic", "divbs_on",
+    "divbs_greedy", "negcliploss_batches", "negcliploss_batch_size", "negcliploss_temperature",
 )  # fmt: skip
+
+_WITH_REFERENCE = ("learnability", "jest")
+
+_ONLY_WITH_STRATEGY = {
+    "select_reference": _WITH_REFERENCE,
+    "select_reference_model": _WITH_REFERENCE,
+    "jest_chunks": ("jest",),
+    "jest_gain": ("jest",),
+    "jest_deterministic": ("jest",),
+    "divbs_on": ("divbs",),
+    "divbs_greedy": ("divbs",),
+    "negcliploss_batches": ("negcliploss",),
+    "negcliploss_batch_size": ("negcliploss",),
+    "negcliploss_temperature": ("negcliploss",),
+}
+"""Settings that mean something with these strategies alone."""
+
+_SCORE_NOTHING = ("random", "infobatch", "scan")
+"""Strategies without a scoring pass."""
+
+_ALONE = ("random", "infobatch", "scan")
+"""Strategies that cannot be combined with others, whose rank says nothing or goes with a plan of its own."""
 
 _LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
 """How many numbers a setting may hold: one for all, or one for each channel or side."""
@@ -470,6 +596,54 @@ def default_adam(model: str) -> dict[str, float]:
     if "vit" in model.lower():
         return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
     return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1.0e-8}
+
+
+def parse_strategy(text: str) -> dict[str, float]:
+    """The strategies that ``--select-strategy`` names, with their weights above 0; of one alone it is 1.
+
+    Raises:
+        ValueError: if the text is neither ``NAME`` nor ``NAME:WEIGHT+NAME:WEIGHT...``.
+    """
+    if "+" not in text and ":" not in text:
+        return {text: 1.0}
+    members: dict[str, float] = {}
+    for part in text.split("+"):
+        name, colon, number = part.partition(":")
+        if not name or not colon:
+            raise ValueError(f"{part!r} is not of the form NAME:WEIGHT, as in small_loss:0.7+clipscore:0.3")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if weight not in POSITIVE:
+            raise ValueError(f"the weight of {name} is {number!r}: it must be a number {POSITIVE}")
+        if name in members:
+            raise ValueError(f"{name} is there twice: give it one weight")
+        members[name] = weight
+    if len(members) == 1:
+        raise ValueError(f"a weight needs several strategies: give {name} alone, or another one with +")
+    return members
+
+
+def full_epochs(share: float, epochs: int) -> int:
+    """How many of the last of ``epochs`` train on everything: ``share`` of them, rounded."""
+    return round(Fraction(share) * epochs)  # of any size
+
+
+def _strategy_of(known: Sequence[str]) -> Callable[[str], str]:
+    """A converter for argparse that takes strategies by these names."""
+
+    def convert(text: str) -> str:
+        try:
+            members = parse_strategy(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        for name in members:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"{name!r} is unknown: give one of {', '.join(known)}")
+        return text
+
+    return convert
 
 
 class _KeyValues(argparse.Action):
@@ -509,7 +683,7 @@ class _Refuse(argparse.Action):
         parser.error(f"{option} is not supported: {entry.reason}. Instead: {entry.instead}.")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what was probably meant when a flag is unknown."""
 
     def error(self, message: str) -> NoReturn:
@@ -541,7 +715,10 @@ def _ranged(kind: Callable[[str], Any], within: Range) -> Callable[[str], Any]:
     return convert
 
 
-def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any, choices: Sequence[str] | None) -> None:
+def add_argument(
+    group: Any, field: dataclasses.Field[Any], hint: Any, convert: Callable[[str], str] | None = None
+) -> None:
+    """A setting as a flag; ``hint`` is the type of its field, ``convert`` reads it instead of the type."""
     facts = field.metadata
     names = ["--" + field.name.replace("_", "-"), *facts["aliases"]]
     kind = _strip_none(hint)
@@ -557,7 +734,8 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any, choices:
             options["nargs"] = "+"
             kind = typing.get_args(kind)[0]
         options["type"] = kind if facts["within"] is None else _ranged(kind, facts["within"])
-        options["choices"] = choices
+        options["type"] = convert or options["type"]
+        options["choices"] = facts["choices"]
         if facts["within"] is not None:
             text += f" [{facts['within']}]"
         if field.default not in (None, ""):
@@ -567,14 +745,18 @@ def _add_argument(group: Any, field: dataclasses.Field[Any], hint: Any, choices:
     group.add_argument(*names, help=text, **options)
 
 
-def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
-    """The command line. ``strategies`` maps each strategy's name to one line about it."""
-    lines = "\n".join(f"  {name:<26}{line}" for name, line in strategies.items())
+def _listed(lines: Mapping[str, str]) -> str:
+    return "\n".join(f"  {name:<26}{line}" for name, line in lines.items())
+
+
+def build_parser(strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
+    """The command line. ``strategies`` and ``commands`` map names to one line about each."""
+    others = f"other commands, each with its own --help:\n{_listed(commands)}\n\n" if commands else ""
     refused = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items())
-    parser = _Parser(
+    parser = Parser(
         prog="dissect-clip",
         description="Train CLIP with OpenCLIP's flags and, with --select, on the best part of every batch.",
-        epilog=f"strategies:\n{lines}\n\nflags of OpenCLIP that are not supported:\n{refused}",
+        epilog=f"{others}strategies:\n{_listed(strategies)}\n\nflags of OpenCLIP that are not supported:\n{refused}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     hints = typing.get_type_hints(Config)
@@ -582,8 +764,8 @@ def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
     for field in dataclasses.fields(Config):
         if "section" in field.metadata:
             group = parser.add_argument_group(field.metadata["section"])
-        choices = tuple(strategies) if field.name == "select_strategy" else field.metadata["choices"]
-        _add_argument(group, field, hints[field.name], choices)
+        convert = _strategy_of(tuple(strategies)) if field.name == "select_strategy" else None
+        add_argument(group, field, hints[field.name], convert)
     for flag, entry in UNSUPPORTED.items():
         parser.add_argument(flag, action=_Refuse, nargs=1 if entry.takes_value else 0, help=argparse.SUPPRESS)
     return parser
@@ -592,6 +774,8 @@ def build_parser(strategies: Mapping[str, str]) -> argparse.ArgumentParser:
 def contradictions(config: Config) -> Iterator[str]:
     """What cannot mean anything in a combination of settings, a line each; each names the flags and a way out."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    strategies = tuple(parse_strategy(config.select_strategy))
+    warming = _warming_up(config, strategies)
     if not config.select:
         for name in _ONLY_WITH_SELECT:
             if getattr(config, name) != defaults[name]:
@@ -599,13 +783,17 @@ def contradictions(config: Config) -> Iterator[str]:
                 yield f"{flag} needs --select (with --select-rate 1.0 every sample is trained on)"
     elif not config.trains:
         yield "--select needs training data: give --train-data"
-    elif config.select_strategy == "warmup_base_sampling" and 0 < config.epochs <= config.warmup_point:
+    elif warming and 0 < config.epochs <= config.warmup_point:
         yield (
             f"--warmup-point {config.warmup_point} leaves no epoch of --epochs {config.epochs} for selection: "
             "make it smaller, or train longer"
         )
-    elif config.select_strategy == "warmup_base_sampling" and config.warmup_point == 0:
+    elif "warmup_base_sampling" in strategies and config.warmup_point == 0:
         yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
+    elif warming and config.warmup_point == 0:
+        yield f"--warmup-point 0 leaves {warming[0]} without a reference: give at least 1, or --select-reference"
+    if config.select:
+        yield from _reference_contradictions(config, strategies)
     if config.score_keep_locked and not (config.lock_image or config.lock_text):
         yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
     if config.score_keep_locked and (config.select_preset == "fast" or config.score_refresh not in (None, 1)):
@@ -615,12 +803,17 @@ def contradictions(config: Config) -> Iterator[str]:
             "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
             "--select-preset fast, cannot choose ahead of time: leave one of them out (--score-refresh alone works)"
         )
-    if config.warmup_select_rate is not None and config.select_strategy != "warmup_base_sampling":
-        yield f"--warmup-select-rate has no meaning with --select-strategy {config.select_strategy}: leave it out"
-    if config.select and config.select_strategy == "random":
+    if config.warmup_select_rate is not None and strategies[0] not in warming:
+        given = "" if config.select_reference is None else " and --select-reference"
+        chosen = f"--select-strategy {config.select_strategy}{given}"
+        yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
+    if config.select and set(strategies) <= set(_SCORE_NOTHING):
         for name in _SHORTCUTS:
             if getattr(config, name) != defaults[name]:
-                yield f"--{name.replace('_', '-')} has no meaning with --select-strategy random, which scores nothing"
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} has no meaning with --select-strategy {config.select_strategy}, which scores nothing"
+    if config.select:
+        yield from _rate_contradictions(config, strategies)
     if config.train_keep is not None and not config.trains:
         yield "--train-keep needs training data: give --train-data"
     if not config.trains and config.val_data is None and not _zeroshot(config):
@@ -672,6 +865,66 @@ def contradictions(config: Config) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} needs a run folder: leave --logs none out"
 
 
+def _warming_up(config: Config, strategies: Sequence[str]) -> tuple[str, ...]:
+    """Those of the strategies that sample uniformly for ``--warmup-point`` epochs, and need what these give them."""
+    own_reference = _WITH_REFERENCE if config.select_reference is None else ()
+    return tuple(name for name in strategies if name == "warmup_base_sampling" or name in own_reference)
+
+
+def _reference_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
+    """Those of the settings of strategies that look at features or at a reference model."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    for name, owners in _ONLY_WITH_STRATEGY.items():
+        if getattr(config, name) != defaults[name] and not set(owners) & set(strategies):
+            flag = "--" + name.replace("_", "-")
+            owner = " or ".join(owners)
+            yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
+    if config.select_reference_model is not None and config.select_reference is None:
+        yield "--select-reference-model needs --select-reference: give the weights"
+    if config.jest_deterministic and config.jest_gain != defaults["jest_gain"]:
+        yield "--jest-gain has no meaning with --jest-deterministic, which draws nothing: leave it out"
+
+
+def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
+    """Those of the settings that say how much is trained on when; ``strategies`` are those that are combined."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
+    if len(strategies) > 1:
+        for name in sorted(set(strategies) & set(_ALONE)):
+            yield f"--select-strategy {config.select_strategy}: {name} cannot be combined with others, leave it out"
+    for name in ("infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant"):
+        owner = name.partition("_")[0]
+        if getattr(config, name) != defaults[name] and owner not in strategies:
+            flag = "--" + name.replace("_", "-")
+            yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
+    if config.select and config.select_rescale != defaults["select_rescale"] and "infobatch" not in strategies:
+        yield f"--select-rescale has no meaning with --select-strategy {config.select_strategy}, which weights nothing"
+    if config.select_rate_start != defaults["select_rate_start"] and config.select_rate_schedule == "constant":
+        yield "--select-rate-start needs --select-rate-schedule linear or cosine"
+    if config.infobatch_prune_ratio is not None:
+        for name in ("select_rate", "select_rate_schedule"):
+            if getattr(config, name) != defaults[name]:
+                flag = "--" + name.replace("_", "-")
+                yield f"{flag} has no meaning with --infobatch-prune-ratio, which sets the rate: leave one of them out"
+    if config.epochs > 0:
+        full = full_epochs(config.select_full_last or 0.0, config.epochs)
+        if config.select_full_last and full == 0:
+            yield (
+                f"--select-full-last {config.select_full_last:g} is less than half an epoch of --epochs "
+                f"{config.epochs}: make it larger, or leave it out"
+            )
+        warm = config.warmup_point if _warming_up(config, strategies) else 0
+        if full > 0 and full + warm >= config.epochs:
+            yield (
+                f"--select-full-last {config.select_full_last:g} leaves no epoch of --epochs {config.epochs} for "
+                "selection: make it smaller, or train longer"
+            )
+        elif "scan" in strategies and full + config.scan_warmup + 1 >= config.epochs:
+            yield (
+                f"--scan-warmup {config.scan_warmup} and the epoch that finds candidates leave no epoch of --epochs "
+                f"{config.epochs} for selection: make it smaller, or train longer"
+            )
+
+
 def _zeroshot(config: Config) -> bool:
     return any((config.imagenet_val, config.imagenet_v2, config.zeroshot_data))
 
@@ -691,20 +944,24 @@ def _complete(config: Config) -> Config:
     return dataclasses.replace(config, **filled)
 
 
-def parse_args(argv: Sequence[str], strategies: Mapping[str, str]) -> Config:
-    """Settings from a command line.
-
-    Raises:
-        SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
-    """
-    parser = build_parser(strategies)
+def parse_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """Settings by name from a command line; several numbers or words are a tuple. Ends as :func:`parse_args` does."""
     values = vars(parser.parse_args(argv))
     for name, value in values.items():
         if value == []:  # what argparse makes of --name=-- before Python 3.13
             parser.error(f"argument --{name.replace('_', '-')}: it cannot be --")
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+
+
+def parse_args(argv: Sequence[str], strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> Config:
+    """Settings from a command line; ``--help`` mentions the ``commands``.
+
+    Raises:
+        SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
+    """
+    parser = build_parser(strategies, commands)
     names = {field.name for field in dataclasses.fields(Config)}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if name in names}
-    config = Config(**values)
+    config = Config(**{name: value for name, value in parse_values(parser, argv).items() if name in names})
     for line in contradictions(config):
         parser.error(line)
     return _complete(config)

@@ -9,6 +9,7 @@ from argparse import Namespace
 
 import open_clip
 import torch
+from open_clip.loss import SigLipLoss, gather_features
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -63,6 +64,41 @@ def sigmoid_by_sample(
     row = -F.logsigmoid(sign * (logit_scale * image @ all_text.T + bias)).sum(dim=1)
     column = -F.logsigmoid(sign * (logit_scale * text @ all_image.T + bias)).sum(dim=1)
     return (row + column) / 2
+
+
+def weighted_loss(
+    loss: nn.Module,
+    world: World,
+    weight: Tensor,
+    *,
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The mean over pairs of ``weight`` times the loss of each, by the name that open_clip's loss has.
+
+    ``weight`` [N] float32 are those of this rank's pairs. For open_clip's ClipLoss and SigLipLoss, whose gradients
+    these are where all weights are 1, and whose mean over the ranks. Collective: features are gathered as ClipLoss does
+    it, for SigLIP with their gradients; weights are where the rows of the loss are those of all ranks.
+    """
+    if isinstance(loss, SigLipLoss):
+        assert logit_bias is not None, "models for SigLIP are built with a bias"
+        all_image, all_text = image_features, text_features
+        if world.size > 1:
+            all_image, all_text = gather_features(
+                image_features, text_features, gather_with_grad=True, rank=world.rank, world_size=world.size
+            )
+        offset = world.rank * len(weight)
+        by_pair = sigmoid_by_sample(image_features, text_features, all_image, all_text, offset, logit_scale, logit_bias)
+        return {"contrastive_loss": (weight * by_pair).mean()}
+    assert isinstance(loss, open_clip.ClipLoss), "the strategy is refused with other losses"
+    by_image, by_text = loss.get_logits(image_features, text_features, logit_scale, logit_bias)
+    target = loss.get_ground_truth(by_image.device, len(by_image))
+    if len(by_image) > len(weight):
+        weight = world.all_gather(weight)
+    by_pair = F.cross_entropy(by_image, target, reduction="none") + F.cross_entropy(by_text, target, reduction="none")
+    return {"contrastive_loss": (weight * by_pair).mean() / 2}
 
 
 class SampleLoss:

@@ -1,12 +1,13 @@
 """Retrieval and classification in numbers: from similarities to ranks, from ranks to what is reported.
 
-Shapes: Q queries, N candidates, B pairs, M images, T captions, D features. Ranks count from 0.
+Shapes: Q queries, N candidates, B pairs, M images, T captions, C classes, D features. Ranks count from 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -91,3 +92,49 @@ def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale:
     logits = logit_scale * similarity(image_features, text_features)
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How well images were classified; shares are in [0, 1]."""
+
+    top1: float
+    top5: float  # 1 with fewer than five classes
+    mean_per_class_recall: float  # over the classes that there are images of
+    num_images: int
+
+
+def class_counts(rank: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """Images, hits at 1 and hits at 5 of each class, [C, 3] int64, from the rank of the right class, [M] int64.
+
+    Counts of parts of a set add up to those of the set. ``label`` [M] int64 is in 0 <= label < C.
+    """
+    hits = torch.stack([torch.ones_like(rank), rank < 1, rank < 5], dim=1)
+    return hits.new_zeros(num_classes, 3).index_add_(0, label, hits)
+
+
+def accuracy(counts: Tensor) -> Accuracy:
+    """Shares of :func:`class_counts`, at least one image.
+
+    The mean recall of the classes is ``balanced_accuracy_score`` of scikit-learn, as CLIP_benchmark reports it.
+    """
+    images, top1, top5 = counts.double().unbind(dim=1)
+    total = images.sum()
+    recall = (top1 / images)[images > 0].mean()
+    return Accuracy((top1.sum() / total).item(), (top5.sum() / total).item(), recall.item(), int(total))
+
+
+def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
+    """Of each class, the mean precision at the places of its own images in the order of falling scores; [C] float64.
+
+    0 for a class without images. Equal scores keep the order of the images. The formula is CLIP_benchmark's, of which
+    ``mean_average_precision`` is the mean over the classes.
+
+    Args:
+        scores: [M, C].
+        truth: [M, C] bool, whether the class is in the image.
+    """
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    own = truth.gather(0, order).double()
+    precision = own.cumsum(dim=0) / torch.arange(1, len(own) + 1, device=own.device)[:, None]
+    return (precision * own).sum(dim=0) / own.sum(dim=0).clamp(min=1)

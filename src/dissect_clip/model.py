@@ -5,6 +5,7 @@ Shapes: N captions, L tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.resources
 import inspect
@@ -74,15 +75,15 @@ def register_model_configs(extra: str | None) -> None:
         raise SetupError(f"--model-config {extra}: not every JSON file in it can be read ({error})") from error
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, flag: str = "--model") -> None:
     """Raises:
-    SetupError: naming similar models, if open_clip does not know this one.
+    SetupError: naming the flag and similar models, if open_clip does not know this one.
     """
     known = open_clip.list_models()
     if ":" not in name and name.replace("/", "-") not in known:
         near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:10]
         raise SetupError(
-            f"--model {name} is unknown: did you mean one of {', '.join(near)}? "
+            f"{flag} {name} is unknown: did you mean one of {', '.join(near)}? "
             "A configuration of your own goes in with --model-config FILE"
         )
 
@@ -110,8 +111,10 @@ def _without_code() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _create(name: str, pretrained: str | None, config: Config, world: World, **options: Any) -> tuple[Any, Any, Any]:
-    check_model_name(name)
+def _create(
+    name: str, pretrained: str | None, config: Config, world: World, flag: str = "--model", **options: Any
+) -> tuple[Any, Any, Any]:
+    check_model_name(name, flag)
     expected = _drop_expected if pretrained is None else _keep_all
     logging.getLogger().addFilter(expected)
     try:
@@ -127,14 +130,18 @@ def _create(name: str, pretrained: str | None, config: Config, world: World, **o
             )
     except UnpicklingError as error:
         raise SetupError(
-            f"--model {name}: the weights {pretrained} are damaged, or hold more than tensors and plain values, which "
+            f"{flag} {name}: the weights {pretrained} are damaged, or hold more than tensors and plain values, which "
             "is not loaded because it could run code. Where you trust the file, save its state dict as .safetensors"
         ) from error
     except Exception as error:  # of whatever library builds the towers, or reads a damaged file
-        raise SetupError(f"--model {name} (weights {pretrained or 'random'}) cannot be built: {error}") from error
+        raise SetupError(f"{flag} {name} (weights {pretrained or 'random'}) cannot be built: {error}") from error
     finally:
         logging.getLogger().removeFilter(expected)
     return created
+
+
+def _siglip(config: Config) -> dict[str, Any]:
+    return {"init_logit_scale": math.log(10), "init_logit_bias": -10} if config.siglip else {}
 
 
 def build_model(config: Config, world: World) -> Model:
@@ -145,7 +152,6 @@ def build_model(config: Config, world: World) -> Model:
     """
     register_model_configs(config.model_config)
     seed_everything(config.seed)
-    siglip = {"init_logit_scale": math.log(10), "init_logit_bias": -10} if config.siglip else {}
     module, preprocess_train, preprocess_eval = _create(
         config.model,
         config.pretrained or None,
@@ -162,7 +168,7 @@ def build_model(config: Config, world: World) -> Model:
         image_resize_mode=config.image_resize_mode,
         aug_cfg=config.aug_cfg,
         pretrained_image=config.pretrained_image,
-        **siglip,
+        **_siglip(config),
     )
     _refuse_code(config)
     tokenizer = open_clip.get_tokenizer(
@@ -245,6 +251,59 @@ def _build_teacher(config: Config, world: World) -> nn.Module | None:
     assert config.distill_model is not None
     teacher: nn.Module = _create(config.distill_model, config.distill_pretrained, config, world)[0]
     return teacher.eval().requires_grad_(False)
+
+
+def build_reference_model(
+    config: Config, world: World, module: OpenClip, tokenizer: Callable[[list[str]], Tensor]
+) -> nn.Module:
+    """The model of ``--select-reference``, which sees the images and tokens of ``module``. In eval mode, frozen.
+
+    Raises:
+        SetupError: if it cannot be built, or was trained on other pixels or tokens than those it would get.
+    """
+    assert config.select_reference is not None
+    name = config.select_reference_model or config.model
+    if ":" in name:
+        raise SetupError(
+            f"--select-reference {config.select_reference}: a model such as {name} brings weights of its own. Give "
+            "--select-reference-model the name of an architecture that OpenCLIP knows"
+        )
+    own = {"force_quick_gelu": config.force_quick_gelu, "force_custom_text": config.force_custom_text}
+    reference: OpenClip = _create(
+        name,
+        config.select_reference,
+        config,
+        world,
+        flag="--select-reference-model" if config.select_reference_model else "--select-reference: --model",
+        force_image_size=module.visual.image_size,
+        force_context_length=config.force_context_length,
+        image_mean=config.image_mean,
+        image_std=config.image_std,
+        **(own if name == config.model else {}),
+        **_siglip(config),
+    )[0]
+    seen, expected = ((tuple(m.visual.image_mean), tuple(m.visual.image_std)) for m in (module, reference))
+    if seen != expected:
+        raise SetupError(
+            f"--select-reference-model {name} takes images normalised with mean {expected[0]} and deviation "
+            f"{expected[1]}, --model {config.model} with {seen[0]} and {seen[1]}: give --image-mean and --image-std"
+        )
+    if name != config.model:
+        _check_tokens(config, name, tokenizer)
+    frozen: nn.Module = reference.eval().requires_grad_(False)
+    return frozen
+
+
+def _check_tokens(config: Config, name: str, tokenizer: Callable[[list[str]], Tensor]) -> None:
+    """Raises SetupError if the model ``name`` takes other tokens than ``tokenizer`` gives."""
+    _refuse_code(dataclasses.replace(config, model=name))
+    other = open_clip.get_tokenizer(name, cache_dir=config.cache_dir, context_length=config.force_context_length)
+    words = ["a photo of a cat", "Two words!"]
+    if not torch.equal(tokenizer(words), other(words)):
+        raise SetupError(
+            f"--select-reference-model {name} has another tokenizer than --model {config.model}, or another context "
+            "length: give a model with the same"
+        )
 
 
 def autocast_for(precision: str, device: torch.device) -> Autocast:

@@ -11,15 +11,18 @@ from dissect_clip.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     RunState,
+    SavedReference,
     Shards,
     changed_settings,
     check_fits,
     checkpoint_content,
+    goes_on_with_reference,
 )
 from dissect_clip.data import TrainData
-from dissect_clip.errors import Stopped, TrainingError
+from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder
+from dissect_clip.selection import Selector
 from dissect_clip.train import TrainState
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         columns=() if selector is None else selector.store.columns,
         score_refresh=config.score_refresh,
         select_before_load=config.select_before_load,
+        survey=() if selector is None else selector.survey,
     )
 
 
@@ -64,6 +68,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         strategy=now.strategy,
         columns=now.columns,
         shards=Shards(data.shard_names, data.shard_sizes),
+        reference_after=None if state.reference is None else state.reference.after,
     )
     state.module.load_state_dict(checkpoint.state_dict)
     state.buffers.remember()
@@ -73,6 +78,9 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         state.scaler.load_state_dict(checkpoint.scaler)
     if state.selector is not None and checkpoint.scores is not None:
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
+        if checkpoint.state is not None and checkpoint.state.survey:
+            inform(state.selector, checkpoint.path, checkpoint.state.survey)
+    _resume_reference(state, checkpoint)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
     if checkpoint.state is not None:
         changes = changed_settings(checkpoint.state, now)
@@ -82,6 +90,30 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
             log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
     inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
     log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
+
+
+def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:
+    """The reference model that the run had, unless its weights are those of a file."""
+    reference, saved = state.reference, checkpoint.reference
+    if reference is None or saved is None:
+        return
+    if saved.weights is not None and goes_on_with_reference(checkpoint, reference.after):
+        reference.load(saved.weights)
+    if reference.after is None and saved.digest != reference.digest:
+        log.warning("The run goes on with another reference model than it had: --select-reference has other weights")
+
+
+def inform(selector: Selector, path: str, survey: tuple[float, ...]) -> None:
+    """Hand the strategy what it knew of the store; the checkpoint's scores are in place.
+
+    Raises:
+        SetupError: if these are not the numbers that it keeps.
+    """
+    fresh = selector.strategy.survey(selector.store.scores)
+    expected = 0 if fresh is None else len(fresh)
+    if len(survey) != expected:
+        raise SetupError(f"{path} holds {len(survey)} numbers about the whole data set, where {expected} are expected")
+    selector.inform(survey)
 
 
 def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
@@ -163,6 +195,7 @@ class Saver:
             state=run_state(state, self.data),
             loader=loader,
             shards=Shards(self.data.shard_names, self.data.shard_sizes),
+            reference=None if state.reference is None else SavedReference(*state.reference.saved()),
         )
         self.writer.save(
             epoch=state.counters.epoch,

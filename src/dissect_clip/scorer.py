@@ -414,22 +414,34 @@ class Scorer:
             with self._scoring():
                 self._encode(Batch(image, text.to(device), torch.arange(len(text), device=device)), self._features)
         except Exception as error:  # of whatever library the towers come from
-            raise SetupError(f"{self.shortcuts} does not work with its towers: {error}") from error
+            what = str(self.shortcuts) or "a scoring pass"
+            raise SetupError(f"{what} does not work with its towers: {error}") from error
 
 
 def build_scorer(
-    config: Config, module: OpenClip, autocast: Autocast, tokenizer: Callable[[list[str]], Tensor]
+    config: Config,
+    module: OpenClip,
+    autocast: Autocast,
+    tokenizer: Callable[[list[str]], Tensor],
+    reference: bool = False,
 ) -> Scorer:
     """The scoring pass that the settings ask for, tried on two pairs where anything is left out of it.
+
+    Args:
+        reference: that of a reference model: in eval mode, and always tried.
 
     Raises:
         SetupError: if the model cannot be scored in that way.
     """
     shortcuts, seed = Shortcuts.of(config), derive_seed(config.seed, Stream.PATCHES)
     try:
-        scorer = Scorer(module, autocast, config.select_score_mode, config.torchcompile, shortcuts, seed)
-        if shortcuts != Shortcuts():
+        mode = "eval" if reference else config.select_score_mode
+        scorer = Scorer(module, autocast, mode, config.torchcompile, shortcuts, seed)
+        if reference or shortcuts != Shortcuts():
             scorer.try_out(tokenizer(["one", "another"]), open_clip.get_input_dtype(config.precision))
     except SetupError as error:
-        raise SetupError(f"--model {config.model}: {error}") from error
+        named = f"--model {config.model}"
+        if reference and config.select_reference is not None:
+            named = f"--select-reference {config.select_reference}"
+        raise SetupError(f"{named}: {error}") from error
     return scorer

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     SELECT = 5
     RESAMPLE = 6
     PATCHES = 7
+    PROBE = 8
 
 
 def derive_seed(*parts: int) -> int:

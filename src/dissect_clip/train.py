@@ -30,9 +30,11 @@ from dissect_clip.data import TrainData
 from dissect_clip.dist import World
 from dissect_clip.errors import Stopped, TrainingError
 from dissect_clip.logs import Progress, Reporter
+from dissect_clip.loss import weighted_loss
 from dissect_clip.model import Autocast, RunningBuffers
 from dissect_clip.optim import optimizer_step, set_learning_rate
 from dissect_clip.record import NullRecorder, Recorder
+from dissect_clip.reference import Reference
 from dissect_clip.schedule import Schedule
 from dissect_clip.scorer import Scorer
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
@@ -112,6 +114,7 @@ class TrainState:
     skip_log: SkipLog
     tally: Tally
     chooser: Chooser | None
+    reference: Reference | None  # only with strategies that need one
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last begun
@@ -168,12 +171,33 @@ def _select(state: TrainState, batch: Batch) -> Chosen:
     return chosen
 
 
-def _learn(state: TrainState, chosen: Chosen, features: dict[str, Tensor]) -> None:
-    """Count features that are not finite, and let the selector have them."""
-    image, text = features["image_features"].detach(), features["text_features"].detach()
-    state.tally.add_samples(image, text)
-    if state.selector is not None and chosen.selection is not None:
-        state.selector.learn(chosen.whole, chosen.selection, image, text, chosen.number)
+def _learn(state: TrainState, chosen: Sequence[Chosen], outputs: Sequence[dict[str, Tensor]]) -> None:
+    """Count features that are not finite, and let the selector have them, and the losses that it wants."""
+    for one, out in zip(chosen, outputs, strict=True):
+        image, text = out["image_features"].detach(), out["text_features"].detach()
+        state.tally.add_samples(image, text)
+        if state.selector is not None and one.selection is not None:
+            state.selector.learn(one.whole, one.selection, image, text, one.number)
+    if state.selector is not None and state.selector.learns(state.counters.epoch):
+        _learn_losses(state.selector, chosen, outputs)
+
+
+def _learn_losses(selector: Selector, chosen: Sequence[Chosen], outputs: Sequence[dict[str, Tensor]]) -> None:
+    """The losses of the pairs in the contrastive batch that all parts make together."""
+    image, text = (torch.cat([out[f"{side}_features"] for out in outputs]) for side in ("image", "text"))
+    loss = selector.training_loss(image, text, outputs[0]["logit_scale"], outputs[0].get("logit_bias"))
+    for one, part in zip(chosen, loss.split([len(one.batch) for one in chosen]), strict=True):  # type: ignore[no-untyped-call]
+        assert one.selection is not None
+        selector.learn_losses(one.whole, one.selection, part)
+
+
+def _losses(state: TrainState, chosen: Sequence[Chosen], features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The losses by name of the contrastive batch that all parts make together; weighted where the selection is."""
+    weights = [one.selection.weight for one in chosen if one.selection is not None and one.selection.weight is not None]
+    if not weights:
+        losses: dict[str, Tensor] = state.loss(**features, output_dict=True)
+        return losses
+    return weighted_loss(state.loss, state.world, torch.cat(weights), **features)
 
 
 def _backward(state: TrainState, losses: dict[str, Tensor], logit_scale: Tensor) -> dict[str, Tensor]:
@@ -202,16 +226,15 @@ def _forward_backward(state: TrainState, chosen: Chosen) -> dict[str, Tensor]:
             with torch.no_grad():
                 taught = state.teacher(batch.image, batch.text)
             out |= {f"dist_{name}": value for name, value in taught.items()}
-        losses = state.loss(**out, output_dict=True)
-    _learn(state, chosen, out)
+        losses = _losses(state, [chosen], out)
+    _learn(state, [chosen], [out])
     return _backward(state, losses, out["logit_scale"])
 
 
 def _accumulate(state: TrainState, chosen: Sequence[Chosen]) -> dict[str, Tensor]:
     with torch.no_grad(), state.autocast():
         cached = [_forward(state.module, one) for one in chosen]
-    for one, part in zip(chosen, cached, strict=True):
-        _learn(state, one, part)
+    _learn(state, chosen, cached)
     outputs: dict[str, Tensor] = {}
     for place, one in enumerate(chosen):
         with _sync_gradients(state.model, place == len(chosen) - 1):
@@ -222,7 +245,7 @@ def _accumulate(state: TrainState, chosen: Sequence[Chosen]) -> dict[str, Tensor
                     name: torch.cat([part[name] for part in parts]) for name in out if name not in _NOT_FEATURES
                 }
                 scalars = {name: out[name] for name in _NOT_FEATURES if name in out}
-                losses = state.loss(**features, **scalars, output_dict=True)
+                losses = _losses(state, chosen, {**features, **scalars})
             outputs = _backward(state, losses, out["logit_scale"])
     return outputs
 
@@ -282,12 +305,16 @@ def train_epoch(
     counters = state.counters
     data.set_epoch(counters.epoch)
     first = counters.epoch_step
+    if state.selector is not None and first == 0:
+        state.selector.begin_epoch()
     steps = first + data.batches_left // state.config.accum_freq
     state.recorder.begin(counters.epoch, first)
     state.skip_log.begin(counters.epoch, 0 if data.meets_again else first)
     clock = PhaseClock(state.world.device)
     if state.chooser is not None and state.selector is not None:
         state.chooser.publish(state.selector.store.scores)
+    if state.reference is not None:
+        state.reference.begin(counters.epoch, state.module)
     window = Window(state, data, steps, clock)
     signal = None
     with Progress(state.world, steps, f"Epoch {counters.epoch}", initial=first) as progress:

@@ -1,5 +1,8 @@
 """Sets to evaluate on: every image once, over any number of ranks and workers."""
 
+import io
+
+import numpy as np
 import open_clip
 import pytest
 from shards_util import (
@@ -15,6 +18,8 @@ from shards_util import (
 )
 
 from dissect_clip.data import build_classification, build_retrieval
+from dissect_clip.data.decode import decode_label_vector
+from dissect_clip.data.skips import BadSampleError, Skip
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 
@@ -250,3 +255,37 @@ def test_bad_sets_are_reported(tmp_path):
     (tmp_path / "wds" / "dataset_type.txt").write_text("multilabel")
     with pytest.raises(SetupError, match="multilabel"):
         classify(zeroshot_data=str(tmp_path / "wds"))
+
+
+# ---- several classes an image
+
+
+def npy(values, dtype="int64"):
+    file = io.BytesIO()
+    np.save(file, np.array(values, dtype))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint8", "bool", "float32"])
+def test_a_vector_of_labels(dtype):
+    assert decode_label_vector({"npy": npy([1, 0, 1], dtype)}, 3) == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (None, Skip.NO_LABEL),
+        (b"", Skip.BAD_LABEL),
+        (b"no array", Skip.BAD_LABEL),
+        (npy([1, 0]), Skip.BAD_LABEL),
+        (npy([1, 0, 2]), Skip.BAD_LABEL),
+        (npy([[1, 0, 1]]), Skip.BAD_LABEL),
+        (npy([1, 0, 1])[:-8], Skip.BAD_LABEL),
+        (npy([1, 0, 1], "object"), Skip.BAD_LABEL),  # a pickle, which is not looked at
+        (npy([1, 0, 1]).replace(b"(3,)", b"(9999999999999,)"), Skip.BAD_LABEL),
+    ],
+)
+def test_a_file_that_holds_no_vector_of_labels(data, kind):
+    with pytest.raises(BadSampleError) as caught:
+        decode_label_vector({} if data is None else {"npy": data}, 3)
+    assert caught.value.kind is kind

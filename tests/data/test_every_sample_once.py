@@ -19,7 +19,7 @@ from dissect_clip.config import parse_args
 from dissect_clip.data.split import count_batches
 from dissect_clip.dist import World
 from dissect_clip.selection import summaries
-from dissect_clip.selection.selector import kept
+from dissect_clip.selection.base import kept
 from dissect_clip.train import TrainState, train_epoch
 
 SHARDS = {

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import pytest
@@ -86,9 +87,9 @@ def spread(world: World, name: str, num_labelled: int) -> dict[str, float]:
     """This rank's metrics, on its share of the sets."""
     places, batch = SHARES[name][world.rank], toy_labelled(20)
     rows = slice(0, num_labelled) if world.rank == 0 else slice(num_labelled, None)
-    mine = LabelledBatch(batch.image[rows], batch.label[rows])
+    mine = LabelledBatch(batch.image[rows], batch.label[rows], batch.order[rows])
     labelled = ClassificationToy([mine] if len(mine.label) else [])
-    few = ClassificationToy([LabelledBatch(b.image, b.label % 3) for b in labelled.loader], "few", CLASSNAMES[:3])
+    few = ClassificationToy([dataclasses.replace(b, label=b.label % 3) for b in labelled.loader], "few", CLASSNAMES[:3])
     return run_evaluation(toy_clip(), RetrievalToy(toy_images(CAPTIONS).loader(places)), [labelled, few], world)
 
 
@@ -124,7 +125,7 @@ def on_two_ranks() -> list[dict[str, dict[str, float] | str]]:
 @pytest.mark.parametrize("name", list(SHARES))
 def test_two_ranks_report_what_one_reports(on_two_ranks, name):
     batch = toy_labelled(20)
-    few = ClassificationToy([LabelledBatch(batch.image, batch.label % 3)], "few", CLASSNAMES[:3])
+    few = ClassificationToy([dataclasses.replace(batch, label=batch.label % 3)], "few", CLASSNAMES[:3])
     one = run_evaluation(toy_clip(), toy_images(CAPTIONS).whole(), [ClassificationToy([batch]), few])
     assert on_two_ranks[0][name] == on_two_ranks[1][name]
     assert on_two_ranks[0][name] == pytest.approx(one, abs=1e-5)

@@ -1,3 +1,4 @@
+import dataclasses
 from contextlib import nullcontext
 
 import pytest
@@ -34,7 +35,9 @@ def expected_logits(model: torch.nn.Module, batch: LabelledBatch) -> torch.Tenso
 
 def halves(batch: LabelledBatch) -> list[LabelledBatch]:
     """One image, then the others."""
-    return [LabelledBatch(batch.image[rows], batch.label[rows]) for rows in (slice(1), slice(1, None))]
+    return [
+        LabelledBatch(batch.image[rows], batch.label[rows], batch.order[rows]) for rows in (slice(1), slice(1, None))
+    ]
 
 
 def test_top1_and_top5_are_shares_of_the_images():
@@ -92,7 +95,7 @@ def test_classifier_has_a_unit_vector_a_class():
 
 def test_fewer_than_five_classes():
     batch = toy_labelled(6)
-    toy = ClassificationToy([LabelledBatch(batch.image, batch.label % 3)], classnames=CLASSNAMES[:3])
+    toy = ClassificationToy([dataclasses.replace(batch, label=batch.label % 3)], classnames=CLASSNAMES[:3])
     assert run_evaluation(toy_clip(), classification=[toy])["toy-zeroshot-top5"] == 1.0
 
 

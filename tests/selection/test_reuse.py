@@ -16,10 +16,12 @@ from dissect_clip.errors import SetupError
 from dissect_clip.loss import SampleLoss
 from dissect_clip.scorer import Encoded
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy, build_chooser, build_selector
+from dissect_clip.selection.base import REUSABLE
 from dissect_clip.selection.reuse import Known, ReusingSelector, pair_z
 from dissect_clip.selection.selector import Selector
 
-REUSING = [name for name, strategy in STRATEGIES.items() if strategy.needs]
+REUSING = [name for name, strategy in STRATEGIES.items() if strategy.needs and not strategy.needs & ~REUSABLE]
+OTHERS = [name for name, strategy in STRATEGIES.items() if strategy.needs & ~REUSABLE]
 
 
 def encode(batch: Batch) -> Encoded:
@@ -188,6 +190,14 @@ def test_a_share_too_small_for_a_pair_is_rounded_up_to_two():
     assert Known(known.strategy, 0.0).fresh(1, 1000) == 0
 
 
+def test_schedules_count_where_scores_are_used_again():
+    known = Known(STRATEGIES["clipscore"](make_config(epochs=8, select_rate_schedule="linear")), 0.2)
+    assert [known.kept(epoch, 10) for epoch in range(8)] == [10, 9, 8, 7, 6, 5, 4, 3]
+    assert [known.fresh(epoch, 10) for epoch in (0, 1)] == [0, 2]  # training alone gives the first scores
+    selector = make_selector("clipscore", epochs=8, select_rate_schedule="linear")
+    assert published(selector, epochs=8)(torch.arange(20), torch.ones(20, dtype=torch.bool), 4, 0).count == 12
+
+
 def test_a_sample_nothing_is_known_of_is_at_the_mean():
     known = Known(STRATEGIES["clipscore"](make_config()), 0.0)
     rows = torch.tensor([[1.0, 0], [torch.nan, torch.nan], [5.0, 0]])
@@ -253,6 +263,20 @@ def test_a_strategy_that_looks_at_more_than_scores_is_refused(monkeypatch):
     monkeypatch.setitem(STRATEGIES, "by_features", ByFeatures)
     with pytest.raises(SetupError, match=r"--score-refresh 0.1 .* --select-strategy by_features looks at more"):
         make_selector("by_features", refresh=0.1)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"refresh": 0.1}, "--score-refresh 0.1"),
+        ({"refresh": 1.0, "select_before_load": True}, "--select-before-load"),
+        ({"refresh": 0.0, "select_before_load": True}, "--select-before-load"),
+    ],
+)
+def test_what_looks_at_features_or_a_reference_is_refused(name, changes, flag):
+    with pytest.raises(SetupError, match=rf"{flag} .* --select-strategy {name}.*leave"):
+        build_selector(make_config(name, **changes), SAMPLES, SampleLoss(World(), siglip=False), World())
 
 
 def stores_after_training(world: World, name: str) -> list[list[float]]:

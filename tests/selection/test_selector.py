@@ -13,18 +13,22 @@ from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.loss import SampleLoss
 from dissect_clip.scorer import Encoded
-from dissect_clip.selection import STRATEGIES, Candidates, ScoreStore, Selector, Strategy, build_selector
-from dissect_clip.selection.selector import kept, replace_unusable, top_k
+from dissect_clip.selection import STRATEGIES, Candidates, Needs, ScoreStore, Selector, Strategy, build_selector
+from dissect_clip.selection.base import kept
+from dissect_clip.selection.selector import replace_unusable, top_k
 
 SAMPLES, N = 40, 10
 
 
 def make_selector(name: str, world: World | None = None, rate: float = 0.3, **changes: object) -> Selector:
-    settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate} | changes
+    settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate, "scan_warmup": 0} | changes
+    if Needs.REFERENCE in STRATEGIES[name](Config()).needs:
+        settings |= {"select_reference": "given"}
     config = Config(select=True, select_strategy=name, select_rate=rate, **settings)  # type: ignore[arg-type]
     world = world or World()
     selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
     assert selector is not None
+    selector.reference = encode_otherwise
     return selector
 
 
@@ -36,6 +40,12 @@ def make_batch(ids: Tensor) -> Batch:
 def encode(batch: Batch) -> Encoded:
     phase = batch.sample_id[:, None].float() * torch.tensor([0.7, 1.1, 1.9])
     return Encoded(normalize(phase.sin(), dim=1), normalize((phase * 1.3).cos(), dim=1), torch.tensor(10.0), None)
+
+
+def encode_otherwise(batch: Batch) -> Encoded:
+    """Under the reference model."""
+    phase = batch.sample_id[:, None].float() * torch.tensor([0.4, 1.7, 0.9, 2.3])
+    return Encoded(normalize(phase.cos(), dim=1), normalize((phase * 0.8).sin(), dim=1), torch.tensor(20.0), None)
 
 
 def never(batch: Batch) -> Encoded:
@@ -117,7 +127,7 @@ def test_keeps_k_distinct_places(name, size):
     selector = make_selector(name)
     for epoch in (0, 1):
         index = selector.select(make_batch(torch.arange(size)), encode, epoch, epoch).index
-        assert len(index) == kept(0.3, size)
+        assert len(index) == kept(selector.strategy.rate(epoch), size)
         assert index.unique().numel() == len(index)
         assert (index.diff() > 0).all()
 

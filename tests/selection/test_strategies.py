@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dissect_clip.config import Config
+from dissect_clip.config import _ALONE, _SCORE_NOTHING, Config
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy
 from dissect_clip.selection.base import required
 from dissect_clip.selection.differential import differential
@@ -30,6 +30,11 @@ def make_candidates(epoch: int = 20, columns: int = 1, seed: int = 0, **parts: o
         "loss": torch.rand(N, generator=random),
         "image_features": features[0],
         "text_features": features[1],
+        "logit_scale": torch.tensor(5.0),
+        "reference_loss": torch.rand(N, generator=random),
+        "reference_image_features": features[1],
+        "reference_text_features": features[0].roll(1, 0),
+        "reference_logit_scale": torch.tensor(7.0),
     }
     return Candidates(**(defaults | parts))  # type: ignore[arg-type]
 
@@ -63,18 +68,30 @@ def test_looks_only_at_what_it_needs(strategy):
         loss=everything.loss if Needs.LOSS in needs else None,
         image_features=everything.image_features if Needs.FEATURES in needs else None,
         text_features=everything.text_features if Needs.FEATURES in needs else None,
+        reference_loss=everything.reference_loss if Needs.REFERENCE | Needs.LOSS in needs else None,
+        reference_image_features=everything.reference_image_features
+        if Needs.REFERENCE | Needs.FEATURES in needs
+        else None,
+        reference_text_features=everything.reference_text_features
+        if Needs.REFERENCE | Needs.FEATURES in needs
+        else None,
+        reference_logit_scale=everything.reference_logit_scale if Needs.REFERENCE in needs else None,
     )
-    assert torch.equal(strategy.rank(everything), strategy.rank(bare))
+    first = strategy.rank(everything)
+    everything.generator.manual_seed(0)  # both have the same
+    assert torch.equal(first, strategy.rank(bare))
 
 
 def test_is_pure(strategy):
     candidates = make_candidates(columns=len(strategy.remembers))
     before = {
         name: value.clone()
-        for name in ("memory", "similarity", "loss")
+        for name in ("memory", "similarity", "loss", "image_features", "text_features", "reference_loss")
         if (value := getattr(candidates, name)) is not None
     }
-    assert torch.equal(strategy.rank(candidates), strategy.rank(candidates))
+    first = strategy.rank(candidates)
+    candidates.generator.manual_seed(0)
+    assert torch.equal(first, strategy.rank(candidates))
     strategy.remember(candidates)
     for name, value in before.items():
         assert torch.equal(getattr(candidates, name).nan_to_num(7), value.nan_to_num(7))
@@ -83,6 +100,32 @@ def test_is_pure(strategy):
 @pytest.mark.parametrize("epoch", [0, 9, 10, 11])
 def test_rate_is_a_share(strategy, epoch):
     assert 0 < strategy.rate(epoch) <= 1
+
+
+def test_the_command_line_knows_which_strategies_score_nothing_and_which_stand_alone():
+    strategies = {name: factory(make_config()) for name, factory in STRATEGIES.items()}
+    assert set(_SCORE_NOTHING) == {name for name, one in strategies.items() if one.needs is Needs.NOTHING}
+    alone = {name for name, one in strategies.items() if one.learns or one.weighs}
+    assert set(_ALONE) == alone | {"random"}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_full_epochs_end_the_run_and_schedules_go_to_the_select_rate(strategy, schedule):
+    config = dataclasses.replace(
+        strategy.config, epochs=20, select_full_last=0.1, select_rate_schedule=schedule, select_rate_start=0.9,
+        scan_warmup=2, scan_period=3, warmup_point=3,
+    )  # fmt: skip
+    strategy = type(strategy)(config)
+    rates = [strategy.rate(epoch) for epoch in range(20)]
+    assert rates[18:] == [1, 1]
+    assert rates[17] == pytest.approx(0.5)
+    assert max(rates[:18]) <= 1
+
+
+def test_a_warm_up_keeps_its_own_rate_and_a_schedule_begins_after_it():
+    changes = {"warmup_point": 3, "warmup_select_rate": 0.7, "select_rate_schedule": "linear", "epochs": 6}
+    strategy = STRATEGIES["warmup_base_sampling"](make_config(**changes))
+    assert [strategy.rate(epoch) for epoch in range(6)] == [0.7, 0.7, 0.7, 1.0, 0.75, 0.5]
 
 
 def test_has_a_line_for_help(strategy):

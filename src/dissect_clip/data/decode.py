@@ -199,3 +199,29 @@ def decode_label(files: Mapping[str, bytes], num_classes: int) -> int:
             Skip.BAD_LABEL, f"its label {files['cls'][:20]!r} is not a class from 0 to {num_classes - 1}"
         )
     return label
+
+
+def decode_label_vector(files: Mapping[str, bytes], num_classes: int) -> list[int]:
+    """Which classes a multi-label sample has, num_classes times 0 or 1, from its ``npy`` file.
+
+    Raises:
+        BadSampleError: there is no such file, or it is no vector of as many zeros and ones.
+    """
+    if "npy" not in files:
+        raise BadSampleError(Skip.NO_LABEL, "it has no npy")
+    file = io.BytesIO(files["npy"])
+    try:
+        # The header first: numpy would ask for as much memory as it claims.
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        if shape != (num_classes,) or dtype.kind not in "biuf":
+            raise ValueError(f"it holds {dtype} of shape {shape}")
+        vector = np.frombuffer(file.read(), dtype)
+        if len(vector) != num_classes or not np.isin(vector, (0, 1)).all():
+            raise ValueError("it holds other values than 0 and 1, or too few")
+    except (ValueError, SyntaxError) as error:
+        raise BadSampleError(
+            Skip.BAD_LABEL, f"its npy is not a 0 or 1 for each of {num_classes} classes: {error}"
+        ) from error
+    labels: list[int] = vector.astype(np.int64).tolist()
+    return labels

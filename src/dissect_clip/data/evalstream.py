@@ -19,7 +19,14 @@ from torchvision.transforms import CenterCrop, Compose
 
 from dissect_clip.batch import LabelledBatch, RetrievalBatch
 from dissect_clip.config import Config
-from dissect_clip.data.decode import RawSample, decode_captions, decode_image, decode_label, transform_image
+from dissect_clip.data.decode import (
+    RawSample,
+    decode_captions,
+    decode_image,
+    decode_label,
+    decode_label_vector,
+    transform_image,
+)
 from dissect_clip.data.skips import BadSampleError, SkipBoard, SkipCounter
 from dissect_clip.data.split import Place, place_here
 from dissect_clip.data.stream import Tokenizer, Transform, make_loader
@@ -44,7 +51,8 @@ class Described(NamedTuple):
 
     image: Tensor  # [3, H, W]
     captions: list[str]
-    number: int  # place in the set, or class
+    place: int  # in the set
+    label: int | list[int]  # its class, or 0 or 1 for each class; -1 where images have captions
 
 
 class EvalStream(IterableDataset[B]):
@@ -123,7 +131,7 @@ class DecodeRetrieval:
     def __call__(self, sample: RawSample) -> Described:
         """Raises BadSampleError where the image or every caption is missing or broken."""
         captions = decode_captions(sample.files, self.json_field, self.by_line)
-        return Described(_eval_image(self.transform, sample), captions, sample.sample_id)
+        return Described(_eval_image(self.transform, sample), captions, sample.sample_id, -1)
 
 
 @dataclass(frozen=True)
@@ -138,28 +146,31 @@ class CollateRetrieval:
             image=torch.stack([image.image for image in images]),
             text=self.tokenizer([caption for image in images for caption in image.captions]),
             captions=torch.tensor([len(image.captions) for image in images]),
-            order=torch.tensor([image.number for image in images]),
+            order=torch.tensor([image.place for image in images]),
         )
 
 
 @dataclass(frozen=True)
 class DecodeLabelled:
-    """Images with their class."""
+    """Images with their class, or all their classes."""
 
     transform: Transform
     num_classes: int
+    multilabel: bool = False
 
     def __call__(self, sample: RawSample) -> Described:
         """Raises BadSampleError where image or label is missing or broken."""
-        label = decode_label(sample.files, self.num_classes)
-        return Described(_eval_image(self.transform, sample), [], label)
+        decode = decode_label_vector if self.multilabel else decode_label
+        label = decode(sample.files, self.num_classes)
+        return Described(_eval_image(self.transform, sample), [], sample.sample_id, label)
 
 
 def collate_labelled(images: list[Described]) -> LabelledBatch:
     """Images -> a batch; at least one image."""
     return LabelledBatch(
         image=torch.stack([image.image for image in images]),
-        label=torch.tensor([image.number for image in images]),
+        label=torch.tensor([image.label for image in images]),
+        order=torch.tensor([image.place for image in images]),
     )
 
 
@@ -193,12 +204,12 @@ class ClassificationData:
 
 
 def retrieval_data(
-    source: EvalSource, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+    source: EvalSource, config: Config, world: World, transform: Transform, tokenizer: Tokenizer, name: str = "val"
 ) -> RetrievalData:
     """Image-caption pairs of a source as a validation set."""
     decode = DecodeRetrieval(transform, config.json_caption_key, config.val_captions == "lines")
     stream = EvalStream(source, decode, CollateRetrieval(tokenizer), config, world)
-    return RetrievalData("val", make_loader(stream, config.workers, world), stream)
+    return RetrievalData(name, make_loader(stream, config.workers, world), stream)
 
 
 def classification_data(
@@ -209,7 +220,9 @@ def classification_data(
     config: Config,
     world: World,
     transform: Transform,
+    multilabel: bool = False,
 ) -> ClassificationData:
     """Labelled images of a source as a set for zero-shot classification."""
-    stream = EvalStream(source, DecodeLabelled(transform, len(classnames)), collate_labelled, config, world)
+    decode = DecodeLabelled(transform, len(classnames), multilabel)
+    stream = EvalStream(source, decode, collate_labelled, config, world)
     return ClassificationData(name, make_loader(stream, config.workers, world), stream, classnames, templates)

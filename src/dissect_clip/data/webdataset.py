@@ -451,6 +451,18 @@ def build_train(
 # ---- evaluation
 
 
+def numbered_shards(count: str, place: str, flag: str) -> list[str]:
+    """The shards of a CLIP_benchmark folder or URL, of whose ``nshards.txt`` the text is ``count``.
+
+    Raises:
+        SetupError: it is no number.
+    """
+    text = count.strip()
+    if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
+        raise SetupError(f"{flag}: {place}/nshards.txt should hold the number of shards, not {text[:40]!r}")
+    return [os.path.join(place, f"{number}.tar") for number in range(int(text))]
+
+
 def benchmark_shards(folder: str, flag: str) -> list[str] | None:
     """The test shards of a CLIP_benchmark webdataset folder; None where the folder is not one.
 
@@ -460,10 +472,7 @@ def benchmark_shards(folder: str, flag: str) -> list[str] | None:
     for place in (os.path.join(folder, "test"), folder):
         path = os.path.join(place, "nshards.txt")
         if os.path.isfile(path):
-            text = Path(path).read_text(encoding="utf-8").strip()
-            if not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
-                raise SetupError(f"{flag}: {path} should hold the number of shards, not {text[:40]!r}")
-            return [os.path.join(place, f"{number}.tar") for number in range(int(text))]
+            return numbered_shards(Path(path).read_text(encoding="utf-8"), place, flag)
     return None
 
 

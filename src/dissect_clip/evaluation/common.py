@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dissect_clip.batch import LabelledBatch
 from dissect_clip.dist import World
+from dissect_clip.errors import TrainingError
 
 T = TypeVar("T")
 
@@ -87,3 +89,47 @@ def progress(items: Iterable[T], world: World, title: str) -> Iterator[T]:
     for item in tqdm(items, desc=title, unit="batch", leave=False, disable=not shown):
         world.watch.alive()
         yield item
+
+
+class LabelledSet(Protocol):
+    """A labelled set of images."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def loader(self) -> Iterable[LabelledBatch]: ...  # this rank's share; any size, also none
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledFeatures:
+    """A labelled set as the model sees it, in the order of the data set."""
+
+    image: Tensor  # [M, D] float32, of length one
+    label: Tensor  # [M] int64, or [M, C] of a multi-label set
+
+
+def gather_images(encoder: Encoder, data: LabelledSet, world: World) -> LabelledFeatures:
+    """The features of all images of a set. Collective; the same on all ranks, in the same order on any number of them.
+
+    Each rank holds all of them, M x D x 4 bytes, and up to three times that for a moment.
+
+    Raises:
+        TrainingError: the set is empty.
+    """
+    images, labels, orders = [], [], []
+    for batch in progress(data.loader, world, f"features of {data.name}"):
+        moved = batch.to(world.device, encoder.input_dtype)
+        images.append(encoder.images(moved.image))
+        labels.append(moved.label)
+        orders.append(moved.order.to(world.device))
+    # A rank without images knows neither D nor C, which is 0 where images have one label.
+    widths = [images[0].shape[1], labels[0].shape[1] if labels[0].dim() == 2 else 0] if images else [0, 0]
+    width, num_classes = world.max(torch.tensor(widths, device=world.device)).tolist()
+    if width == 0:
+        raise TrainingError(f"evaluation on {data.name}: not one image could be read, look at the data")
+    no_label = torch.zeros((0, num_classes) if num_classes else 0, dtype=torch.int64, device=world.device)
+    order = world.all_gather_uneven(torch.cat([no_label.new_zeros(0), *orders])).argsort()
+    return LabelledFeatures(
+        image=world.all_gather_uneven(torch.cat([torch.zeros(0, width, device=world.device), *images]))[order],
+        label=world.all_gather_uneven(torch.cat([no_label, *labels]))[order],
+    )

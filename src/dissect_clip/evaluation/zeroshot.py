@@ -16,8 +16,8 @@ from torch import Tensor
 from dissect_clip.batch import LabelledBatch
 from dissect_clip.dist import World
 from dissect_clip.errors import TrainingError
-from dissect_clip.evaluation.common import NOT_FINITE, Encoder, progress, share
-from dissect_clip.metrics import best_rank, similarity
+from dissect_clip.evaluation.common import NOT_FINITE, Encoder, gather_images, progress, share
+from dissect_clip.metrics import Accuracy, accuracy, average_precision, best_rank, class_counts, similarity
 
 Tokenizer: TypeAlias = Callable[[list[str]], Tensor]
 Templates: TypeAlias = Sequence[str] | Sequence[Callable[[str], str]]
@@ -57,8 +57,8 @@ def evaluate_zeroshot(
         if key not in classifiers:
             classifiers[key] = build_classifier(encoder, data.classnames, data.templates, tokenizer, world)
         prefix = OPENCLIP_PREFIX.get(data.name, f"{data.name}-zeroshot")
-        top1, top5 = accuracy(encoder, classifiers[key], data, world)
-        metrics |= {f"{prefix}-top1": top1, f"{prefix}-top5": top5}
+        found = classify(encoder, classifiers[key], data, world)
+        metrics |= {f"{prefix}-top1": found.top1, f"{prefix}-top5": found.top5}
     return metrics
 
 
@@ -95,23 +95,43 @@ def fill(template: str | Callable[[str], str], classname: str) -> str:
     return template.format(classname, c=classname) if isinstance(template, str) else template(classname)
 
 
-def accuracy(encoder: Encoder, classifier: Tensor, data: ClassificationSet, world: World) -> tuple[float, float]:
-    """Top-1 and top-5 accuracy of a classifier [C, D], in [0, 1]. Collective; equal on all ranks.
+def classify(encoder: Encoder, classifier: Tensor, data: ClassificationSet, world: World) -> Accuracy:
+    """Give each image the class of a classifier [C, D] with the largest cosine. Collective; equal on all ranks.
 
     Of classes that score the same, the earlier one counts as the model's answer.
+
+    Raises:
+        TrainingError: the set is empty, features are not finite, or a label has no class name.
     """
     classes = torch.arange(len(classifier), device=world.device)
-    counts = torch.zeros(5, dtype=torch.int64, device=world.device)
+    counts = torch.zeros(len(classifier), 3, dtype=torch.int64, device=world.device)
+    problems = torch.zeros(2, dtype=torch.int64, device=world.device)
     for batch in progress(data.loader, world, f"zero-shot on {data.name}"):
         moved = batch.to(world.device, encoder.input_dtype)
         logits = similarity(encoder.images(moved.image), classifier)  # [M, C]
         rank = best_rank(logits, moved.label[:, None] == classes)
         unknown = (moved.label < 0) | (moved.label >= len(classes))
         bad = ~logits.isfinite().all(dim=1)
-        counts += torch.stack([torch.ones_like(rank), rank < 1, rank < 5, unknown, bad]).sum(dim=1)
-    total, top1, top5, num_unknown, num_bad = world.sum(counts).tolist()
-    _check(data.name, len(classes), total, num_unknown, num_bad)
-    return top1 / total, top5 / total
+        counts += class_counts(rank, moved.label.clamp(0, len(classes) - 1), len(classes))
+        problems += torch.stack([unknown, bad]).sum(dim=1)
+    counts, problems = world.sum(counts), world.sum(problems)
+    num_unknown, num_bad = problems.tolist()
+    _check(data.name, len(classes), int(counts[:, 0].sum()), num_unknown, num_bad)
+    return accuracy(counts)
+
+
+def mean_average_precision(
+    encoder: Encoder, classifier: Tensor, data: ClassificationSet, world: World
+) -> tuple[float, int]:
+    """Over the classes of a classifier [C, D], on a multi-label set; and its images. Collective; equal on all ranks.
+
+    Raises:
+        TrainingError: the set is empty, or features are not finite.
+    """
+    found = gather_images(encoder, data, world)
+    scores = similarity(found.image, classifier)
+    _check(data.name, len(classifier), len(scores), 0, int((~scores.isfinite().all(dim=1)).sum()))
+    return average_precision(scores, found.label.bool()).mean().item(), len(scores)
 
 
 def _check(name: str, num_classes: int, total: int, unknown: int, bad: int) -> None:

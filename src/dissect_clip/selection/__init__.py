@@ -8,20 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from dissect_clip.config import Config
+from dissect_clip.config import Config, parse_strategy
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy
+from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLoss
 from dissect_clip.selection.chooser import Chooser
+from dissect_clip.selection.combination import Combination
 from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
+from dissect_clip.selection.divbs import DivBS
+from dissect_clip.selection.infobatch import InfoBatch
+from dissect_clip.selection.learnability import Jest, Learnability
+from dissect_clip.selection.negcliploss import NegCLIPLoss
 from dissect_clip.selection.reuse import Known, ReusingSelector
+from dissect_clip.selection.scan import Scan
 from dissect_clip.selection.selector import SampleLoss, Selector
 from dissect_clip.selection.store import ScoreStore
 
 __all__ = [
     "STRATEGIES", "Candidates", "Chooser", "Needs", "ScoreStore", "Selection", "Selector", "Strategy", "build_chooser",
-    "build_selector", "summaries",
+    "build_selector", "build_strategy", "summaries",
 ]  # fmt: skip
 
 STRATEGIES: dict[str, Callable[[Config], Strategy]] = {
@@ -31,6 +37,12 @@ STRATEGIES: dict[str, Callable[[Config], Strategy]] = {
     "random": Random,
     "historical_base_sampling": MomentumDifferential,
     "warmup_base_sampling": WarmupDifferential,
+    "divbs": DivBS,
+    "learnability": Learnability,
+    "jest": Jest,
+    "negcliploss": NegCLIPLoss,
+    "infobatch": InfoBatch,
+    "scan": Scan,
 }
 
 
@@ -39,15 +51,44 @@ def summaries() -> dict[str, str]:
     return {name: (factory.__doc__ or "").strip().splitlines()[0] for name, factory in STRATEGIES.items()}
 
 
+def build_strategy(config: Config) -> Strategy:
+    """The strategy that ``--select-strategy`` names, or several as one.
+
+    Raises:
+        SetupError: if a strategy cannot be combined with others.
+    """
+    members = parse_strategy(config.select_strategy)
+    if len(members) == 1:
+        return STRATEGIES[config.select_strategy](config)
+    return Combination(config, {name: (STRATEGIES[name](config), weight) for name, weight in members.items()})
+
+
+def _check_loss(config: Config, strategy: Strategy) -> None:
+    """Raises SetupError if the strategy weights samples, and the loss of the run cannot be weighted."""
+    for kind, is_used in (("a CoCa model", "coca" in config.model.lower()), ("--distill-model", config.distill)):
+        if strategy.weighs and is_used:
+            raise SetupError(
+                f"--select-strategy {config.select_strategy} weights the contrastive loss of each pair, which does not "
+                f"go with the other losses of {kind}: choose another strategy, or give --select-rescale off"
+            )
+
+
 def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, world: World) -> Selector | None:
     """The selector that the settings ask for, with an empty store; None without ``--select``.
 
     Raises:
-        SetupError: if the strategy cannot do with scores of earlier steps, where these are asked for.
+        SetupError: if the strategy cannot do with scores of earlier steps, or before loading, where it is asked to, or
+            with the loss of the run, or in a combination.
     """
     if not config.select:
         return None
-    strategy = STRATEGIES[config.select_strategy](config)
+    strategy = build_strategy(config)
+    _check_loss(config, strategy)
+    if config.select_before_load and strategy.needs & ~REUSABLE:
+        raise SetupError(
+            f"--select-before-load chooses before samples are decoded, but --select-strategy {config.select_strategy} "
+            "looks at their features or at a reference model: leave it out, with --score-refresh and --select-preset"
+        )
     if strategy.needs is Needs.NOTHING or config.score_refresh in (None, 1):
         store = ScoreStore(num_samples, strategy.remembers, world)
         return Selector(
@@ -62,10 +103,16 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
     """What tells the loader which samples to decode; None without ``--select-before-load``.
 
     Raises:
-        SetupError: if every sample is to be scored, and so has to be loaded.
+        SetupError: if every sample is to be scored, and so has to be loaded, or all are needed to weight some.
     """
     if selector is None or not config.select_before_load:
         return None
+    strategy = selector.strategy
+    if strategy.weighs or strategy.survey(selector.store.scores) is not None:
+        raise SetupError(
+            f"--select-before-load, also as a part of --select-preset fast, does not go with --select-strategy "
+            f"{config.select_strategy}, which weighs what it keeps against what it leaves out: leave it out"
+        )
     if isinstance(selector, ReusingSelector):
         return Chooser(selector.known, len(selector.store.scores))
     if selector.strategy.needs is Needs.NOTHING:

@@ -1,11 +1,11 @@
 """What a strategy is: a pure function from what is known about a batch to an order of its samples.
 
-Shapes: N pairs of this rank, K kept, C columns that the strategy remembers, D features.
+Shapes: N pairs of this rank, K kept, C columns that the strategy remembers, D features, R of the reference model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import TypeVar
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dissect_clip.config import Config
+from dissect_clip.schedule import select_rate
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ class Needs(Flag):
     """What a strategy looks at, and so what the scoring pass computes. NOTHING means there is no scoring pass.
 
     SCORE is how well a pair matches, and may come from an earlier step where the run says so; SIMILARITY is the cosine
-    of this step.
+    of this step. REFERENCE is the same of a second, frozen model: its loss with LOSS, its features with FEATURES.
     """
 
     NOTHING = 0
@@ -30,6 +31,7 @@ class Needs(Flag):
     LOSS = auto()
     FEATURES = auto()
     SCORE = auto()
+    REFERENCE = auto()
 
 
 REUSABLE = Needs.SCORE | Needs.LOSS
@@ -48,6 +50,13 @@ class Candidates:
     image_features: Tensor | None = None  # [N, D] float32, unit norm
     text_features: Tensor | None = None  # [N, D] float32, unit norm
     reused: Tensor | None = None  # [N] float32, scores that need not be of this step, as z; NaN = never scored
+    logit_scale: Tensor | None = None  # scalar float32, the factor of the cosines in the loss; where pairs were scored
+    logit_bias: Tensor | None = None  # scalar float32, SigLIP only
+    reference_loss: Tensor | None = None  # [N] float32, as ``loss``, under the reference model
+    reference_image_features: Tensor | None = None  # [N, R] float32, unit norm, under the reference model
+    reference_text_features: Tensor | None = None  # [N, R] float32, unit norm, under the reference model
+    reference_logit_scale: Tensor | None = None  # scalar float32
+    reference_logit_bias: Tensor | None = None  # scalar float32, SigLIP only
 
     @property
     def score(self) -> Tensor | None:
@@ -70,6 +79,7 @@ class Selection:
     fresh: Tensor | None = None  # [F] int64, the places that were scored, where scores are used again
     rows: Tensor | None = None  # [N, C] float32, what is known of the batch, where scores are used again
     scored: int = 0  # how many had a scoring pass
+    weight: Tensor | None = None  # [K] float32, what each sample's loss is multiplied by; None where all are 1
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """What training need not compute again for ``index``: features [K, D] of locked towers, by open_clip's names."""
 
@@ -84,12 +94,52 @@ class Strategy:
     needs: Needs = Needs.NOTHING
     remembers: tuple[str, ...] = ()
 
+    learns: bool = False
+    """Whether ``remember`` is asked about the training pass, with the losses of the samples that it took."""
+
+    full_last: float = 0.0
+    """The default of --select-full-last."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
+    @property
+    def weighs(self) -> bool:
+        """Whether ``weights`` may give any."""
+        return False
+
+    def learns_in(self, epoch: int) -> bool:
+        """Whether it wants the losses of the training pass in this epoch, if it learns at all."""
+        return True
+
+    @property
+    def first_epoch(self) -> int:
+        """The first epoch in which --select-rate-schedule counts, after a warm-up."""
+        return 0
+
+    @property
+    def full_share(self) -> float:
+        """The share of the epochs, the last ones, that train on everything."""
+        chosen = self.config.select_full_last
+        return self.full_last if chosen is None else chosen
+
     def rate(self, epoch: int) -> float:
         """The share of every batch kept in this epoch (0-based), in (0, 1]."""
-        return self.config.select_rate
+        return select_rate(self.config, epoch, self.first_epoch, self.full_share)
+
+    @property
+    def keeping(self) -> str:
+        """The share of every batch that is kept over the epochs, for the log."""
+        rates = sorted({self.rate(epoch) for epoch in range(self.config.epochs)})
+        return " to ".join(f"{rate:g}" for rate in rates if rate in (rates[0], rates[-1])) or "nothing"
+
+    def may_select(self, epoch: int) -> bool:
+        """Whether this epoch may leave samples out, as far as that is known before it."""
+        return self.rate(epoch) < 1
+
+    def looks_at(self, epoch: int) -> Needs:
+        """The part of ``needs`` that is used in this epoch (0-based)."""
+        return self.needs
 
     def rank(self, candidates: Candidates) -> Tensor:
         """[N] float, the largest are trained on. Ties are broken at random, NaN is chosen last."""
@@ -98,6 +148,35 @@ class Strategy:
     def remember(self, candidates: Candidates) -> Tensor | None:
         """[N, C] float32 to store after ranking, or None to leave the store as it is in this epoch."""
         return None
+
+    def weights(self, candidates: Candidates, index: Tensor) -> Tensor | None:
+        """[K] float32, what the losses of the samples at ``index`` [K] are multiplied by; None where all are 1.
+
+        Of the samples that ``rank`` has chosen; not asked where all are kept.
+        """
+        return None
+
+    def survey(self, memory: Tensor) -> Tensor | None:
+        """[S] float32, numbers that hold for the whole store [num_samples, C], taken before an epoch; None for none."""
+        return None
+
+    def informed(self, survey: Sequence[float]) -> Strategy:
+        """This strategy, as it is once it knows the numbers of :meth:`survey`."""
+        return self
+
+
+def kept(rate: float, size: int) -> int:
+    """K, how many of ``size`` samples a rate in (0, 1] keeps: rounded, at least 1."""
+    return max(1, round(rate * size))
+
+
+def in_order(chosen: Tensor, others: Tensor) -> Tensor:
+    """A rank [N] of what was chosen one after the other: places ``chosen`` [K] int64, the first the highest.
+
+    Below them the others, by ``others`` [N], of which the values of the chosen do not matter; all finite.
+    """
+    below = others.float() - others.max() - 1
+    return below.scatter(0, chosen, torch.arange(len(chosen), 0, -1, device=below.device, dtype=below.dtype))
 
 
 def required(part: T | None) -> T:

@@ -31,9 +31,13 @@ class WarmupDifferential(Strategy):
     def _warms_up(self, epoch: int) -> bool:
         return epoch < self.config.warmup_point
 
+    @property
+    def first_epoch(self) -> int:
+        return self.config.warmup_point
+
     def rate(self, epoch: int) -> float:
         warmup_rate = self.config.warmup_select_rate
-        return warmup_rate if self._warms_up(epoch) and warmup_rate is not None else self.config.select_rate
+        return warmup_rate if self._warms_up(epoch) and warmup_rate is not None else super().rate(epoch)
 
     def rank(self, candidates: Candidates) -> Tensor:
         current = required(candidates.score)

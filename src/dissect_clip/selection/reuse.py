@@ -19,8 +19,8 @@ from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy, required
-from dissect_clip.selection.selector import Encode, SampleLoss, Selector, kept, replace_unusable, top_k
+from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy, kept, required
+from dissect_clip.selection.selector import Encode, SampleLoss, Selector, replace_unusable, top_k
 from dissect_clip.selection.store import ScoreStore
 
 _SCORE, _LOSS, _WHEN = "last_score", "last_loss", "last_batch"
@@ -74,7 +74,8 @@ class Known:
             config = self.strategy.config
             raise SetupError(
                 f"--score-refresh {config.score_refresh:g} ranks by scores of earlier steps, but --select-strategy "
-                f"{config.select_strategy} looks at more than scores: leave --score-refresh and --select-preset out"
+                f"{config.select_strategy} looks at more than scores, at features or at a reference model: leave "
+                "--score-refresh and --select-preset out"
             )
 
     @property
@@ -173,7 +174,8 @@ class ReusingSelector(Selector):
             index = top_k(self.known.rank(candidates).where(usable, torch.nan), k, generator)
         if count > 0:
             index = replace_unusable(index, usable)
-        return Selection(index, candidates, fresh, rows, count)
+        weight = self.strategy.weights(candidates, index) if k < len(batch) else None
+        return Selection(index, candidates, fresh, rows, count, weight)
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Store the new scores, of the scoring pass and of the training pass. Collective: one all_gather.

@@ -5,7 +5,8 @@ Shapes: N pairs of this rank, G pairs of all ranks, K kept, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,16 +15,11 @@ from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.scorer import Encoded
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy, required
+from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy, kept, required
 from dissect_clip.selection.store import ScoreStore
 
 Encode = Callable[[Batch], Encoded]
 SampleLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-
-
-def kept(rate: float, size: int) -> int:
-    """K, how many of ``size`` samples a rate in (0, 1] keeps: rounded, at least 1."""
-    return max(1, round(rate * size))
 
 
 def top_k(rank: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -75,43 +71,92 @@ class Selector:
         self.keep_locked = keep_locked
         self.not_finite = torch.zeros((), dtype=torch.int64, device=world.device)
         """Samples of this rank whose scores were not finite, on the device; the training loop sets it back."""
+        self.reference: Encode | None = None
+        """The scoring pass of the reference model; there is one where the strategy needs it."""
+        self.survey: tuple[float, ...] = ()
+        """What the strategy knows of the whole store since the epoch began; the same on all ranks."""
 
     @property
     def scoring(self) -> str:
         """What is scored, for the log."""
+        if Needs.REFERENCE in self.strategy.needs:
+            return "every sample is scored by two models in every step after the warm-up, if there is one"
         return "nothing is scored" if self.strategy.needs is Needs.NOTHING else "every sample is scored in every step"
+
+    def begin_epoch(self) -> None:
+        """Let the strategy look at the whole store. Collective and a device sync, of strategies that ask for it."""
+        survey = self.strategy.survey(self.store.scores)
+        if survey is not None:
+            self.world.copy_from_main(survey)  # K depends on it, and ranks on other hardware may round otherwise
+            self.inform(survey.tolist())
+
+    def inform(self, survey: Sequence[float]) -> None:
+        """Go on with what the strategy knew of the store when the epoch began. Not collective."""
+        self.survey = tuple(survey)
+        self.strategy = self.strategy.informed(self.survey)
+
+    def _matters_later(self, epoch: int) -> bool:
+        """Whether what is remembered in this epoch may be read in a later one."""
+        later = range(epoch + 1, self.strategy.config.epochs)
+        return bool(self.strategy.remembers) and any(map(self.strategy.may_select, later))
 
     def _scores(self, epoch: int) -> bool:
         """Whether this epoch needs a scoring pass: not when everything is kept and nothing will be read back."""
         if self.strategy.needs is Needs.NOTHING:
             return False
-        if self.strategy.rate(epoch) < 1 or self.always_score:
+        if self.always_score or self._matters_later(epoch):
             return True
-        return bool(self.strategy.remembers) and self.strategy.config.select_rate < 1
+        return self.strategy.rate(epoch) < 1 and self.strategy.looks_at(epoch) is not Needs.NOTHING
 
     def _score(
         self, batch: Batch, encode: Encode, epoch: int, generator: torch.Generator
     ) -> tuple[Candidates, Encoded]:
         """The scoring pass, and what the strategy needs of it."""
-        needs = self.strategy.needs
+        needs = self.strategy.looks_at(epoch)
         with torch.no_grad():
             encoded = encode(batch)
-            image, text = encoded.image_features, encoded.text_features
-            similarity = (image * text).sum(dim=1)
-            finite = similarity.isfinite()[:, None]
-            image, text = image.where(finite, 0), text.where(finite, 0)  # they would spoil the losses of all others
+            reference = required(self.reference)(batch) if Needs.REFERENCE in needs else None
+            similarity = (encoded.image_features * encoded.text_features).sum(dim=1)
+            if reference is not None:
+                finite = (reference.image_features * reference.text_features).sum(dim=1).isfinite()
+                similarity = similarity.where(finite, torch.nan)
+            finite = similarity.isfinite()
+            image, text, loss = self._parts(encoded, finite, needs)
             candidates = Candidates(
                 epoch=epoch,
                 generator=generator,
                 memory=self.store.read(batch.sample_id),
                 similarity=similarity,
-                loss=self.sample_loss(image, text, encoded.logit_scale, encoded.logit_bias)
-                if Needs.LOSS in needs
-                else None,
-                image_features=image if Needs.FEATURES in needs else None,
-                text_features=text if Needs.FEATURES in needs else None,
+                loss=loss,
+                image_features=image,
+                text_features=text,
+                logit_scale=encoded.logit_scale,
+                logit_bias=encoded.logit_bias,
             )
+            if reference is not None:
+                image, text, loss = self._parts(reference, finite, needs)
+                candidates = dataclasses.replace(
+                    candidates,
+                    reference_loss=loss,
+                    reference_image_features=image,
+                    reference_text_features=text,
+                    reference_logit_scale=reference.logit_scale,
+                    reference_logit_bias=reference.logit_bias,
+                )
         return candidates, encoded
+
+    def _parts(
+        self, encoded: Encoded, finite: Tensor, needs: Needs
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Features of images and texts, and losses, as far as they are needed; of pairs that are ``finite`` [N].
+
+        The features of the others are 0: they would spoil the losses of all.
+        """
+        image, text = (part.where(finite[:, None], 0) for part in (encoded.image_features, encoded.text_features))
+        loss = None
+        if Needs.LOSS in needs:
+            loss = self.sample_loss(image, text, encoded.logit_scale, encoded.logit_bias)
+        return (image, text, loss) if Needs.FEATURES in needs else (None, None, loss)
 
     def select(self, batch: Batch, encode: Encode, epoch: int, step: int) -> Selection:
         """The K pairs of this rank's batch to train on.
@@ -137,23 +182,54 @@ class Selector:
             rank = self.strategy.rank(candidates)
             index = top_k(rank if usable is None else rank.where(usable, torch.nan), k, generator)
         # Not asked where it would look at scores that were not taken.
-        values = self.strategy.remember(candidates) if scored or self.strategy.needs is Needs.NOTHING else None
+        asked = scored or (self.strategy.needs is Needs.NOTHING and not self.strategy.learns)
+        values = self.strategy.remember(candidates) if asked else None
         if usable is not None:
             self.not_finite += (~usable).sum()
             index = replace_unusable(index, usable)
             values = None if values is None else values.where(usable[:, None], candidates.memory)
         if values is not None:
             self.store.write(batch.sample_id, values)
+        weight = self.strategy.weights(candidates, index) if k < len(batch) else None
         if encoded is None:
-            return Selection(index, None)
+            known = self.strategy.needs is Needs.NOTHING and self.strategy.remembers
+            return Selection(index, candidates if known else None, weight=weight)
         features = encoded.known(index) if self.keep_locked else {}
-        return Selection(index, candidates, scored=len(batch), features=features)
+        return Selection(index, candidates, scored=len(batch), features=features, weight=weight)
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Take note of the features [K, D] that training computed for the chosen pairs; unused in exact scoring."""
+
+    def learns(self, epoch: int) -> bool:
+        """Whether the strategy wants to know the losses of this epoch's training pass."""
+        strategy = self.strategy
+        return strategy.learns and strategy.learns_in(epoch) and self._matters_later(epoch)
+
+    def training_loss(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None = None
+    ) -> Tensor:
+        """The contrastive loss [K] of pairs by the features [K, D] that training computed for them, against those of
+        all ranks; NaN where they are not finite. Collective: features are gathered. No device sync.
+        """
+        with torch.no_grad():
+            image, text = image.detach().float(), text.detach().float()
+            finite = (image * text).sum(dim=1, keepdim=True).isfinite()
+            image, text = image.where(finite, 0), text.where(finite, 0)  # they would spoil the losses of all others
+            bias = None if logit_bias is None else logit_bias.detach().float()
+            return self.sample_loss(image, text, logit_scale.detach().float(), bias).where(finite[:, 0], torch.nan)
+
+    def learn_losses(self, batch: Batch, selection: Selection, loss: Tensor) -> None:
+        """Let the strategy remember the losses [K] of the chosen pairs. Collective where it does: one all_gather."""
+        candidates, index = required(selection.candidates), selection.index
+        taken = dataclasses.replace(candidates, memory=candidates.memory[index], loss=loss)
+        values = self.strategy.remember(taken)
+        if values is not None:
+            self.store.write(batch.sample_id[index], values.where(loss.isfinite()[:, None], taken.memory))
 
 
 def _usable(candidates: Candidates) -> Tensor:
     """[N] bool, whether the scores that were taken are finite."""
     usable = required(candidates.similarity).isfinite()
-    return usable if candidates.loss is None else usable & candidates.loss.isfinite()
+    for loss in (candidates.loss, candidates.reference_loss):
+        usable = usable if loss is None else usable & loss.isfinite()
+    return usable
