@@ -5,7 +5,7 @@ One process does, for real, what one rank of such a run has to do: it holds the 
 over all ranks would give it. What needs the other ranks is computed. docs/scale.md has a table and the formulas.
 
     python benchmarks/scale.py [--samples 100000000 400000000] [--ranks 512] [--batch-sizes 1024 4096] [--folder DIR]
-        [--parts store gather checkpoint loader record skipped]
+        [--parts store gather checkpoint loader record skipped lists]
 
 `--folder` is where the files are written; it needs 8 bytes a sample, and the machine 20 bytes of memory a sample.
 """
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from common import report
 from torch import Tensor
@@ -27,10 +29,11 @@ from torch import Tensor
 from dissect_clip.batch import Batch
 from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content, load_checkpoint
 from dissect_clip.config import Config, parse_args
-from dissect_clip.data.position import Bits, Progress, count_marked, mark, no_bits, pack_all, unpack_all
+from dissect_clip.data.keep import Names, read_list
+from dissect_clip.data.position import Bits, Progress, count_marked, flipped, mark, no_bits, pack_all, unpack_all
 from dissect_clip.data.shards import ShardIndex
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
-from dissect_clip.data.split import Place, RestPlan, SpanPlan, count_batches
+from dissect_clip.data.split import Kept, KeptPlan, Place, RestPlan, SpanPlan, count_batches
 from dissect_clip.dist import World
 from dissect_clip.record import Recorder
 from dissect_clip.selection import summaries
@@ -275,7 +278,44 @@ def skipped(options: argparse.Namespace) -> None:
     )
 
 
-PARTS = {part.__name__: part for part in (store, gather, checkpoint, loader, record, skipped)}
+def lists(options: argparse.Namespace) -> None:
+    """What a list of a quarter of the samples costs at the start of a run, and in an epoch."""
+    random = np.random.default_rng(0)
+    size = max(options.batch_sizes)
+    for samples in options.samples:
+        sizes = np.full(samples // SHARD, SHARD, np.int64)
+        names = Names([f"{number:05d}.tar" for number in range(len(sizes))], sizes, lambda place: iter(()))
+        ids = np.flatnonzero(random.random(samples, np.float32) < 0.25)
+        for order in ("sorted", "random"):
+            if order == "random":
+                random.shuffle(ids)
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                path = Path(folder, "list.parquet")
+                pq.write_table(pa.table({"sample_id": ids}), path)
+                file_bytes, began = path.stat().st_size, time.perf_counter()
+                left_out = flipped(read_list(str(path), names, "--train-keep"), samples)
+                read_seconds = time.perf_counter() - began
+            count_seconds = once(Kept.of, sizes, left_out)
+            kept = Kept.of(sizes, left_out)
+            plan = KeptPlan(kept, count_batches(len(ids), size, options.ranks), size, seed=0)
+            alone = KeptPlan(kept, count_batches(len(ids), size, 1), size, seed=0)
+            part = plan.parts(Place(0, options.ranks, 0, 8), 0, 0)[0]
+            report(
+                "scale_lists",
+                samples=samples,
+                kept=len(ids),
+                order=order,
+                file_bytes=file_bytes,
+                read_seconds=round(read_seconds, 2),
+                bytes_on_every_rank=left_out.nbytes,
+                count_seconds=round(count_seconds, 3),
+                plan_seconds=round(seconds(plan.parts, Place(0, options.ranks, 0, 8), 0, 0), 5),
+                plan_of_8_workers_seconds=round(seconds(alone.parts, Place(0, 1, 0, 8), 0, 0), 4),
+                unpack_a_shard_seconds=round(seconds(list, part.ordinals), 6),
+            )
+
+
+PARTS = {part.__name__: part for part in (store, gather, checkpoint, loader, record, skipped, lists)}
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from shards_util import jittered, tokenize
 from dissect_clip.batch import Batch
 from dissect_clip.config import Config
 from dissect_clip.data import TrainData, csv, stream, synthetic
+from dissect_clip.data.position import Bits
 from dissect_clip.data.shards import ShardIndex
 from dissect_clip.data.split import Place
 from dissect_clip.data.urls import expand
@@ -61,8 +62,16 @@ def worlds(size: int) -> list[World]:
     return [ThreadWorld(rank=rank, size=size, meeting=meeting) for rank in range(size)]
 
 
-def load(config: Config, world: World | None = None, sizes: Sequence[int] | None = None) -> TrainData:
-    """The loader of one rank; of shards, of the sizes recorded for them or empty where none are, or of a table."""
+def load(
+    config: Config,
+    world: World | None = None,
+    sizes: Sequence[int] | None = None,
+    keep: Bits | None = None,
+) -> TrainData:
+    """The loader of one rank; of shards, of the sizes recorded for them or empty where none are, or of a table.
+
+    ``keep``: the samples of shards that are on a list.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch, where there are more workers than cores
         if sizes is None:
@@ -70,7 +79,7 @@ def load(config: Config, world: World | None = None, sizes: Sequence[int] | None
             return table.build_train(config, world or World(), jittered, tokenize)
         sources = expand(config.train_data)
         index = ShardIndex(tuple(chain(*sources)), np.array(sizes), "test") if len(sizes) else None
-        return train_data(config, world or World(), jittered, tokenize, sources, index)
+        return train_data(config, world or World(), jittered, tokenize, sources, index, keep)
 
 
 def _turns(data: TrainData) -> Iterator[Batch]:

@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store"},
-    {"data.shards", "data.evalstream", "selection.baselines", "selection.differential", "scorer", "logs"}
+    {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"}
     | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"},
     {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"}
     | {"launch", "commands.results"},

@@ -149,6 +149,24 @@ def test_the_same_where_scores_are_used_again(
     assert_same(whole, tmp_path / "logs" / "stopped", 2, strategy)
 
 
+@pytest.mark.parametrize("preset", ["exact", "fast"])
+def test_the_same_on_a_list_of_samples(tmp_path: Path, emoji: Path, preset: str, monkeypatch: pytest.MonkeyPatch):
+    data = break_some(emoji, tmp_path / "data")
+    kept = range(0, 1000, 3)  # 334 samples in nine steps of forty: some come twice
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"{number}\n" for number in kept))
+    flags = selection("warmup_base_sampling", select_preset=preset) | {"epochs": 2, "save_every_n_steps": 1}
+    flags |= {"record": True, "val_data": emoji / "val-000000.tar", "val_frequency": 2}
+    flags |= {"train_keep": listed, "batch_size": 40}
+    whole = train(tmp_path, data, "whole", **flags)
+    words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
+    for step in (4, 12):
+        run_until(step, words, monkeypatch)
+    assert cli.main(words) == 0
+    assert_same(whole, tmp_path / "logs" / "stopped", 2, "warmup_base_sampling")
+    assert {row["sample_id"] for epoch in range(2) for row in record(whole, epoch)} <= set(kept)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_with_loader_workers_and_broken_samples(

@@ -695,14 +695,29 @@ def _shard_differences(then: Shards, now: Shards) -> Iterator[str]:
         yield "the shards are the same in another order, which gives samples other ids"
 
 
+def _list_misfit(then: str, now: str) -> str:
+    """Of the digests of lists that are not the same; empty without one."""
+    if not now:
+        return "it was trained on a list of samples, this run has no --train-keep"
+    if not then:
+        return "it was trained on all samples of its data, this run has --train-keep"
+    return f"it was trained on another list of samples than --train-keep: {then[:12]} is not {now[:12]}"
+
+
 def _data_misfits(checkpoint: Checkpoint, num_samples: int, fingerprint: str, shards: Shards | None) -> Iterator[str]:
     state = checkpoint.state
-    if state is None or (state.num_samples, state.fingerprint) == (num_samples, fingerprint):
+    if state is None:
+        return
+    then, _, then_list = state.fingerprint.partition("+")
+    now, _, now_list = fingerprint.partition("+")
+    if then_list != now_list:
+        yield _list_misfit(then_list, now_list)
+    if (state.num_samples, then) == (num_samples, now):
         return
     if state.num_samples != num_samples:
         misfit = f"it was trained on {state.num_samples} samples, --train-data has {num_samples}"
     else:
-        misfit = f"it was trained on other data than --train-data: {state.fingerprint[:12]} is not {fingerprint[:12]}"
+        misfit = f"it was trained on other data than --train-data: {then[:12]} is not {now[:12]}"
     if shards is not None and checkpoint.shards is not None:
         misfit = "; ".join([misfit, *_shard_differences(checkpoint.shards, shards)])
     yield misfit

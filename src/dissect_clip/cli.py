@@ -242,8 +242,9 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
     log.info("Model %s, %.1f M parameters to train", config.model, trainable / 1e6)
     log.info(
-        "Training data: %d samples in %d shards; %d steps an epoch of %d samples",
-        data.num_samples, len(data.shard_names), steps_per_epoch,
+        "Training data: %s%d samples in %d shards; %d steps an epoch of %d samples",
+        "" if config.train_keep is None else f"{data.num_kept} of ", data.num_samples,
+        len(data.shard_names), steps_per_epoch,
         config.batch_size * config.accum_freq * state.world.size,
     )  # fmt: skip
     if state.selector is not None:

@@ -95,6 +95,12 @@ class Config:
     train_data_upsampling_factors: str | None = setting(
         None, "with several sources and --dataset-resampled: how often to draw from each, as 1::2::0.5"
     )
+    train_keep: str | None = setting(
+        None,
+        "train on the samples of this list only; their ids stay. A .parquet, .csv, .tsv or .txt with sample_id, or "
+        "shard and key",
+        metavar="FILE",
+    )
     val_data: str | None = setting(None, "validation data for retrieval, in the same forms as --train-data")
     train_num_samples: int | None = setting(
         None,
@@ -486,6 +492,7 @@ ADDED: dict[str, str] = {
     "val_captions": "retrieval sets with several captions an image",
     "zeroshot_data": "zero-shot classification on sets other than ImageNet",
     "model_config": "model configurations without changing open_clip",
+    "train_keep": "training on a list of samples",
     "max_skip_fraction": "damaged data",
     "data_timeout": "damaged data",
     "fast_decode": "faster loading",
@@ -816,6 +823,8 @@ def contradictions(config: Config) -> Iterator[str]:
         yield from _rate_contradictions(config, strategies)
     if config.select and config.select_negatives == "all":
         yield from _negatives_contradictions(config, strategies)
+    if config.train_keep is not None and not config.trains:
+        yield "--train-keep needs training data: give --train-data"
     if not config.trains and config.val_data is None and not _zeroshot(config):
         yield (
             "nothing to do: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "

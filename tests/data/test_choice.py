@@ -1,5 +1,6 @@
 """Choosing before loading: what is decoded, what stands in for a broken sample; and nothing is lost over a stop."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,8 +30,8 @@ class Best:
     count: int = M
     asked: list[tuple[list[int], list[bool], int, int]] = field(default_factory=list)
 
-    def __call__(self, ids: Tensor, first: Tensor, epoch: int, seed: int) -> Decision:
-        self.asked.append((ids.tolist(), first.tolist(), epoch, seed))
+    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Decision:
+        self.asked.append((ids.tolist(), once.tolist(), epoch, seed))
         return Decision(ids.argsort(descending=True), min(self.count, len(ids)))
 
 
@@ -60,13 +61,13 @@ def test_a_batch_holds_what_is_wanted_and_names_the_others(tmp_path):
     batches = take(data, 0)
     asked = data.stream.chooser.asked
     assert len(batches) == SAMPLES // N
-    for batch, (ids, first, epoch, _) in zip(batches, asked, strict=True):
+    for batch, (ids, once, epoch, _) in zip(batches, asked, strict=True):
         assert batch.sample_id.tolist() == sorted(ids, reverse=True)[:M]
         assert sorted([*batch.sample_id.tolist(), *batch.passed_over.tolist()]) == sorted(ids)
         assert (len(batch), batch.drawn) == (M, N)
         assert batch.text[:, 0].tolist() == batch.sample_id.tolist()
         assert len(batch.image) == len(batch.key) == M
-        assert (all(first), epoch) == (True, 0)
+        assert (all(once), epoch) == (True, 0)
     assert sorted(sample for ids, *_ in asked for sample in ids) == list(range(SAMPLES))
     assert len({seed for *_, seed in asked}) == len(asked)
 
@@ -141,24 +142,32 @@ def test_what_was_passed_over_counts_as_seen(tmp_path):
     told = other.resume(reload(stopped.state_dict()), 0)
     assert f"the {SAMPLES - 4 * N} samples not yet seen" in told
     take(other, 0)
-    seen = [sample for ids, firsts, *_ in stopped.stream.chooser.asked for sample in ids]
-    rest = [
-        sample
-        for ids, firsts, *_ in other.stream.chooser.asked
-        for sample, first in zip(ids, firsts, strict=True)
-        if first
-    ]
-    assert sorted(seen + rest) == list(range(SAMPLES))
+    seen = [sample for ids, *_ in stopped.stream.chooser.asked for sample in ids]
+    rest = [sample for ids, *_ in other.stream.chooser.asked for sample in ids]
+    assert sorted({*seen, *rest}) == list(range(SAMPLES))
+    assert not set(seen) & set(rest)
 
 
-def test_what_fills_up_the_epoch_is_named_as_coming_again(tmp_path):
-    data = load(data_config(train_data=pattern(tmp_path, None), batch_size=8, record=True), None, SIZES)
-    data.stream.chooser = Best()
-    take(data, 0)
-    asked = [(sample, first) for ids, firsts, *_ in data.stream.chooser.asked
-             for sample, first in zip(ids, firsts, strict=True)]  # fmt: skip
-    assert sorted(sample for sample, first in asked if first) == list(range(SAMPLES))
-    assert len([first for _, first in asked if not first]) == 32 - SAMPLES
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize(("world_size", "workers", "batch_size"), [(1, 0, 8), (2, 2, 7), (2, 1, 40)])
+def test_what_fills_up_the_epoch_is_named_as_coming_twice(tmp_path, world_size, workers, batch_size, table):
+    """Both times, since ranks and shuffle buffers may turn their order round."""
+    flags = {"batch_size": batch_size, "workers": workers}
+    data = (
+        {"dataset_type": "synthetic", "train_num_samples": SAMPLES}
+        if table
+        else {"train_data": pattern(tmp_path, None)}
+    )
+    times, onces = Counter(), Counter()
+    for world in worlds(world_size):
+        rank = load(data_config(**data, **flags), world, None if table else SIZES)
+        rank.stream.chooser = Best()
+        take(rank, 0)
+        for ids, once, *_ in rank.stream.chooser.asked:
+            times.update(ids)
+            onces.update(sample for sample, alone in zip(ids, once, strict=True) if alone)
+    assert set(times) == set(range(SAMPLES))
+    assert dict(onces) == {sample: 1 for sample, count in times.items() if count == 1}
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -131,7 +131,7 @@ def test_without_rescaling_there_are_no_weights():
 def test_the_survey_is_the_mean_of_what_is_known_and_the_share_below():
     memory = torch.tensor([[1.0], [torch.nan], [2.0], [6.0], [3.5]])
     survey = make_strategy().survey(memory)
-    assert survey.tolist() == pytest.approx([12.5 / 4, 2 / 5])
+    assert survey.tolist() == pytest.approx([12.5 / 4, 2 / 4])
     assert make_strategy().survey(torch.full((4, 1), torch.nan)).tolist() == [0, 0]
 
 
@@ -183,7 +183,7 @@ def test_an_epoch_begins_with_a_look_at_the_store():
     selector = make_selector()
     selector.store.scores[:20, 0] = torch.arange(20.0)
     selector.begin_epoch()
-    assert selector.survey == (9.5, 10 / SAMPLES)
+    assert selector.survey == (9.5, 10 / 20)
     assert (selector.strategy.mean, selector.strategy.below) == selector.survey
     other = make_selector()
     other.inform(selector.survey)

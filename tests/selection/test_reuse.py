@@ -329,16 +329,16 @@ def test_chooses_before_loading_what_it_would_choose_after(name, refresh):
     torch.testing.assert_close(before.store.scores, after.store.scores)
 
 
-def test_a_sample_that_comes_again_counts_as_unknown():
+def test_a_sample_that_comes_twice_counts_as_unknown():
     selector = make_selector()
     fill(selector)
     best = column(selector, "last_score").topk(6).indices
     ids = torch.arange(SAMPLES)
-    first = torch.ones(SAMPLES, dtype=torch.bool)
+    once = torch.ones(SAMPLES, dtype=torch.bool)
     chooser = published(selector, rate=0.3)
-    assert set(best.tolist()) <= set(chooser(ids, first, 3, 0).order[:12].tolist())
-    first[best] = False
-    order = chooser(ids, first, 3, 0).order.tolist()
+    assert set(best.tolist()) <= set(chooser(ids, once, 3, 0).order[:12].tolist())
+    once[best] = False
+    order = chooser(ids, once, 3, 0).order.tolist()
     assert not set(best.tolist()) & set(order[:12])
     assert not set(best.tolist()) & set(order[-12:])
 
@@ -353,10 +353,10 @@ def test_a_random_choice_before_loading_depends_on_its_seed_alone():
     config = make_config("random", select_before_load=True)
     selector = build_selector(config, SAMPLES, SampleLoss(World(), siglip=False), World())
     chooser = build_chooser(config, selector)
-    ids, first = torch.arange(20), torch.ones(20, dtype=torch.bool)
-    orders = [tuple(chooser(ids, first, 1, seed).order.tolist()) for seed in (0, 0, 1)]
+    ids, once = torch.arange(20), torch.ones(20, dtype=torch.bool)
+    orders = [tuple(chooser(ids, once, 1, seed).order.tolist()) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
-    assert chooser(ids, first, 1, 0).count == 6
+    assert chooser(ids, once, 1, 0).count == 6
     part = make_batch(ids[list(orders[0][:6])])
     batch = Batch(part.image, part.text, part.sample_id, chosen_from=20)
     assert selector.select(batch, never, 1, 0).index.tolist() == list(range(6))

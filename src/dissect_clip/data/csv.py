@@ -103,6 +103,10 @@ class CsvTable:
         path: bytes = self._paths[row].as_py()
         return RawSample(row, self.name, os.fsdecode(path), RowFiles(path, self._captions[row].as_py()))
 
+    def keys(self) -> Iterator[str]:
+        """The images' paths, as they stand in the file."""
+        return (os.fsdecode(path.as_py()) for path in self._paths)
+
     def fingerprint(self) -> str:
         """Hex digest over the rows: images' base names and captions."""
         names = pyarrow.compute.replace_substring_regex(self._paths, pattern="^.*/", replacement="")

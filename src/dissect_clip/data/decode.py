@@ -42,6 +42,7 @@ class RawSample(NamedTuple):
     files: Mapping[str, bytes]  # by suffix, in lower case
     problem: BadSampleError | None = None  # found before decoding: the sample cannot be used
     again: bool = False  # whether it comes a second time in the epoch, to fill it up, and so is not counted
+    twice: bool = False  # whether it is the first of two times, which need not be read before the second
 
 
 def read_file(path: str | bytes) -> bytes:

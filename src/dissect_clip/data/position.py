@@ -5,8 +5,9 @@ Shapes: M samples in the data set, N samples a batch, P numbers of a worker's pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -69,6 +70,14 @@ def mark(bits: Bits, sample_id: NDArray[np.int64]) -> None:
     np.bitwise_or.at(bits, sample_id >> 3, np.left_shift(1, sample_id & 7).astype(np.uint8))
 
 
+def flipped(bits: Bits, num_samples: int) -> Bits:
+    """[ceil(M / 8)], of the samples that are not marked."""
+    others: Bits = ~bits
+    if num_samples % 8:
+        others[-1] &= (1 << num_samples % 8) - 1
+    return others
+
+
 def count_marked(bits: Bits) -> int:
     """How many samples are marked."""
     return int(_ONES[bits].sum(dtype=np.int64))
@@ -79,3 +88,27 @@ def unmarked(bits: Bits, first: int, last: int) -> NDArray[np.int64]:
     begin = first // 8
     flags = np.unpackbits(bits[begin : -(-last // 8)], bitorder="little")[first - 8 * begin : last - 8 * begin]
     return np.flatnonzero(flags == 0)
+
+
+class Unmarked(Sequence[int]):
+    """Those of the samples ``first`` to before ``last`` that are not marked, counted from ``first``; rising.
+
+    Of these the ones at the places ``begin`` to before ``end``. They are looked up when they are asked for, so that a
+    plan of millions of samples is small.
+    """
+
+    def __init__(self, bits: Bits, first: int, last: int, begin: int, end: int) -> None:
+        self._bits, self._first, self._last, self._begin, self._end = bits, first, last, begin, end
+
+    def __len__(self) -> int:
+        return self._end - self._begin
+
+    @overload
+    def __getitem__(self, place: int) -> int: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[int]: ...
+    def __getitem__(self, place: int | slice) -> Any:
+        return unmarked(self._bits, self._first, self._last)[self._begin : self._end][place].tolist()
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self[:])

@@ -5,16 +5,14 @@ Shapes: S shards, M samples in the data set, N samples a batch, B batches a rank
 An epoch with known shard sizes is one long row of samples: shards in an order drawn from (seed, epoch), begun at a
 drawn place and continued cyclically to B * N * ranks. Ranks, then their workers, take spans of it that follow each
 other. So every sample is read once an epoch, but for the few that fill up the last batches, and any number of shards
-serves any number of workers. What is left of an epoch that was stopped in the middle is another, shorter row, which is
-laid out in the same way.
+serves any number of workers. The samples of a list, and what is left of an epoch that was stopped in the middle, are
+other, shorter rows, which are laid out in the same way.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from dissect_clip.data.position import Bits, unmarked
+from dissect_clip.data.position import Bits, Unmarked, unmarked
 from dissect_clip.seeding import Stream, derive_seed
 
 Ints = NDArray[np.int64]
@@ -63,6 +61,7 @@ class Part(NamedTuple):
     shard: int
     ordinals: Sequence[int]  # rising; a range up to sys.maxsize is up to the shard's end
     again: bool = False  # whether they come a second time in the epoch, to fill it up
+    twice: bool = False  # whether they are the first of two times
 
 
 def count_batches(num_samples: int, batch_size: int, world_size: int, accum_freq: int = 1) -> int:
@@ -82,6 +81,17 @@ def worker_span(num_batches: int, batch_size: int, place: Place) -> tuple[int, i
     first = place.rank * num_batches + before
     count = worker_batches(num_batches, place.worker, place.workers)
     return first * batch_size, (first + count) * batch_size
+
+
+def once_in_row(num_samples: int, length: int, first: int, last: int) -> tuple[int, int]:
+    """Of the places ``first`` to before ``last`` of a row of ``length`` that repeats itself after ``num_samples``.
+
+    Those from the first number given to before the second hold samples that come once in the row. Before them are the
+    first of two times, behind them samples that come again.
+    """
+    ends = (min(max(0, length - num_samples), num_samples), num_samples)
+    begin, end = (min(max(first, place), last) for place in ends)
+    return begin, end
 
 
 def cut_shards(order: Ints, sizes: Ints, first: int, last: int) -> list[Part]:
@@ -143,12 +153,64 @@ class SpanPlan:
         # Begun at a drawn sample, since with few shards the workers' spans would otherwise meet at the same places.
         start = int(generator.integers(self.sizes.sum()))
         first, last = worker_span(self.num_batches, self.batch_size, place)
-        once = min(max(first, int(self.sizes.sum())), last)  # from here on the row repeats itself
-        parts = cut_shards(order, self.sizes, start + first, start + once)
-        parts += [part._replace(again=True) for part in cut_shards(order, self.sizes, start + once, start + last)]
+        length = self.num_batches * self.batch_size * place.world_size
+        begin, end = once_in_row(int(self.sizes.sum()), length, first, last)
+        parts = [part._replace(twice=True) for part in cut_shards(order, self.sizes, start + first, start + begin)]
+        parts += cut_shards(order, self.sizes, start + begin, start + end)
+        parts += [part._replace(again=True) for part in cut_shards(order, self.sizes, start + end, start + last)]
         if attempt > 0:
             random.Random(derive_seed(self.seed, Stream.SHARDS, epoch, *place, attempt)).shuffle(parts)
         return parts
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The samples of shards that are not left out."""
+
+    sizes: Ints  # [S], of whole shards
+    left_out: Bits
+    counts: Ints  # [S], how many of each shard are not left out
+
+    @classmethod
+    def of(cls, sizes: Ints, left_out: Bits) -> Kept:
+        """Count them."""
+        ends = np.cumsum(sizes)
+        bounds = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
+        return cls(sizes, left_out, np.array([len(unmarked(left_out, *bound)) for bound in bounds], np.int64))
+
+    def ordinals(self, shards: Sequence[int], spans: Sequence[range]) -> list[Unmarked]:
+        """For each shard those of its samples that are at the places of a span among the ones not left out."""
+        ends = np.cumsum(self.sizes)
+        return [
+            Unmarked(self.left_out, int(ends[shard] - self.sizes[shard]), int(ends[shard]), span.start, span.stop)
+            for shard, span in zip(shards, spans, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class KeptPlan:
+    """Shards of known sizes of which some samples are left out: every other one once an epoch.
+
+    Shards of which all are left out are not read.
+    """
+
+    kept: Kept
+    num_batches: int
+    batch_size: int
+    seed: int
+    coverage = Coverage.ONCE
+
+    @property
+    def sizes(self) -> Ints:
+        """[S], of whole shards."""
+        return self.kept.sizes
+
+    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+        """This worker's span of a row of the samples that are not left out; see :meth:`SpanPlan.parts`."""
+        parts = SpanPlan(self.kept.counts, self.num_batches, self.batch_size, self.seed).parts(place, epoch, attempt)
+        spans = [range(part.ordinals[0], part.ordinals[-1] + 1) for part in parts]
+        ordinals = self.kept.ordinals([part.shard for part in parts], spans)
+        return [part._replace(ordinals=chosen) for part, chosen in zip(parts, ordinals, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -159,26 +221,18 @@ class RestPlan:
     of the whole epoch.
     """
 
-    whole: SpanPlan
-    visited: Bits
+    whole: SpanPlan | KeptPlan
+    visited: Bits  # with those that the whole epoch leaves out
     num_batches: int  # of a rank, for the rest
     coverage = Coverage.ONCE
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """This worker's span of the row that is left; in later attempts its span of the epoch's whole row."""
+        whole = self.whole
         if attempt > 0:
-            return self.whole.parts(place, epoch, attempt)
-        ends = np.cumsum(self.whole.sizes)
-        bounds = list(zip((ends - self.whole.sizes).tolist(), ends.tolist(), strict=True))
-        left = np.array([len(unmarked(self.visited, *bound)) for bound in bounds])
-        plan = dataclasses.replace(self.whole, sizes=left, num_batches=self.num_batches)
-        return [self._among_left(part, *bounds[part.shard]) for part in plan.parts(place, epoch, 0)]
-
-    def _among_left(self, part: Part, first: int, last: int) -> Part:
-        """A part counted in unvisited samples, by the ordinals of these; the shard's ids are ``first`` to ``last``."""
-        ordinals = unmarked(self.visited, first, last)
-        chosen = ordinals[part.ordinals[0] : part.ordinals[-1] + 1]
-        return part._replace(ordinals=array("q", chosen.tobytes()))
+            return whole.parts(place, epoch, attempt)
+        left = Kept.of(whole.sizes, self.visited)
+        return KeptPlan(left, self.num_batches, whole.batch_size, whole.seed).parts(place, epoch, 0)
 
 
 @dataclass(frozen=True)
@@ -207,32 +261,43 @@ def draw_shards(weights: list[float], count: int, seed: int) -> list[int]:
 class DrawPlan:
     """Shards drawn with replacement, by weight."""
 
-    weights: list[float]  # [S]
+    weights: list[float]  # [S]; a shard of which all samples are left out is never drawn
     sizes: Ints | None  # [S], or None where they are unknown
     seed: int
+    kept: Kept | None = None  # where some samples are left out
     coverage = Coverage.DRAWS
 
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """As many draws as there are shards, other ones in every attempt."""
         seed = derive_seed(self.seed, Stream.RESAMPLE, epoch, *place, attempt)
-        shards = draw_shards(self.weights, len(self.weights), seed)
-        return [Part(shard, range(sys.maxsize if self.sizes is None else int(self.sizes[shard]))) for shard in shards]
+        if self.kept is None:
+            shards = draw_shards(self.weights, len(self.weights), seed)
+            return [
+                Part(shard, range(sys.maxsize if self.sizes is None else int(self.sizes[shard]))) for shard in shards
+            ]
+        counts = self.kept.counts
+        weights = [weight * (count > 0) for weight, count in zip(self.weights, counts.tolist(), strict=True)]
+        shards = draw_shards(weights, len(weights), seed)
+        ordinals = self.kept.ordinals(shards, [range(int(counts[shard])) for shard in shards])
+        return list(map(Part, shards, ordinals))
 
 
 def span_rows(
-    num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, visited: Bits | None = None
-) -> tuple[Ints, int]:
-    """Rows of a table that a worker reads in an epoch, and how many of them come before the epoch repeats itself.
+    num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, left_out: Bits | None = None
+) -> tuple[Ints, range]:
+    """Rows of a table that a worker reads in an epoch, and the places of those that come once in it.
 
-    They are its span of a permutation, continued cyclically. Of an epoch that goes on after a stop with ``visited``
-    rows, the permutation is that of the others.
+    Before these are the first of two times, behind them rows that come again. They are this worker's span of a
+    permutation, continued cyclically. Where some rows are left out, because they were visited before a stop or are not
+    on a list, the permutation is that of the others.
     """
     order: Ints = _generator(seed, Stream.SHARDS, epoch).permutation(num_rows)
-    if visited is not None:
-        order = order[np.unpackbits(visited, bitorder="little")[order] == 0]
+    if left_out is not None:
+        order = order[np.unpackbits(left_out, bitorder="little")[order] == 0]
     first, last = worker_span(num_batches, batch_size, place)
     rows: Ints = order[np.arange(first, last) % len(order)]
-    return rows, min(max(len(order) - first, 0), len(rows))
+    begin, end = once_in_row(len(order), num_batches * batch_size * place.world_size, first, last)
+    return rows, range(begin - first, end - first)
 
 
 class Share(NamedTuple):

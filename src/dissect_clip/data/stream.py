@@ -64,8 +64,8 @@ class Choice(Protocol):
 class Chooser(Protocol):
     """Says which of the samples that were read are to be decoded. Picklable."""
 
-    def __call__(self, ids: Tensor, first: Tensor, epoch: int, seed: int) -> Choice:
-        """``ids`` [N] int64; ``first`` [N] bool: whether the sample is there for the first time in the epoch."""
+    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Choice:
+        """``ids`` [N] int64; ``once`` [N] bool: whether the sample was not and will not be there again in the epoch."""
         ...
 
 
@@ -163,10 +163,12 @@ class TrainStream(IterableDataset[Batch]):
         num_samples: int,
         transform: Transform,
         tokenizer: Tokenizer,
+        left_out: Bits | None = None,
     ) -> None:
+        """``left_out``: samples that ``source`` never gives, where there are such; they count as visited."""
         self.config = config
         self.rank, self.world_size = world.rank, world.size
-        visited = no_bits(num_samples) if source.coverage is Coverage.ONCE else None
+        visited = (no_bits(num_samples) if left_out is None else left_out) if source.coverage is Coverage.ONCE else None
         self.whole = Pass(source, num_batches, _beginnings(self.workers), visited=visited)
         self.resumed: tuple[int, Pass] | None = None
         """An epoch that was stopped, and what is left of it."""
@@ -239,7 +241,7 @@ class _Read(NamedTuple):
 
     sample: RawSample
     skips: SkipCounter  # where it is counted if it cannot be used
-    first: bool  # whether it is there for the first time in the epoch
+    once: bool  # whether it comes once in the epoch, as far as is known beforehand, and this is that time
 
 
 class _Pairs:
@@ -271,7 +273,7 @@ class _Pairs:
             return self._decode_some(self._reading, size)
         read = list(itertools.islice(self._reading, size))
         ids = torch.tensor([one.sample.sample_id for one in read])
-        choice = chooser(ids, torch.tensor([one.first for one in read]), self._epoch, seed)
+        choice = chooser(ids, torch.tensor([one.once for one in read]), self._epoch, seed)
         places = iter(choice.order.tolist())
         pairs = self._decode_some((read[place] for place in places), choice.count)
         self.passed_over = ids[list(places)]
@@ -316,7 +318,8 @@ class _Pairs:
         """
         while True:
             for sample in self._samples:
-                read = _Read(sample, self._skips, self._attempt == 0 and not sample.again)
+                once = self._attempt == 0 and not (sample.again or sample.twice)
+                read = _Read(sample, self._skips, once)
                 if sample.problem is not None:
                     _count(read, sample.problem)
                 else:
@@ -403,11 +406,16 @@ class TrainData:
     num_samples: int
     """Size of the data set: 0 <= sample_id < num_samples."""
     fingerprint: str
-    """Hex digest of what the ids stand for: base names and sizes of the shards, or the rows of a table."""
+    """Hex digest of what the ids stand for: base names and sizes of the shards, or the rows of a table.
+
+    With --train-keep that of the list follows after a ``+``.
+    """
     shard_names: tuple[str, ...]
     shard_sizes: NDArray[np.int64] | None
     """Samples of each shard in ``shard_names``; None where they are not known."""
     find_shard: Callable[[NDArray[np.int64]], NDArray[np.int32]]
+    num_kept: int
+    """Samples of an epoch: those on the list of --train-keep, or all."""
     _pass: Pass = field(init=False)
     _rows: list[Progress] = field(init=False)  # where the workers stand after the last taken batch
     _visited: Bits | None = field(init=False)
@@ -476,7 +484,8 @@ class TrainData:
         ``layout``: what the order of the batches depends on, by name.
         ``batches``, ``first``: see :class:`Pass`.
         ``workers`` [sum of P + V] int64: the progress of every worker, rank by rank.
-        ``visited`` [ceil(M / 8)] uint8: the samples that were in a batch; None where they are not told apart.
+        ``visited`` [ceil(M / 8)] uint8: the samples that were in a batch, and those that --train-keep leaves out; None
+        where they are not told apart.
         ``left_out`` [ceil(M / 8)] uint8: of these, the ones from before the epoch was laid out anew; None where it
         never was.
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Iterator
 
 from PIL import Image
 
@@ -44,6 +45,10 @@ class SyntheticTable:
     def read(self, row: int) -> RawSample:
         """The blank pair, under the row's number."""
         return RawSample(row, self.name, str(row), self._files)
+
+    def keys(self) -> Iterator[str]:
+        """The rows' numbers."""
+        return map(str, range(len(self)))
 
 
 def build_train(config: Config, world: World, transform: Transform, tokenizer: Tokenizer) -> TrainData:

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dissect_clip.config import Config
 from dissect_clip.data.decode import RawSample
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
-from dissect_clip.data.position import Bits
+from dissect_clip.data.keep import Names, list_digest, read_list
+from dissect_clip.data.position import Bits, count_marked, flipped
 from dissect_clip.data.skips import SkipCounter
 from dissect_clip.data.split import Coverage, Place, count_batches, span_rows
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
@@ -33,22 +34,26 @@ class Table(Protocol):
         """One row."""
         ...
 
+    def keys(self) -> Iterator[str]:
+        """The key of each row."""
+        ...
+
 
 class Rows:
     """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.stream.Samples`.
 
-    Those after the first ``once`` come a second time in the epoch.
+    Those at the places ``once`` come once in the epoch; before them are the first of two times, behind them the second.
     """
 
-    def __init__(self, table: Table, rows: NDArray[np.int64], once: int, done: int) -> None:
+    def __init__(self, table: Table, rows: NDArray[np.int64], once: range, done: int) -> None:
         self._table, self._rows, self._once, self._done = table, rows, once, done
 
     def __iter__(self) -> Iterator[RawSample]:
         """All of them."""
         for row in self._rows[self._done :].tolist():
-            again = self._done >= self._once
+            twice, again = self._done < self._once.start, self._done >= self._once.stop
             self._done += 1
-            yield self._table.read(row)._replace(again=again)
+            yield self._table.read(row)._replace(twice=twice, again=again)
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -58,13 +63,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class TableSource:
-    """Every row of a table once an epoch, in an order drawn from (seed, epoch)."""
+    """Every row of a table that is not left out once an epoch, in an order drawn from (seed, epoch)."""
 
     table: Table
     num_batches: int
     batch_size: int
     seed: int
-    visited: Bits | None = None  # rows that the first attempt leaves out
+    left_out: Bits | None = None  # rows that no attempt gives
+    visited: Bits | None = None  # rows that the first attempt leaves out, with those
     rest_batches: int = 0  # of a rank, for those that it does not
     coverage = Coverage.ONCE
     shuffle_buffer = 0
@@ -75,16 +81,16 @@ class TableSource:
         if attempt == 0 and self.visited is not None:
             rows, once = self._span(self.rest_batches, epoch, place, self.visited)
             return Rows(self.table, rows, once, done)
-        rows, once = self._span(self.num_batches, epoch, place)
+        rows, once = self._span(self.num_batches, epoch, place, self.left_out)
         if attempt > 0:
             seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
             np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
         return Rows(self.table, rows, once, done)
 
     def _span(
-        self, num_batches: int, epoch: int, place: Place, visited: Bits | None = None
-    ) -> tuple[NDArray[np.int64], int]:
-        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, visited)
+        self, num_batches: int, epoch: int, place: Place, left_out: Bits | None
+    ) -> tuple[NDArray[np.int64], range]:
+        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, left_out)
 
     def rest(self, visited: Bits, num_batches: int) -> TableSource:
         """See :class:`dissect_clip.data.stream.Source`."""
@@ -118,13 +124,18 @@ def table_train(
     """The loader of a table's rows; not collective.
 
     Raises:
-        SetupError: with --dataset-resampled.
+        SetupError: with --dataset-resampled, or where the list of --train-keep does not fit.
     """
     if config.dataset_resampled:
         raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
-    num_batches = count_batches(len(table), config.batch_size, world.size, config.accum_freq)
-    source = TableSource(table, num_batches, config.batch_size, config.seed)
-    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer)
+    left_out, num_kept, sizes = None, len(table), np.array([len(table)])
+    if config.train_keep is not None:
+        keep = read_list(config.train_keep, Names((table.name,), sizes, lambda _: table.keys()), "--train-keep")
+        left_out, num_kept = flipped(keep, len(table)), count_marked(keep)
+        fingerprint = f"{fingerprint}+{list_digest(keep)}"
+    num_batches = count_batches(num_kept, config.batch_size, world.size, config.accum_freq)
+    source = TableSource(table, num_batches, config.batch_size, config.seed, left_out)
+    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer, left_out)
     return TrainData(
         world=world,
         loader=make_loader(stream, config.workers, world),
@@ -132,8 +143,9 @@ def table_train(
         num_samples=len(table),
         fingerprint=fingerprint,
         shard_names=(table.name,),
-        shard_sizes=np.array([len(table)]),
+        shard_sizes=sizes,
         find_shard=all_in_first,
+        num_kept=num_kept,
     )
 
 

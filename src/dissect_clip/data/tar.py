@@ -341,6 +341,21 @@ class ShardReader:
         if problem is not None:
             raise problem
 
+    def files(self, keep: Ordinals) -> Iterator[tuple[int, str, Member, bytes]]:
+        """Every file of the samples whose ordinals are in ``keep``, whatever its suffix and size; stops at its end.
+
+        Ordinal and key of the sample, the member, and what is in it.
+
+        Raises:
+            DamagedTarError, OSError: after the last file that could be read; its sample may have had more.
+        """
+        for ordinal, key, _, member in self._numbered:
+            self.count = ordinal + 1
+            if ordinal >= keep.stop:
+                break
+            if ordinal in keep:
+                yield ordinal, key, member, self._read(member.size)
+
     def finish(self) -> int:
         """Pass the rest of the tar by, and give the number of samples in the whole.
 

@@ -20,7 +20,8 @@ from webdataset.filters import shuffle
 from dissect_clip.config import Config
 from dissect_clip.data.decode import MAX_FILE_SIZE, RawSample, caption_suffixes
 from dissect_clip.data.evalstream import RetrievalData, retrieval_data
-from dissect_clip.data.position import Bits
+from dissect_clip.data.keep import Names, list_digest, read_list
+from dissect_clip.data.position import Bits, flipped
 from dissect_clip.data.shards import ShardIndex, display_names, fingerprint, index_shards
 from dissect_clip.data.sizes import known_sizes
 from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, counted_before
@@ -28,6 +29,8 @@ from dissect_clip.data.split import (
     Coverage,
     CyclePlan,
     DrawPlan,
+    Kept,
+    KeptPlan,
     Part,
     Place,
     Plan,
@@ -37,7 +40,7 @@ from dissect_clip.data.split import (
     share_shards,
 )
 from dissect_clip.data.stream import Tokenizer, TrainData, TrainStream, Transform, make_loader
-from dissect_clip.data.tar import DamagedTarError, ShardReader, TarSample
+from dissect_clip.data.tar import WHOLE, DamagedTarError, ShardReader, TarSample
 from dissect_clip.data.urls import check_not_empty, check_present, expand, is_local, name_some
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
@@ -178,7 +181,8 @@ class Shuffled:
             if len(own):
                 begin = int(ends[place] - counts[place])
                 part = self._in_order.parts[place]
-                part = part._replace(ordinals=[part.ordinals[number - begin] for number in own.tolist()])
+                ordinals = part.ordinals[:]
+                part = part._replace(ordinals=[ordinals[number - begin] for number in own.tolist()])
                 # As many as can still be read: the first ones.
                 read = self._read(part, reread=True)
                 samples |= {number: sample for sample, number in zip(read, own.tolist(), strict=False)}
@@ -218,14 +222,16 @@ class ShardSource:
         def read(part: Part, given: int = 0, reread: bool = False) -> Iterator[RawSample]:
             counter = counted_before() if part.again else skips
             samples = self.shards[part.shard].read(part.ordinals, self.suffixes, counter, given, reread)
-            return (sample._replace(again=True) for sample in samples) if part.again else samples
+            if not (part.again or part.twice):
+                return samples
+            return (sample._replace(again=part.again, twice=part.twice) for sample in samples)
 
         seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
         return Shuffled(self.plan.parts(place, epoch, attempt), read, seed, position)
 
     def rest(self, visited: Bits, num_batches: int) -> ShardSource:
         """See :class:`dissect_clip.data.stream.Source`."""
-        assert isinstance(self.plan, SpanPlan)
+        assert isinstance(self.plan, SpanPlan | KeptPlan)
         return dataclasses.replace(self, plan=RestPlan(self.plan, visited, num_batches))
 
     def describe(self, place: Place, epoch: int) -> str:
@@ -284,12 +290,16 @@ def _too_few(num_shards: int, config: Config, world: World) -> bool:
     return not config.dataset_resampled and num_shards < _total_workers(config, world)
 
 
+def _needs_ids(config: Config) -> bool:
+    return config.select or config.train_keep is not None
+
+
 def _find(config: Config, world: World, run_folder: Path | None) -> Found:
     assert config.train_data is not None
     sources = expand(config.train_data)
     urls = [url for source in sources for url in source]
     check_present(urls, "--train-data")
-    needed = config.select or config.train_num_samples is None or _too_few(len(urls), config, world)
+    needed = _needs_ids(config) or config.train_num_samples is None or _too_few(len(urls), config, world)
     found = Found(sources, known_sizes(urls, run_folder, needed, config.data_timeout))
     check_not_empty([url for url in urls if url not in found.known], "--train-data")
     return found
@@ -299,7 +309,7 @@ def _index(found: Found, config: Config, world: World, run_folder: Path | None) 
     """The shards' sizes, counted where they are needed; None where the run can do without. Collective."""
     # Local headers are read quickly. Remote shards would be read whole, which a run must not do unless it has to.
     worth_it = all(map(is_local, found.urls)) and not config.dataset_resampled
-    if found.complete or config.select or config.train_num_samples is None or worth_it:
+    if found.complete or _needs_ids(config) or config.train_num_samples is None or worth_it:
         return index_shards(found.urls, found.known, world, run_folder, config.data_timeout)
     if not _too_few(len(found.urls), config, world):
         return None
@@ -321,14 +331,37 @@ def _check_num_samples(index: ShardIndex, config: Config) -> None:
         )
 
 
-def _plan(config: Config, num_batches: int, index: ShardIndex | None, sources: list[list[str]]) -> Plan:
+def _keys(url: str, timeout: float) -> Iterator[str]:
+    """The keys of a shard's samples, by its headers, up to what cannot be read."""
+    try:
+        with ShardReader(url, timeout=timeout) as reader:
+            yield from (sample.key for sample in reader.read(WHOLE))
+    except (DamagedTarError, OSError) as error:
+        _log.warning("the keys of %s are not all known: %s", url, error)
+
+
+def shard_names(index: ShardIndex, timeout: float) -> Names:
+    """How the samples of shards are called in a record and in lists."""
+    return Names(display_names(index.urls), index.sizes, lambda place: _keys(index.urls[place], timeout))
+
+
+def _read_keep(config: Config, world: World, index: ShardIndex) -> Bits:
+    assert config.train_keep is not None
+    return read_list(config.train_keep, shard_names(index, config.data_timeout), "--train-keep", world.watch.alive)
+
+
+def _plan(
+    config: Config, num_batches: int, index: ShardIndex | None, kept: Kept | None, sources: list[list[str]]
+) -> Plan:
     if config.dataset_resampled:
         text = config.train_data_upsampling_factors
         factors = [1.0] * len(sources) if text is None else parse_factors(text, len(sources))
         weights = [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
-        return DrawPlan(weights, None if index is None else index.sizes, config.seed)
+        return DrawPlan(weights, None if index is None else index.sizes, config.seed, kept)
     if index is None:
         return CyclePlan(sum(map(len, sources)), config.seed)
+    if kept is not None:
+        return KeptPlan(kept, num_batches, config.batch_size, config.seed)
     return SpanPlan(index.sizes, num_batches, config.batch_size, config.seed)
 
 
@@ -352,8 +385,9 @@ def train_data(
     tokenizer: Tokenizer,
     sources: list[list[str]],
     index: ShardIndex | None,
+    keep: Bits | None = None,
 ) -> TrainData:
-    """The loader of shards whose sizes are known (``index``), or not. Not collective.
+    """The loader of shards whose sizes are known (``index``), or not; of the samples ``keep`` only. Not collective.
 
     Raises:
         SetupError: the flags do not fit the shards.
@@ -364,21 +398,26 @@ def train_data(
         _check_num_samples(index, config)
     num_samples = config.train_num_samples if index is None else index.num_samples
     assert num_samples is not None
+    print_of_all = fingerprint(names, [-1] * len(names)) if index is None else index.fingerprint
+    left_out = None if keep is None else flipped(keep, num_samples)
+    kept = None if left_out is None or index is None else Kept.of(index.sizes, left_out)
+    num_kept = num_samples if kept is None else int(kept.counts.sum())
     length = config.train_num_samples if config.dataset_resampled else None
-    num_batches = count_batches(length or num_samples, config.batch_size, world.size, config.accum_freq)
-    plan = _plan(config, num_batches, index, sources)
+    num_batches = count_batches(length or num_kept, config.batch_size, world.size, config.accum_freq)
+    plan = _plan(config, num_batches, index, kept, sources)
     suffixes = caption_suffixes(config.json_caption_key)
     source = ShardSource(_shards(urls, names, index, config.data_timeout), plan, suffixes, config.seed)
-    stream = TrainStream(source, config, world, num_batches, num_samples, transform, tokenizer)
+    stream = TrainStream(source, config, world, num_batches, num_samples, transform, tokenizer, left_out)
     return TrainData(
         world=world,
         loader=make_loader(stream, config.workers, world),
         stream=stream,
         num_samples=num_samples,
-        fingerprint=fingerprint(names, [-1] * len(names)) if index is None else index.fingerprint,
+        fingerprint=print_of_all if keep is None else f"{print_of_all}+{list_digest(keep)}",
         shard_names=names,
         shard_sizes=None if index is None else index.sizes,
         find_shard=_no_ids if index is None else index.locate,
+        num_kept=num_kept,
     )
 
 
@@ -388,11 +427,16 @@ def build_train(
     """Training data in shards; collective.
 
     Raises:
-        SetupError: shards are missing, empty or unreadable, a file of sizes is broken, or the flags do not fit.
+        SetupError: shards are missing, empty or unreadable, a file of sizes or the list of --train-keep is broken, or
+            the flags do not fit.
     """
     found = world.on_main(lambda: _find(config, world, run_folder))
     index = _index(found, config, world, run_folder)
-    data = train_data(config, world, transform, tokenizer, found.sources, index)
+    keep = None
+    if config.train_keep is not None and index is not None:
+        whole = index
+        keep = world.on_main(lambda: _read_keep(config, world, whole))
+    data = train_data(config, world, transform, tokenizer, found.sources, index, keep)
     if world.is_main:
         samples = "unknown sizes" if index is None else f"{index.num_samples} samples by {index.origin}"
         _log.info("training data: %d shards, %s", len(found.urls), samples)

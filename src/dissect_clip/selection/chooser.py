@@ -40,15 +40,16 @@ class Chooser:
         """Take the store's rows over, before the workers begin an epoch. Waits for the device."""
         self.rows.copy_(scores)
 
-    def __call__(self, ids: Tensor, first: Tensor, epoch: int, seed: int) -> Choice:
-        """What to decode of the samples ``ids`` [N]; only where ``first`` [N] bool is True are their rows looked at.
+    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Choice:
+        """What to decode of the samples ``ids`` [N]; only where ``once`` [N] bool is True are their rows looked at.
 
-        The others are there a second time in this epoch: by now they may be known better, or not yet, depending on how
-        far ahead this worker is. They count as samples that nothing is known about.
+        The others are there twice in this epoch: by now they may be known better, or not yet, depending on how far
+        ahead this worker is and on where a run was stopped and went on. They count as samples that nothing is known
+        about.
         """
         size = len(ids)
         generator = torch.Generator().manual_seed(seed)
-        rows = self.rows[ids].where(first[:, None], torch.nan)
+        rows = self.rows[ids].where(once[:, None], torch.nan)
         fresh = self.known.fresh(epoch, size)
         count = min(size, fresh + self.known.kept(epoch, size))
         if count == size:

@@ -53,7 +53,7 @@ class InfoBatch(Strategy):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.mean = 0.0  # of all remembered losses, in nats, when the epoch began; no loss is below 0
-        self.below = 0.0  # share of the data set whose remembered loss is below it
+        self.below = 0.0  # share of them that are below it
         self.ratio = PRUNE_RATIO if config.infobatch_prune_ratio is None else config.infobatch_prune_ratio
 
     @property
@@ -80,7 +80,8 @@ class InfoBatch(Strategy):
     def survey(self, memory: Tensor) -> Tensor:
         loss = memory[:, 0]
         mean = loss.nanmean().nan_to_num(0)
-        return torch.stack([mean, (loss < mean).sum() / len(loss)])
+        # Of those with a loss: samples that never come, as those that --train-keep leaves out, are in no batch.
+        return torch.stack([mean, (loss < mean).sum() / (~loss.isnan()).sum().clamp(min=1)])
 
     def informed(self, survey: Sequence[float]) -> InfoBatch:
         knowing = copy.copy(self)
