@@ -53,6 +53,9 @@ MODES: dict[str, tuple[str, ...]] = {
     "train mode": (*_DISSECT, "--select-score-mode", "train"),
     "all negatives": (*_DISSECT, "--select-score-mode", "train", "--select-negatives", "all"),
     "cheap": (*_DISSECT, "--score-context-length", "16"),
+    "context 8": (*_DISSECT, "--score-context-length", "8"),
+    "patch dropout 0.5": (*_DISSECT, "--score-patch-dropout", "0.5"),
+    "images 24": (*_DISSECT, "--score-image-size", "24"),
     "refresh 0.2": (*_DISSECT, "--score-refresh", "0.2"),
     "refresh 0.1": (*_DISSECT, "--score-refresh", "0.1"),
     "refresh 0": (*_DISSECT, "--score-refresh", "0"),
@@ -60,6 +63,9 @@ MODES: dict[str, tuple[str, ...]] = {
 }
 """What is compared, and the flags of each. Braces are numbers of the command line. "Equal" modes train on as many
 pairs as DISSect, its warm-up included; so does "full, fewer epochs", with a learning rate that falls to 0 by then."""
+
+DEFAULT_MODES = ("full", "full, fewer epochs", "random", "exact", "fast")
+"""The others need more hours, or a model of their own: a vision transformer for patches and smaller images."""
 
 FULL = "full"
 
@@ -321,7 +327,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--val-data", required=True)
     parser.add_argument("--noise-list", type=Path, help="csv of keys and of the keys whose captions they get")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--modes", nargs="+", default=None, help=f"of {', '.join(MODES)}, and of those defined")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=None,
+        help=f"of {', '.join(MODES)}, and of those defined; default: {', '.join(DEFAULT_MODES)}, and those defined",
+    )
     parser.add_argument("--define", action="append", default=[], metavar="NAME=FLAGS", help="another mode")
     parser.add_argument("--common-flags", default="", help="for all runs, after the benchmark's own")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -345,7 +356,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"argument --define: {text!r} is not of the form NAME=FLAGS")
         defined[name] = tuple(shlex.split(words))
     options.known_modes = {**MODES, **defined}
-    options.modes = options.modes or list(options.known_modes)
+    options.modes = options.modes or [*DEFAULT_MODES, *defined]
     if unknown := [mode for mode in options.modes if mode not in options.known_modes]:
         parser.error(f"argument --modes: {unknown[0]!r} is none of {', '.join(options.known_modes)}")
     return options

@@ -241,7 +241,10 @@ def test_flags_of_all_modes_are_known(bench: Any, tmp_path: Path):
 
     study = bench("time_to_quality")
     data = ["--train-data", "a.tar", "--val-data", "b.tar", "--out", str(tmp_path)]
-    made = study.make_study(study.parse([*data, "--define", "mine=--lr 0.5", "--common-flags", "--wd 0.1"]))
+    assert study.parse(data).modes == list(study.DEFAULT_MODES)
+    made = study.make_study(
+        study.parse([*data, "--modes", *study.MODES, "mine", "--define", "mine=--lr 0.5", "--common-flags", "--wd 0.1"])
+    )
     configs = {mode: parse_args(made.command(mode, 7), summaries()) for mode in made.modes}
     assert all(config.seed == 7 and config.wd == 0.1 for config in configs.values())
     assert configs["mine"].lr == 0.5
