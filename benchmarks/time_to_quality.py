@@ -52,6 +52,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "exact": _DISSECT,
     "train mode": (*_DISSECT, "--select-score-mode", "train"),
     "all negatives": (*_DISSECT, "--select-score-mode", "train", "--select-negatives", "all"),
+    "all negatives, eval": (*_DISSECT, "--select-negatives", "all"),
     "cheap": (*_DISSECT, "--score-context-length", "16"),
     "context 8": (*_DISSECT, "--score-context-length", "8"),
     "patch dropout 0.5": (*_DISSECT, "--score-patch-dropout", "0.5"),

@@ -353,7 +353,7 @@ class Config:
     select_negatives: str = setting(
         "selected",
         "what the selected pairs are told apart from: selected is each other; all is also the pairs that were not "
-        "selected, by the features of the scoring pass. Where the model has BatchNorm, with --select-score-mode train",
+        "selected, by the features of the scoring pass",
         choices=("selected", "all"),
     )
     score_keep_locked: bool = setting(
