@@ -159,6 +159,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"grad_clip_norm": 0.1},
     {"opt": "timm/lamb", "beta1": None, "beta2": None},
     {"skip_scheduler": True},
+    {"model": "toy-rn", "channels_last": True},
     {"select_score_mode": "train"},
     {"select_negatives": "all"},
     {"select_negatives": "all", "precision": "pure_bf16"},

@@ -315,10 +315,12 @@ def autocast_for(precision: str, device: torch.device) -> Autocast:
 
 
 def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Module, nn.Module]:
-    """(the module itself, what to call in training): with synchronised BatchNorm, DDP and compilation as asked.
+    """(the module itself, what to call in training): memory format, synchronised BatchNorm, DDP, compilation as asked.
 
     The first shares its weights with the second, and its state dict has no prefixes.
     """
+    if config.channels_last:
+        module = module.to(memory_format=torch.channels_last)  # convolutions follow it
     if world.size > 1 and config.use_bn_sync:
         if world.device.type == "cpu":
             raise SetupError("--use-bn-sync needs GPUs: torch has no synchronised BatchNorm for the CPU")
