@@ -5,6 +5,7 @@
     python scripts/reproduce.py configs/paper/cc3m.yaml --data ... --list                  the cells and their state
     python scripts/reproduce.py configs/paper/cc3m.yaml --data ... --slurm cc3m.sbatch     a job array, a task a cell
     python scripts/reproduce.py configs/small/methods.yaml --collect --out docs/results/small    tables and plots only
+    python scripts/reproduce.py configs/small/rates.yaml --data ... --from docs/results/small    with runs from elsewhere
 
 Each cell is one command line of src/main.py in a process of its own. Cells that are finished are not run again; one
 that was cut off goes on from its own checkpoints. Grids that are given together, or one after the other with the same
@@ -33,6 +34,7 @@ from typing import TextIO
 from dissect_clip.errors import SetupError
 from dissect_clip.study.cells import CUT_OFF, Busy, Cell, Interrupted, Runs, read_results
 from dissect_clip.study.collect import collect, published_figures
+from dissect_clip.study.earlier import check_earlier, read_earlier
 from dissect_clip.study.grid import Grid, read_grid
 from dissect_clip.study.point import Point
 
@@ -196,10 +198,13 @@ def summary(states: Mapping[str, str]) -> str:
     return f"{len(states)} cell{'s' * (len(states) != 1)}: {told or 'none'}"
 
 
-def list_jobs(jobs: Sequence[Job], runs: Runs) -> None:
-    """Print every cell with its state."""
-    states = {job.cell.name: runs.state(job.cell) for job in jobs}
+def list_jobs(jobs: Sequence[Job], runs: Runs, brought: Sequence[Job] = ()) -> None:
+    """Print every cell with its state; those that are ``brought`` from elsewhere are done."""
+    states = {job.cell.name: "done" if job in brought else runs.state(job.cell) for job in jobs}
     for job in jobs:
+        if job in brought:
+            print(f"done      {job.cell.name}  run elsewhere")
+            continue
         state, note = states[job.cell.name], runs.note(job.cell)
         more = ""
         if state in ("running", "cut off"):
@@ -290,6 +295,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", action="append", default=[], metavar="NAME=VALUE", help="what ${NAME} stands for")
     parser.add_argument("--runs", type=Path, help="folder of the runs (default: reproduce/FOLDER_OF_THE_GRID)")
     parser.add_argument("--out", type=Path, help="folder of tables and plots (default: RUNS/results)")
+    parser.add_argument(
+        "--from", action="append", default=[], type=Path, dest="earlier", metavar="FOLDER",
+        help="cells that stand in this folder of collected results are finished; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--rows", nargs="+", metavar="METHOD", help="run these rows only; tables have all of them")
     parser.add_argument("--retry-failed", action="store_true", help="run cells again that have failed")
     what = parser.add_mutually_exclusive_group()
@@ -374,13 +383,20 @@ def work(options: argparse.Namespace, program: tuple[str, ...]) -> int:
     grids = read_grids(options)
     runs = Runs(options.runs, program)
     left = 0
+    earlier = read_earlier(options.earlier)
+    for grid in grids:
+        check_earlier(grid, list(grid.points()), earlier)
     if not options.collect:
         jobs = make_jobs(grids, options)
         for job in jobs:
             runs.check_unchanged(job.cell)
+        brought = [job for job in jobs if job.point in earlier and runs.state(job.cell) != "done"]
         if options.list:
-            list_jobs(jobs, runs)
+            list_jobs(jobs, runs, brought)
             return 0
+        jobs = [job for job in jobs if job not in brought]
+        if brought:
+            print(f"# {len(brought)} cells were run elsewhere; {len(jobs)} are left for this folder")
         for grid in grids:
             grid.prepare([job.point for job in jobs if job.grid is grid], runs.folder)
         if options.slurm is not None:
@@ -391,7 +407,7 @@ def work(options: argparse.Namespace, program: tuple[str, ...]) -> int:
         left = run_all(jobs, runs, options.retry_failed, sys.stdout)
     if options.cell is None:
         for grid in grids:
-            for file in collect(grid, runs.folder, options.out):
+            for file in collect(grid, runs.folder, options.out, earlier):
                 print(file)
     return 1 if left else 0
 

@@ -292,3 +292,42 @@ def test_what_a_cell_types_is_a_command_line_of_the_trainer(tmp_path: Path):
     config = parse_args(evaluation.words, summaries())
     assert (config.trains, config.val_data) == (False, f"{tmp_path}/v2.tar")
     assert config.resume == f"{tmp_path}/runs/{cell.name}/checkpoints/epoch_4.pt"
+
+
+def test_runs_from_elsewhere_are_not_run_again_and_give_the_same_tables(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    collected = whole / "runs" / "results"
+    some = tmp_path / "some"
+    some.mkdir()
+    lines = (collected / "grid.jsonl").read_text().splitlines()
+    (some / "grid.jsonl").write_text("\n".join(lines[:7]) + "\n")
+    assert run(tmp_path, "--from", str(some), "--list") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "12 cells: 7 done, 5 waiting"
+    assert run(tmp_path, "--from", str(some)) == 0
+    assert len(list((tmp_path / "runs").glob("*-seed*.json"))) == 5
+    for again in (tmp_path / "runs" / "results", collected):
+        out = tmp_path / "again"
+        assert (
+            run(tmp_path, "--collect", "--from", str(again), "--out", str(out), "--runs", str(tmp_path / "none")) == 0
+        )
+        for file in again.glob("*.jsonl"):
+            assert sorted(file.read_text().splitlines()) == sorted((out / file.name).read_text().splitlines())
+        for file in (*again.glob("*.csv"), *again.glob("*.md")):
+            assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+def test_runs_from_elsewhere_with_other_flags_or_damage_are_errors(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    collected = whole / "runs" / "results"
+    file = write_grid(tmp_path, flags="--epochs 5 --batch-size 8")
+    assert run(tmp_path, "--from", str(collected), file=file) == 2
+    assert "other flags than the grid has now (- 4 + 5; - was, + is)" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    assert run(tmp_path, "--from", str(broken)) == 2
+    assert "there is no .jsonl in it" in capsys.readouterr().err
+    (broken / "grid.jsonl").write_text((collected / "grid.jsonl").read_text() + '{"data": "set"}\n')
+    assert run(tmp_path, "--from", str(broken)) == 2
+    assert "line 13 is not a run that --collect has written" in capsys.readouterr().err

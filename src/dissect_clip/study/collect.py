@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,8 @@ def read_run(grid: Grid, point: Point, runs: Path) -> Run | None:
         )
     found = {name: _evaluations(runs / point.name / "evaluation" / name) for name in others}
     last = {name: lines[-1] for name, lines in found.items() if lines}
-    return make_run(point, rows, last, first, clean_share(grid, point, runs))
+    flags = shlex.join(grid.training_flags(point))
+    return make_run(point, rows, last, first, clean_share(grid, point, runs), flags)
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -139,16 +141,16 @@ def page(grid: Grid, runs: Mapping[Point, Run], published: Mapping[str, Publishe
     return "\n\n".join(parts) + "\n"
 
 
-def collect(grid: Grid, runs_folder: Path, out: Path) -> list[Path]:
+def collect(grid: Grid, runs_folder: Path, out: Path, earlier: Mapping[Point, Run] | None = None) -> list[Path]:
     """Write runs, tables and plots of what is finished; returns the files.
 
-    The same runs give the same text files.
+    The same runs give the same text files. Cells that have no finished run in the folder may be ``earlier`` ones.
 
     Raises:
         SetupError: a published table cannot be read, or a finished run has no evaluation.
     """
     published = published_figures(grid)
-    found = {point: read_run(grid, point, runs_folder) for point in grid.points()}
+    found = {point: read_run(grid, point, runs_folder) or (earlier or {}).get(point) for point in grid.points()}
     runs = {point: run for point, run in found.items() if run is not None}
     out.mkdir(parents=True, exist_ok=True)
     texts = {f"{grid.file.stem}.jsonl": "".join(json.dumps(run.to_json()) + "\n" for run in runs.values())}

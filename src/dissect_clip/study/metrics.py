@@ -44,6 +44,7 @@ class Run:
     score_seconds: list[float]  # of these, scoring
     final: dict[str, dict[str, float]]  # of the trained model: benchmark -> short name of a recall -> percent
     clean_share: float | None = None  # percent of what was trained on after the warm-up; None where it is not known
+    flags: str = ""  # what it was trained with, without data and folders
 
     def to_json(self) -> dict[str, Any]:
         """As one flat object."""
@@ -69,6 +70,7 @@ def make_run(
     others: Mapping[str, Mapping[str, Any]],
     benchmark: str,
     clean_share: float | None,
+    flags: str = "",
 ) -> Run:
     """A run, from the lines of its results.jsonl and those of the evaluations on other sets."""
     recalls = [_recalls(row) for row in rows]
@@ -82,6 +84,7 @@ def make_run(
         score_seconds=[round(row["score_seconds"], 2) for row in rows],
         final={benchmark: recalls[-1], **{name: _recalls(row) for name, row in others.items()}},
         clean_share=clean_share,
+        flags=flags,
     )
 
 

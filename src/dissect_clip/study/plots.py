@@ -39,6 +39,7 @@ def _figure(rows: int, columns: int, title: str) -> tuple[Any, list[list[Any]]]:
     axes = figure.subplots(rows, columns, squeeze=False)
     for one in axes.flat:
         one.grid(alpha=0.3)
+        one.locator_params(axis="x", nbins=6)
     return figure, axes.tolist()
 
 
