@@ -5,7 +5,7 @@
     python scripts/reproduce.py configs/paper/cc3m.yaml --data ... --list                  the cells and their state
     python scripts/reproduce.py configs/paper/cc3m.yaml --data ... --slurm cc3m.sbatch     a job array, a task a cell
     python scripts/reproduce.py configs/small/methods.yaml --collect --out docs/results/small    tables and plots only
-    python scripts/reproduce.py configs/small/rates.yaml --data ... --from docs/results/small    with runs from elsewhere
+    python scripts/reproduce.py configs/small/rates.yaml --data ... --from docs/results/small    and runs of elsewhere
 
 Each cell is one command line of src/main.py in a process of its own. Cells that are finished are not run again; one
 that was cut off goes on from its own checkpoints. Grids that are given together, or one after the other with the same

@@ -34,7 +34,7 @@ LAYERS: list[set[str]] = [
     {"study.grid"},
     {"study.tables"},
     {"study.plots"},
-    {"study.collect"},
+    {"study.collect", "study.earlier"},
 ]
 LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

@@ -59,6 +59,6 @@ def check_earlier(grid: Grid, points: Sequence[Point], earlier: Mapping[Point, R
         then = shlex.split(run.flags)
         words = (word for word in difflib.ndiff(then, now) if word[0] in "+-")
         raise SetupError(
-            f"{grid.file}: {point} stands in a folder given with --from, but was run with other flags than the grid has "
-            f"now ({' '.join(words)}; - was, + is): leave --from out, or the grid as it was"
+            f"{grid.file}: {point} stands in a folder given with --from, but was run with other flags than the grid "
+            f"has now ({' '.join(words)}; - was, + is): leave --from out, or the grid as it was"
         )
