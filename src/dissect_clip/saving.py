@@ -109,8 +109,7 @@ def inform(selector: Selector, path: str, survey: tuple[float, ...]) -> None:
     Raises:
         SetupError: if these are not the numbers that it keeps.
     """
-    fresh = selector.strategy.survey(selector.store.scores)
-    expected = 0 if fresh is None else len(fresh)
+    expected = len(selector.strategy.surveys)
     if len(survey) != expected:
         raise SetupError(f"{path} holds {len(survey)} numbers about the whole data set, where {expected} are expected")
     selector.inform(survey)

@@ -312,13 +312,13 @@ def train_epoch(
     data.set_epoch(counters.epoch)
     first = counters.epoch_step
     if state.selector is not None and first == 0:
-        state.selector.begin_epoch()
+        state.selector.begin_epoch(counters.epoch)
     steps = first + data.batches_left // state.config.accum_freq
     state.recorder.begin(counters.epoch, first)
     state.skip_log.begin(counters.epoch, 0 if data.meets_again else first)
     clock = PhaseClock(state.world.device)
     if state.chooser is not None and state.selector is not None:
-        state.chooser.publish(state.selector.store.scores)
+        state.chooser.publish(state.selector.store.scores, state.selector.survey)
     if state.reference is not None:
         state.reference.begin(counters.epoch, state.module)
     window = Window(state, data, steps, clock)

@@ -130,9 +130,9 @@ def test_without_rescaling_there_are_no_weights():
 
 def test_the_survey_is_the_mean_of_what_is_known_and_the_share_below():
     memory = torch.tensor([[1.0], [torch.nan], [2.0], [6.0], [3.5]])
-    survey = make_strategy().survey(memory)
-    assert survey.tolist() == pytest.approx([12.5 / 4, 2 / 4])
-    assert make_strategy().survey(torch.full((4, 1), torch.nan)).tolist() == [0, 0]
+    survey = make_strategy().survey(memory, 1)
+    assert survey == pytest.approx([12.5 / 4, 2 / 4])
+    assert make_strategy().survey(torch.full((4, 1), torch.nan), 1) == [0, 0]
 
 
 def test_a_prune_ratio_sets_the_rate():
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_leaves_what_was_known():
 def test_an_epoch_begins_with_a_look_at_the_store():
     selector = make_selector()
     selector.store.scores[:20, 0] = torch.arange(20.0)
-    selector.begin_epoch()
+    selector.begin_epoch(1)
     assert selector.survey == (9.5, 10 / 20)
     assert (selector.strategy.mean, selector.strategy.below) == selector.survey
     other = make_selector()
@@ -218,6 +218,25 @@ def test_it_cannot_choose_before_loading():
     selector.strategy = InfoBatch(config)
     with pytest.raises(SetupError, match=r"--select-before-load, .* does not go with --select-strategy infobatch"):
         build_chooser(config, selector)
+
+
+def test_without_weights_it_chooses_before_loading_by_the_mean_of_the_epochs_beginning():
+    """The loader knows it, too, though it was built before."""
+    config = Config(select=True, select_strategy="infobatch", select_rate=0.5, select_rescale="off",
+                    select_before_load=True)  # fmt: skip
+    world = make_selector().world
+    selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
+    chooser = build_chooser(config, selector)
+    assert selector is not None
+    assert chooser is not None
+    selector.store.scores[:, 0] = torch.arange(float(SAMPLES))
+    selector.store.scores[SAMPLES // 2 :] += 100  # few of a batch are above the mean, and they stay
+    selector.begin_epoch(1)
+    chooser.publish(selector.store.scores, selector.survey)
+    ids = torch.cat([torch.arange(6), torch.arange(SAMPLES - 2, SAMPLES)])
+    choice = chooser(ids, torch.ones(8, dtype=torch.bool), 1, 5)
+    assert choice.count == 4
+    assert {6, 7} < set(choice.order[:4].tolist())
 
 
 @pytest.mark.parametrize(

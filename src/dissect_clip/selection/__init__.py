@@ -115,10 +115,11 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
     if selector is None or not config.select_before_load:
         return None
     strategy = selector.strategy
-    if strategy.weighs or strategy.survey(selector.store.scores) is not None:
+    if strategy.weighs:
         raise SetupError(
             f"--select-before-load, also as a part of --select-preset fast, does not go with --select-strategy "
-            f"{config.select_strategy}, which weighs what it keeps against what it leaves out: leave it out"
+            f"{config.select_strategy}, which weighs what it keeps against what it leaves out: leave it out, or give "
+            "--select-rescale off"
         )
     if isinstance(selector, ReusingSelector):
         return Chooser(selector.known, len(selector.store.scores))

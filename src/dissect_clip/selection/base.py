@@ -102,6 +102,9 @@ class Strategy:
     full_last: float = 0.0
     """The default of --select-full-last."""
 
+    surveys: tuple[str, ...] = ()
+    """Names of the numbers that :meth:`survey` gives."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -158,9 +161,9 @@ class Strategy:
         """
         return None
 
-    def survey(self, memory: Tensor) -> Tensor | None:
-        """[S] float32, numbers that hold for the whole store [num_samples, C], taken before an epoch; None for none."""
-        return None
+    def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
+        """S numbers that hold for the whole store [num_samples, C], taken on rank 0 before an epoch."""
+        raise NotImplementedError
 
     def informed(self, survey: Sequence[float]) -> Strategy:
         """This strategy, as it is once it knows the numbers of :meth:`survey`."""

@@ -9,6 +9,7 @@ work.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +35,17 @@ class Chooser:
     def __init__(self, known: Known, num_samples: int) -> None:
         self.known = known
         self.rows = torch.full((num_samples, len(known.columns)), torch.nan)
-        self.rows.share_memory_()  # type: ignore[no-untyped-call]
+        self.survey = torch.zeros(len(known.strategy.surveys), dtype=torch.float64)
+        for shared in (self.rows, self.survey):
+            shared.share_memory_()  # type: ignore[no-untyped-call]
 
-    def publish(self, scores: Tensor) -> None:
-        """Take the store's rows over, before the workers begin an epoch. Waits for the device."""
+    def publish(self, scores: Tensor, survey: Sequence[float] = ()) -> None:
+        """Take the store's rows and the strategy's survey of them over, before the workers begin an epoch.
+
+        Waits for the device.
+        """
         self.rows.copy_(scores)
+        self.survey.copy_(torch.tensor(survey, dtype=torch.float64))
 
     def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Choice:
         """What to decode of the samples ``ids`` [N]; only where ``once`` [N] bool is True are their rows looked at.
@@ -48,15 +55,16 @@ class Chooser:
         about.
         """
         size = len(ids)
+        known = self.known.informed(self.survey.tolist())
         generator = torch.Generator().manual_seed(seed)
         rows = self.rows[ids].where(once[:, None], torch.nan)
-        fresh = self.known.fresh(epoch, size)
-        count = min(size, fresh + self.known.kept(epoch, size))
+        fresh = known.fresh(epoch, size)
+        count = min(size, fresh + known.kept(epoch, size))
         if count == size:
             return Choice(torch.arange(size), count)
-        candidates = self.known.candidates(rows, epoch, generator)
-        rank = self.known.rank(candidates)
-        to_score = self.known.stalest(rows, fresh, generator) if fresh > 0 else ids[:0]
+        candidates = known.candidates(rows, epoch, generator)
+        rank = known.rank(candidates)
+        to_score = known.stalest(rows, fresh, generator) if fresh > 0 else ids[:0]
         rank[to_score] = torch.inf  # they stand ahead, and top_k would take what is not finite last
         shuffled = torch.randperm(size, generator=generator)
         order = shuffled[rank[shuffled].argsort(descending=True, stable=True)]

@@ -47,6 +47,7 @@ class InfoBatch(Strategy):
     """InfoBatch: a random part of what had a loss below the mean, weighted for the rest; without a scoring pass"""
 
     remembers = ("loss",)
+    surveys = ("mean", "below")
     learns = True
     full_last = 0.125  # the paper prunes in the first 0.875 of the epochs
 
@@ -77,11 +78,12 @@ class InfoBatch(Strategy):
     def may_select(self, epoch: int) -> bool:
         return self.rate(epoch) < 1 if self.config.infobatch_prune_ratio is None else not self._is_full(epoch)
 
-    def survey(self, memory: Tensor) -> Tensor:
+    def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
         loss = memory[:, 0]
         mean = loss.nanmean().nan_to_num(0)
         # Of those with a loss: samples that never come, as those that --train-keep leaves out, are in no batch.
-        return torch.stack([mean, (loss < mean).sum() / (~loss.isnan()).sum().clamp(min=1)])
+        numbers: list[float] = torch.stack([mean, (loss < mean).sum() / (~loss.isnan()).sum().clamp(min=1)]).tolist()
+        return numbers
 
     def informed(self, survey: Sequence[float]) -> InfoBatch:
         knowing = copy.copy(self)

@@ -10,7 +10,8 @@ ones whose scores are the oldest, get a forward pass of their own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +79,10 @@ class Known:
                 "--score-refresh and --select-preset out"
             )
 
+    def informed(self, survey: Sequence[float]) -> Known:
+        """The same with what the strategy knows of the whole store."""
+        return replace(self, strategy=self.strategy.informed(survey)) if survey else self
+
     @property
     def measured(self) -> tuple[str, ...]:
         """Names of the R columns with z-scores."""
@@ -136,6 +141,11 @@ class ReusingSelector(Selector):
     def __init__(self, known: Known, store: ScoreStore, sample_loss: SampleLoss, world: World, seed: int) -> None:
         super().__init__(known.strategy, store, sample_loss, world, seed)
         self.known = known
+
+    def inform(self, survey: Sequence[float]) -> None:
+        """See :meth:`Selector.inform`."""
+        super().inform(survey)
+        self.known = replace(self.known, strategy=self.strategy)
 
     @property
     def scoring(self) -> str:

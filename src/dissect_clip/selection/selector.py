@@ -86,12 +86,13 @@ class Selector:
             return "every sample is scored by two models in every step after the warm-up, if there is one"
         return "nothing is scored" if self.strategy.needs is Needs.NOTHING else "every sample is scored in every step"
 
-    def begin_epoch(self) -> None:
-        """Let the strategy look at the whole store. Collective and a device sync, of strategies that ask for it."""
-        survey = self.strategy.survey(self.store.scores)
-        if survey is not None:
-            self.world.copy_from_main(survey)  # K depends on it, and ranks on other hardware may round otherwise
-            self.inform(survey.tolist())
+    def begin_epoch(self, epoch: int) -> None:
+        """Let the strategy look at the whole store. Collective and a device sync, of strategies that ask for it.
+
+        Rank 0 looks for all: K may depend on it, and ranks on other hardware may round otherwise.
+        """
+        if self.strategy.surveys:
+            self.inform(self.world.on_main(lambda: self.strategy.survey(self.store.scores, epoch)))
 
     def inform(self, survey: Sequence[float]) -> None:
         """Go on with what the strategy knew of the store when the epoch began. Not collective."""
