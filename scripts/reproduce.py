@@ -385,7 +385,8 @@ def work(options: argparse.Namespace, program: tuple[str, ...]) -> int:
     left = 0
     earlier = read_earlier(options.earlier)
     for grid in grids:
-        check_earlier(grid, list(grid.points()), earlier)
+        rest = [point for point in grid.points() if runs.state(grid.cell(point, runs.folder)) != "done"]
+        check_earlier(grid, rest, earlier)
     if not options.collect:
         jobs = make_jobs(grids, options)
         for job in jobs:

@@ -331,3 +331,12 @@ def test_runs_from_elsewhere_with_other_flags_or_damage_are_errors(
     (broken / "grid.jsonl").write_text((collected / "grid.jsonl").read_text() + '{"data": "set"}\n')
     assert run(tmp_path, "--from", str(broken)) == 2
     assert "line 13 is not a run that --collect has written" in capsys.readouterr().err
+
+
+def test_collected_runs_carry_the_flags_they_were_run_with(tmp_path: Path):
+    """And not those that the grid has by now."""
+    assert run(tmp_path) == 0
+    changed = write_grid(tmp_path, flags="--epochs 5 --batch-size 8")
+    assert run(tmp_path, "--collect", file=changed) == 0
+    lines = (tmp_path / "runs" / "results" / "grid.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["flags"].startswith("--epochs 4 ") for line in lines)

@@ -30,8 +30,9 @@ def read_run(grid: Grid, point: Point, runs: Path) -> Run | None:
     Raises:
         SetupError: it has no evaluation.
     """
-    note = runs / f"{point.name}.json"
-    if not note.exists() or json.loads(note.read_text(encoding="utf-8"))["status"] != 0:
+    file = runs / f"{point.name}.json"
+    note = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    if note is None or note["status"] != 0:
         return None
     first, *others = grid.data_sets[point.data].val
     rows = _evaluations(runs / point.name)
@@ -41,7 +42,8 @@ def read_run(grid: Grid, point: Point, runs: Path) -> Run | None:
         )
     found = {name: _evaluations(runs / point.name / "evaluation" / name) for name in others}
     last = {name: lines[-1] for name, lines in found.items() if lines}
-    flags = shlex.join(grid.training_flags(point))
+    words = note["command"]
+    flags = shlex.join(words[words.index("--val-data") + 2 :])  # as it was run; data come before them
     return make_run(point, rows, last, first, clean_share(grid, point, runs), flags)
 
 
