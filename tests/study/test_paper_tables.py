@@ -175,7 +175,7 @@ def test_differences_of_nothing_have_no_minus(tmp_path: Path):
 def write_run(folder: Path, name: str, rows: list[dict[str, Any]], status: int = 0) -> None:
     (folder / name / "checkpoints").mkdir(parents=True)
     (folder / name / "checkpoints" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / f"{name}.json").write_text(json.dumps({"command": [], "status": status}))
+    (folder / f"{name}.json").write_text(json.dumps({"command": ["--val-data", "v.tar"], "status": status}))
 
 
 def test_only_finished_runs_with_evaluations_count(tmp_path: Path):
@@ -184,7 +184,7 @@ def test_only_finished_runs_with_evaluations_count(tmp_path: Path):
     assert read_run(grid, point, tmp_path) is None
     write_run(tmp_path, point.name, [{"epoch": 1, "imagenet-zeroshot-val-top1": 0.5}], status=1)
     assert read_run(grid, point, tmp_path) is None
-    (tmp_path / f"{point.name}.json").write_text(json.dumps({"command": [], "status": 0}))
+    (tmp_path / f"{point.name}.json").write_text(json.dumps({"command": ["--val-data", "v.tar"], "status": 0}))
     with pytest.raises(SetupError, match="no evaluation of retrieval"):
         read_run(grid, point, tmp_path)
 
