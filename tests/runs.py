@@ -37,7 +37,7 @@ def selection(strategy: str | None, **changes: Any) -> dict[str, Any]:
     if strategy is None:
         return {}
     flags: dict[str, Any] = {"select": True, "select_strategy": strategy, "select_rate": 0.3}
-    if strategy in ("warmup_base_sampling", "learnability", "jest"):
+    if strategy in ("warmup_base_sampling", "learnability", "jest", "clean_posterior"):
         flags["warmup_point"] = 1
     if strategy == "scan":
         flags["scan_warmup"] = 0

@@ -16,13 +16,14 @@ LAYERS: list[set[str]] = [
     {"watch", "transfer", "data.decode"},
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
-    | {"selection.base", "selection.store"},
+    | {"selection.base", "selection.store", "selection.mixture"},
     {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"}
-    | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"},
+    | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"}
+    | {"selection.clean_posterior"},
     {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"}
     | {"launch", "commands.results"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
-    {"data", "data.benchmark", "record", "selection.chooser"},
+    {"data", "data.benchmark", "record", "selection.chooser", "verdict"},
     {"checkpoint", "evaluation.common", "selection"},
     {"evaluation.retrieval", "evaluation.zeroshot", "evaluation.probe"},
     {"evaluation"},

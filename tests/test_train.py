@@ -108,7 +108,7 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str):
     state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1)
     lines = train(state)
-    first = {"warmup_base_sampling": 4, "learnability": 4, "jest": 4, "scan": 8}
+    first = {"warmup_base_sampling": 4, "learnability": 4, "jest": 4, "clean_posterior": 4, "scan": 8}
     second = {"scan": 6}  # a quarter of the cycle's way from 8 to 2 of 8, rounded: 8 - 0.25 * 6
     assert state.counters.seen == 2 * STEPS * N
     assert state.counters.trained == STEPS * (first.get(name, 2) + second.get(name, 2))

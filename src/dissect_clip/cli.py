@@ -46,6 +46,7 @@ from dissect_clip.selection import Needs, build_chooser, build_selector, summari
 from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog
 from dissect_clip.train import Counters, Tally, TrainState, train_epoch
+from dissect_clip.verdict import write_verdict
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +161,7 @@ def _train(
         evaluator.after_epoch(state.module, state.counters)
     if state.counters.epoch >= config.epochs:
         log.info("All %d epochs are done already; give a larger --epochs to train on", config.epochs)
+    trained = False
     with Signals(world.watch, world.is_main), Saver(state, train_data, folder, sync) as save:
         while state.counters.epoch < config.epochs:
             signal = train_epoch(state, train_data, evaluator.reporter, save)
@@ -167,6 +169,33 @@ def _train(
             if signal is not None:
                 raise Stopped(signal)
             evaluator.after_epoch(state.module, state.counters)
+            trained = True
+    _write_verdict(state, train_data, folder, trained)
+
+
+def _write_verdict(state: TrainState, data: TrainData, folder: RunFolder | None, trained: bool) -> None:
+    """At the end of a run write what the strategy has found out, if it is one that does. Collective.
+
+    A run that is complete already writes it only where it is missing, as after a full disk.
+    """
+    selector = state.selector
+    if selector is None or not selector.strategy.file or folder is None:
+        return
+    path = folder.path / selector.strategy.file
+
+    def write() -> None:
+        if trained or not path.exists():
+            write_verdict(
+                path,
+                selector.strategy,
+                selector.store.scores,
+                state.counters.epoch,
+                data.shard_names,
+                data.locate,
+            )
+
+    with state.world.watch.patient():
+        state.world.on_main(write)
 
 
 def _was_killed_before_evaluation(
@@ -209,9 +238,14 @@ def build_state(
         selector.reference = reference
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.record and selector is not None and folder is not None:
-        remembers = selector.strategy.remembers
         recorder = Recorder(
-            folder.record, world, train_data.shard_names, train_data.locate, remembers, config.accum_freq
+            folder.record,
+            world,
+            train_data.shard_names,
+            train_data.locate,
+            selector.strategy.remembers,
+            config.accum_freq,
+            reports=selector.strategy.reports,
         )
     return TrainState(
         config=config,

@@ -75,6 +75,10 @@ def section(title: str, default: Any, help: str, **facts: Any) -> Any:  # noqa: 
 FAST: dict[str, Any] = {"score_refresh": 0.0, "select_before_load": True}
 """What ``--select-preset fast`` sets where the command line does not."""
 
+WARMUP_POINT = 10
+CLEAN_WARMUP_POINT = 6
+"""Defaults of ``--warmup-point``, the second with clean_posterior."""
+
 
 def _flags(values: Mapping[str, Any]) -> str:
     """Settings as one would type them."""
@@ -280,18 +284,19 @@ class Config:
         "weight the losses of the samples by the inverse of their chance to be chosen, where a strategy knows it",
         choices=("on", "off"),
     )
-    warmup_point: int = setting(
-        10,
+    warmup_point: int | None = setting(
+        None,
         "warmup_base_sampling: epochs of uniform sampling before selection starts; the scores of the last one are the "
         "reference. End it where captions that fit score clearly higher than captions that do not, after some 3 to 6 "
         "passes of samples really trained on: too early ranks backwards. learnability, jest without "
-        "--select-reference: the model after those epochs is the reference",
+        "--select-reference: the model after those epochs is the reference. clean_posterior: all that is known when "
+        f"it first selects comes from them (default: {WARMUP_POINT}, {CLEAN_WARMUP_POINT} with clean_posterior)",
         within=NOT_NEGATIVE,
     )
     warmup_select_rate: float | None = setting(
         None,
-        "with --warmup-point: share of every batch trained on during those epochs (default: --select-rate; 1.0 "
-        "trains on all of it, costs more and often selects better)",
+        "with --warmup-point: share of every batch trained on during those epochs (default: --select-rate, 1.0 with "
+        "clean_posterior; 1.0 trains on all of it, costs more and often selects better)",
         within=FRACTION,
     )
     select_momentum: float = setting(
@@ -350,6 +355,50 @@ class Config:
         "scan: share of the candidates that have the smallest losses; the others have the largest",
         within=Range(at_least=0, at_most=1),
     )
+    clean_statistic: str = setting(
+        "z",
+        "clean_posterior: what a pair is told by: z, the z-score of its cosine against mismatched pairs; loss, that of "
+        "its loss; clipscore, its CLIPScore, which drifts",
+        choices=("z", "loss", "clipscore"),
+    )
+    clean_ensemble: str = setting(
+        "last",
+        "clean_posterior: what is kept of a sample's visits: the last, a moving average (ema), or the mean of all",
+        choices=("last", "ema", "mean"),
+    )
+    clean_ema: float = setting(
+        0.3, "clean_posterior: weight of a new visit with --clean-ensemble ema", within=Range(above=0, at_most=1)
+    )
+    clean_model: str = setting(
+        "tied",
+        "clean_posterior: model of the two parts: two Gaussians with one variance (tied) or two (gaussian), two beta "
+        "distributions, or a quantile that parts them",
+        choices=("tied", "gaussian", "beta", "quantile"),
+    )
+    clean_quantile: float = setting(
+        0.35,
+        "clean_posterior: share of the samples below the quantile of --clean-model quantile",
+        within=Range(above=0, at_most=0.99),
+    )
+    clean_exponent: float = setting(
+        1.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
+    )
+    clean_floor: float = setting(
+        0.0,
+        "clean_posterior: exploration, the least weight of a sample beside 1 for one that is surely clean",
+        within=Range(at_least=0, at_most=1),
+    )
+    clean_forget: float = setting(
+        0.0,
+        "clean_posterior: how much nearer to the mean P(clean) of a sample gets with each epoch that does not visit it",
+        within=Range(at_least=0, at_most=1),
+    )
+    clean_gate: float = setting(
+        0.5,
+        "clean_posterior: tell two parts apart where the mean z-score of the lower one is below so much of that of the "
+        "upper one; otherwise draw uniformly. 0 never, 1 always tells them apart",
+        within=Range(at_least=0, at_most=1),
+    )
     select_score_mode: str = setting(
         "eval",
         "mode of the model while it scores; train keeps dropout and batch statistics on",
@@ -366,15 +415,17 @@ class Config:
         "with a tower that is locked as a whole: train on the features that the scoring pass computed with it, which "
         "up to rounding are those that training would compute",
     )
-    select_preset: str = setting(
-        "exact",
-        f"how scores are come by: exact scores every sample in every step; fast is {_flags(FAST)}",
+    select_preset: str | None = setting(
+        None,
+        f"how scores are come by: exact scores every sample in every step; fast is {_flags(FAST)} (default: exact, "
+        "fast with clean_posterior)",
         choices=("exact", "fast"),
     )
     score_refresh: float | None = setting(
         None,
         "share of every batch that gets a scoring pass; the others are ranked by their last known score, and training "
-        "renews the scores of what it takes. 1 scores all, 0 none after the first epoch (default: by --select-preset)",
+        "renews the scores of what it takes. 1 scores all, 0 none after the first epoch, with clean_posterior none at "
+        "all (default: by --select-preset)",
         within=Range(at_least=0, at_most=1),
     )
     select_before_load: bool = setting(
@@ -468,6 +519,24 @@ class Config:
         return self.select and bool(_warming_up(self, tuple(parse_strategy(self.select_strategy))))
 
     @property
+    def warmup_epochs(self) -> int:
+        """``--warmup-point``, or its default for the strategy."""
+        if self.warmup_point is None:
+            return CLEAN_WARMUP_POINT if self.select_strategy == _CLEAN_POSTERIOR else WARMUP_POINT
+        return self.warmup_point
+
+    @property
+    def preset(self) -> str:
+        """``--select-preset``, or its default for the strategy."""
+        return self.select_preset or ("fast" if self.select_strategy == _CLEAN_POSTERIOR else "exact")
+
+    @property
+    def reuses_scores(self) -> bool:
+        """Whether samples may be ranked by scores of earlier steps."""
+        always = self.preset == "fast" or self.select_strategy == _CLEAN_POSTERIOR
+        return self.select and (always or self.score_refresh not in (None, 1))
+
+    @property
     def writes_logs(self) -> bool:
         """Whether the run has a folder."""
         return self.logs.lower() != "none"
@@ -527,6 +596,15 @@ ADDED: dict[str, str] = {
     "jest_chunks": "joint selection",
     "jest_gain": "joint selection",
     "jest_deterministic": "joint selection",
+    "clean_statistic": "selection by P(clean)",
+    "clean_ensemble": "selection by P(clean)",
+    "clean_ema": "selection by P(clean)",
+    "clean_model": "selection by P(clean)",
+    "clean_quantile": "selection by P(clean)",
+    "clean_exponent": "selection by P(clean)",
+    "clean_floor": "selection by P(clean)",
+    "clean_forget": "selection by P(clean)",
+    "clean_gate": "selection by P(clean)",
     "divbs_on": "joint selection",
     "divbs_greedy": "joint selection",
     "negcliploss_batches": "selection by a normalised score",
@@ -566,7 +644,14 @@ UNSUPPORTED: dict[str, Unsupported] = {
 }
 """OpenCLIP's training flags that are refused."""
 
+_CLEAN_POSTERIOR = "clean_posterior"
+
 _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "score_context_length")
+
+_CLEAN = (
+    "clean_statistic", "clean_ensemble", "clean_ema", "clean_model", "clean_quantile", "clean_exponent", "clean_floor",
+    "clean_forget", "clean_gate",
+)  # fmt: skip
 
 _ONLY_WITH_SELECT = (
     "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
@@ -575,7 +660,7 @@ _ONLY_WITH_SELECT = (
     "infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant",
     *_SHORTCUTS, "record",
     "select_reference", "select_reference_model", "jest_chunks", "jest_gain", "jest_deterministic", "divbs_on",
-    "divbs_greedy", "negcliploss_batches", "negcliploss_batch_size", "negcliploss_temperature",
+    "divbs_greedy", "negcliploss_batches", "negcliploss_batch_size", "negcliploss_temperature", *_CLEAN,
 )  # fmt: skip
 
 _WITH_REFERENCE = ("learnability", "jest")
@@ -591,13 +676,14 @@ _ONLY_WITH_STRATEGY = {
     "negcliploss_batches": ("negcliploss",),
     "negcliploss_batch_size": ("negcliploss",),
     "negcliploss_temperature": ("negcliploss",),
+    **dict.fromkeys(_CLEAN, (_CLEAN_POSTERIOR,)),
 }
 """Settings that mean something with these strategies alone."""
 
 _SCORE_NOTHING = ("random", "infobatch", "scan")
 """Strategies without a scoring pass."""
 
-_ALONE = ("random", "infobatch", "scan")
+_ALONE = ("random", "infobatch", "scan", _CLEAN_POSTERIOR)
 """Strategies that cannot be combined with others, whose rank says nothing or goes with a plan of its own."""
 
 _LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
@@ -796,21 +882,21 @@ def contradictions(config: Config) -> Iterator[str]:
                 yield f"{flag} needs --select (with --select-rate 1.0 every sample is trained on)"
     elif not config.trains:
         yield "--select needs training data: give --train-data"
-    elif warming and 0 < config.epochs <= config.warmup_point:
+    elif warming and 0 < config.epochs <= config.warmup_epochs:
         yield (
-            f"--warmup-point {config.warmup_point} leaves no epoch of --epochs {config.epochs} for selection: "
+            f"--warmup-point {config.warmup_epochs} leaves no epoch of --epochs {config.epochs} for selection: "
             "make it smaller, or train longer"
         )
     elif "warmup_base_sampling" in strategies and config.warmup_point == 0:
         yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
-    elif warming and config.warmup_point == 0:
+    elif warming and config.warmup_point == 0 and warming != (_CLEAN_POSTERIOR,):
         yield f"--warmup-point 0 leaves {warming[0]} without a reference: give at least 1, or --select-reference"
     if config.select:
         yield from _reference_contradictions(config, strategies)
     if config.score_keep_locked and not (config.lock_image or config.lock_text):
         yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
-    if config.score_keep_locked and (config.select_preset == "fast" or config.score_refresh not in (None, 1)):
-        yield "--score-keep-locked needs a scoring pass over the whole batch: leave --score-refresh and presets out"
+    if config.score_keep_locked and config.reuses_scores:
+        yield f"--score-keep-locked needs a scoring pass over the whole batch: {_without_reuse(config)}"
     if (config.select_before_load or config.select_preset == "fast") and config.dataset_resampled:
         yield (
             "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
@@ -820,11 +906,14 @@ def contradictions(config: Config) -> Iterator[str]:
         given = "" if config.select_reference is None else " and --select-reference"
         chosen = f"--select-strategy {config.select_strategy}{given}"
         yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
-    if config.select and set(strategies) <= set(_SCORE_NOTHING):
+    clean_scores_nothing = strategies == (_CLEAN_POSTERIOR,) and not config.score_refresh
+    if config.select and (set(strategies) <= set(_SCORE_NOTHING) or clean_scores_nothing):
+        way_out = ": give --score-refresh, too, or leave it out" if clean_scores_nothing else ""
         for name in _SHORTCUTS:
             if getattr(config, name) != defaults[name]:
                 flag = "--" + name.replace("_", "-")
-                yield f"{flag} has no meaning with --select-strategy {config.select_strategy}, which scores nothing"
+                strategy = f"--select-strategy {config.select_strategy}"
+                yield f"{flag} has no meaning with {strategy}, which scores nothing{way_out}"
     if config.select:
         yield from _rate_contradictions(config, strategies)
     if config.select and config.select_negatives == "all":
@@ -883,7 +972,14 @@ def contradictions(config: Config) -> Iterator[str]:
 def _warming_up(config: Config, strategies: Sequence[str]) -> tuple[str, ...]:
     """Those of the strategies that sample uniformly for ``--warmup-point`` epochs, and need what these give them."""
     own_reference = _WITH_REFERENCE if config.select_reference is None else ()
-    return tuple(name for name in strategies if name == "warmup_base_sampling" or name in own_reference)
+    return tuple(name for name in strategies if name in ("warmup_base_sampling", _CLEAN_POSTERIOR, *own_reference))
+
+
+def _without_reuse(config: Config) -> str:
+    """The way to a scoring pass over the whole batch."""
+    if config.select_strategy == _CLEAN_POSTERIOR:
+        return f"use another strategy than {_CLEAN_POSTERIOR}"
+    return "leave --score-refresh and presets out"
 
 
 def _reference_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
@@ -904,8 +1000,8 @@ def _negatives_contradictions(config: Config, strategies: Sequence[str]) -> Iter
     """Those of ``--select-negatives all``."""
     if set(strategies) <= set(_SCORE_NOTHING):
         yield f"--select-negatives all needs a scoring pass: --select-strategy {config.select_strategy} has none"
-    if config.select_preset == "fast" or config.score_refresh not in (None, 1):
-        yield "--select-negatives all needs a scoring pass over the whole batch: leave --score-refresh and presets out"
+    if config.reuses_scores:
+        yield f"--select-negatives all needs a scoring pass over the whole batch: {_without_reuse(config)}"
     if config.accum_freq > 1:
         yield "--select-negatives all cannot be combined with --accum-freq above 1: give --accum-freq 1"
     if config.siglip or config.distill or "coca" in config.model.lower():
@@ -939,7 +1035,7 @@ def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[
                 f"--select-full-last {config.select_full_last:g} is less than half an epoch of --epochs "
                 f"{config.epochs}: make it larger, or leave it out"
             )
-        warm = config.warmup_point if _warming_up(config, strategies) else 0
+        warm = config.warmup_epochs if _warming_up(config, strategies) else 0
         if full > 0 and full + warm >= config.epochs:
             yield (
                 f"--select-full-last {config.select_full_last:g} leaves no epoch of --epochs {config.epochs} for "
@@ -961,12 +1057,17 @@ def _complete(config: Config) -> Config:
     filled: dict[str, Any] = {}
     if not config.opt.startswith("timm/"):
         filled = {k: v for k, v in default_adam(config.model).items() if getattr(config, k) is None}
+    clean = config.select_strategy == _CLEAN_POSTERIOR
     if config.warmup_select_rate is None:
-        filled["warmup_select_rate"] = config.select_rate
-    fast = config.select and config.select_preset == "fast"
+        filled["warmup_select_rate"] = 1.0 if clean else config.select_rate
+    filled["warmup_point"] = config.warmup_epochs
+    filled["select_preset"] = config.preset
+    fast = config.select and config.preset == "fast"
     if config.score_refresh is None:
         filled["score_refresh"] = FAST["score_refresh"] if fast else 1.0
-    if fast:
+    # By itself the strategy chooses before loading only where that can be done and saves anything.
+    implied = config.select_preset is None and (config.dataset_resampled or config.score_refresh == 1)
+    if fast and not implied:
         filled["select_before_load"] = FAST["select_before_load"]
     return dataclasses.replace(config, **filled)
 

@@ -52,12 +52,12 @@ class _Batch:
 
     sample_id: Tensor  # [N] int64
     selected: Tensor  # [N] bool
-    values: Tensor  # [N, 2 + C] float32: score, loss, what was remembered; NaN where there is none
+    values: Tensor  # [N, 2 + C] float32: score, loss, what was remembered, what is reported; NaN where there is none
     key: Tensor  # [N, W] uint8, in main memory
 
 
 def _values(batch: Batch, selection: Selection, columns: int) -> Tensor:
-    """Score, loss and remembered columns [N, 2 + C] float32; NaN where nothing was scored."""
+    """Score, loss, remembered and reported columns [N, 2 + C] float32; NaN where nothing was scored."""
     candidates = selection.candidates
     absent = torch.full((len(batch), 2 + columns), torch.nan, device=batch.sample_id.device)
     if candidates is None:
@@ -66,7 +66,8 @@ def _values(batch: Batch, selection: Selection, columns: int) -> Tensor:
         absent[:, 0] = candidates.score
     if candidates.loss is not None:
         absent[:, 1] = candidates.loss
-    absent[:, 2:] = candidates.memory
+    parts = [candidates.memory] if selection.reported is None else [candidates.memory, selection.reported]
+    absent[:, 2:] = torch.cat(parts, dim=1)
     return absent
 
 
@@ -77,6 +78,7 @@ class Recorder:
         shard_names: names of the data set's shards.
         locate: sample ids [G] int64 to places [G] int32 in ``shard_names``.
         columns: names of what the strategy remembers.
+        reports: names of what it reports.
         accum_freq: batches that an optimizer step takes.
         flush_every: batches between two flushes, the same on all ranks.
     """
@@ -90,10 +92,11 @@ class Recorder:
         columns: Sequence[str],
         accum_freq: int = 1,
         flush_every: int = 64,
+        reports: Sequence[str] = (),
     ) -> None:
         self.world = world
         self.locate = locate
-        self.columns = tuple(columns)
+        self.columns = (*(f"remembered_{name}" for name in columns), *reports)
         self.accum_freq = accum_freq
         self.flush_every = flush_every
         self._shards = pa.array(list(shard_names), pa.string())
@@ -228,7 +231,7 @@ def _schema(columns: Sequence[str]) -> pa.Schema:
             ("key", pa.string()),
             ("score", pa.float32()),
             ("loss", pa.float32()),
-            *((f"remembered_{name}", pa.float32()) for name in columns),
+            *((name, pa.float32()) for name in columns),
             ("selected", pa.bool_()),
             ("step", pa.int32()),
             ("rank", pa.int16()),

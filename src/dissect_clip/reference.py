@@ -78,4 +78,4 @@ def build_reference(
     model = build_reference_model(config, world, module, tokenizer) if given else copy.deepcopy(module)
     model.requires_grad_(False)
     scorer = build_scorer(config, model, autocast, tokenizer, reference=True)
-    return Reference(scorer, None if given else config.warmup_point)
+    return Reference(scorer, None if given else config.warmup_epochs)

@@ -31,6 +31,7 @@ def make_candidates(epoch: int = 20, columns: int = 1, seed: int = 0, **parts: o
         "image_features": features[0],
         "text_features": features[1],
         "logit_scale": torch.tensor(5.0),
+        "last_clip_score": torch.rand(N, generator=random),
         "reference_loss": torch.rand(N, generator=random),
         "reference_image_features": features[1],
         "reference_text_features": features[0].roll(1, 0),
@@ -105,7 +106,7 @@ def test_rate_is_a_share(strategy, epoch):
 def test_the_command_line_knows_which_strategies_score_nothing_and_which_stand_alone():
     strategies = {name: factory(make_config()) for name, factory in STRATEGIES.items()}
     assert set(_SCORE_NOTHING) == {name for name, one in strategies.items() if one.needs is Needs.NOTHING}
-    alone = {name for name, one in strategies.items() if one.learns or one.weighs}
+    alone = {name for name, one in strategies.items() if one.learns or one.weighs or one.reuses}
     assert set(_ALONE) == alone | {"random"}
 
 

@@ -36,7 +36,7 @@ from dissect_clip.data.benchmark import Found, Kind, Layout, find_split, locate
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError, TrainingError, printable
 from dissect_clip.evaluation.common import Encoder, LabelledFeatures, eval_mode, gather_images
-from dissect_clip.evaluation.probe import check_installed, linear_probe, split_off
+from dissect_clip.evaluation.probe import linear_probe, split_off
 from dissect_clip.evaluation.retrieval import evaluate_retrieval
 from dissect_clip.evaluation.zeroshot import build_classifier, classify, mean_average_precision
 from dissect_clip.launch import EXIT_TRAINING, launch, only_first_speaks
@@ -423,8 +423,6 @@ def run(settings: Settings, config: Config, world: World) -> int:
         SetupError: the flags, or the model, are wrong.
     """
     setup_logging(None, logging.DEBUG if config.debug else logging.INFO, world)
-    if settings.task == "linear_probe":
-        check_installed()
     jobs = world.on_main(lambda: list_jobs(settings, config.data_timeout))
     table = fill_output(settings.summary, dataset="", model=config.model, pretrained=config.pretrained, task="")
     failed: dict[str, str] = {}

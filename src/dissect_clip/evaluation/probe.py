@@ -10,7 +10,6 @@ Shapes: M images, C classes, D features, P values of lambda.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dissect_clip.dist import World
-from dissect_clip.errors import SetupError, TrainingError
+from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation.common import LabelledFeatures, share
 from dissect_clip.metrics import Accuracy, accuracy, best_rank, class_counts
 from dissect_clip.seeding import Stream, derive_seed
@@ -45,14 +44,6 @@ class Probe:
 
     accuracy: Accuracy
     weight: float  # lambda of the L2 penalty lambda / 2 * |W|^2 beside the summed cross entropies
-
-
-def check_installed() -> None:
-    """Raises:
-    SetupError: scikit-learn is missing.
-    """
-    if importlib.util.find_spec("sklearn") is None:
-        raise SetupError("--task linear_probe needs scikit-learn: pip install 'dissect-clip[probe]'")
 
 
 def split_off(data: LabelledFeatures, proportion: float, seed: int) -> tuple[LabelledFeatures, LabelledFeatures]:

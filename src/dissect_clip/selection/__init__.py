@@ -14,6 +14,7 @@ from dissect_clip.errors import SetupError
 from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy
 from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLoss
 from dissect_clip.selection.chooser import Chooser
+from dissect_clip.selection.clean_posterior import CleanPosterior
 from dissect_clip.selection.combination import Combination
 from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
 from dissect_clip.selection.divbs import DivBS
@@ -43,6 +44,7 @@ STRATEGIES: dict[str, Callable[[Config], Strategy]] = {
     "negcliploss": NegCLIPLoss,
     "infobatch": InfoBatch,
     "scan": Scan,
+    "clean_posterior": CleanPosterior,
 }
 
 
@@ -89,7 +91,7 @@ def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, wo
             f"--select-before-load chooses before samples are decoded, but --select-strategy {config.select_strategy} "
             "looks at their features or at a reference model: leave it out, with --score-refresh and --select-preset"
         )
-    if strategy.needs is Needs.NOTHING or config.score_refresh in (None, 1):
+    if strategy.needs is Needs.NOTHING or (config.score_refresh in (None, 1) and not strategy.reuses):
         store = ScoreStore(num_samples, strategy.remembers, world)
         return Selector(
             strategy,
@@ -101,8 +103,7 @@ def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, wo
             keep_locked=config.score_keep_locked,
             keep_others=config.select_negatives == "all",
         )
-    assert config.score_refresh is not None
-    known = Known(strategy, config.score_refresh)
+    known = Known(strategy, 1.0 if config.score_refresh is None else config.score_refresh)
     return ReusingSelector(known, ScoreStore(num_samples, known.columns, world), sample_loss, world, config.seed)
 
 

@@ -24,6 +24,7 @@ class Needs(Flag):
 
     SCORE is how well a pair matches, and may come from an earlier step where the run says so; SIMILARITY is the cosine
     of this step. REFERENCE is the same of a second, frozen model: its loss with LOSS, its features with FEATURES.
+    CLIPSCORE is CLIPScore as it was at an earlier step, where scores are used again.
     """
 
     NOTHING = 0
@@ -32,9 +33,10 @@ class Needs(Flag):
     FEATURES = auto()
     SCORE = auto()
     REFERENCE = auto()
+    CLIPSCORE = auto()
 
 
-REUSABLE = Needs.SCORE | Needs.LOSS
+REUSABLE = Needs.SCORE | Needs.LOSS | Needs.CLIPSCORE
 """What may come from an earlier step (--score-refresh)."""
 
 
@@ -50,6 +52,7 @@ class Candidates:
     image_features: Tensor | None = None  # [N, D] float32, unit norm
     text_features: Tensor | None = None  # [N, D] float32, unit norm
     reused: Tensor | None = None  # [N] float32, scores that need not be of this step, as z; NaN = never scored
+    last_clip_score: Tensor | None = None  # [N] float32, 0 to 100, when last computed; NaN = never
     logit_scale: Tensor | None = None  # scalar float32, the factor of the cosines in the loss; where pairs were scored
     logit_bias: Tensor | None = None  # scalar float32, SigLIP only
     reference_loss: Tensor | None = None  # [N] float32, as ``loss``, under the reference model
@@ -84,6 +87,7 @@ class Selection:
     """[N - K, 2 D] float32, image and text features of the pairs not at ``index``, with --select-negatives all."""
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """What training need not compute again for ``index``: features [K, D] of locked towers, by open_clip's names."""
+    reported: Tensor | None = None  # [N, P] float32, what the strategy has to say of each sample, for the record
 
 
 class Strategy:
@@ -105,6 +109,15 @@ class Strategy:
     surveys: tuple[str, ...] = ()
     """Names of the numbers that :meth:`survey` gives."""
 
+    reports: tuple[str, ...] = ()
+    """Names of the P columns of the record that :meth:`report` gives."""
+
+    file: str = ""
+    """Name of the file of the run folder that :meth:`verdict` goes into at the end, a Parquet file; none without."""
+
+    reuses: bool = False
+    """Whether it goes by scores of earlier steps whatever ``--score-refresh`` is, and can do without any at first."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -119,7 +132,7 @@ class Strategy:
 
     @property
     def first_epoch(self) -> int:
-        """The first epoch in which --select-rate-schedule counts, after a warm-up."""
+        """The first epoch in which --select-rate and its schedule count, after a warm-up."""
         return 0
 
     @property
@@ -168,6 +181,38 @@ class Strategy:
     def informed(self, survey: Sequence[float]) -> Strategy:
         """This strategy, as it is once it knows the numbers of :meth:`survey`."""
         return self
+
+    @property
+    def finding(self) -> str:
+        """What the last survey has found, for the log; empty where there is nothing to say."""
+        return ""
+
+    def report(self, candidates: Candidates) -> Tensor:
+        """[N, P] float32 for the record, by the same candidates that ``rank`` sees; NaN where there is nothing."""
+        raise NotImplementedError
+
+    def verdict(self, memory: Tensor, epoch: int) -> Mapping[str, Tensor]:
+        """Columns by name [num_samples] of ``file``, by the whole store, before an epoch; NaN where there is nothing.
+
+        Whole numbers where the name ends in ``visits`` or ``epoch``.
+        """
+        raise NotImplementedError
+
+
+class WarmingUp(Strategy):
+    """Base of the strategies that sample uniformly, at a rate of its own, for ``--warmup-point`` epochs."""
+
+    @property
+    def first_epoch(self) -> int:
+        return self.config.warmup_epochs
+
+    def warms_up(self, epoch: int) -> bool:
+        """Whether this epoch (0-based) is one of those."""
+        return epoch < self.first_epoch
+
+    def rate(self, epoch: int) -> float:
+        warmup_rate = self.config.warmup_select_rate
+        return warmup_rate if self.warms_up(epoch) and warmup_rate is not None else super().rate(epoch)
 
 
 def kept(rate: float, size: int) -> int:

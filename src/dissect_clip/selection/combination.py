@@ -40,13 +40,14 @@ class Combination(Strategy):
         members: the strategies by name, each with its weight above 0.
 
     Raises:
-        SetupError: if a strategy weights samples or learns from the training pass: its choice is a plan of its own.
+        SetupError: if a strategy weights samples or learns from the training pass by itself: its choice is a plan of
+            its own.
     """
 
     def __init__(self, config: Config, members: Mapping[str, tuple[Strategy, float]]) -> None:
         super().__init__(config)
         for name, (strategy, _) in members.items():
-            if strategy.learns or strategy.weighs:
+            if strategy.learns or strategy.weighs or strategy.reuses:
                 raise SetupError(f"--select-strategy {config.select_strategy}: {name} cannot be combined with others")
         self.members = [strategy for strategy, _ in members.values()]
         self.shares = [weight for _, weight in members.values()]

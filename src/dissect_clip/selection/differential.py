@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.base import Candidates, Needs, Strategy, required
+from dissect_clip.selection.base import Candidates, Needs, Strategy, WarmingUp, required
 
 
 def differential(history: Tensor, current: Tensor) -> Tensor:
@@ -22,31 +22,20 @@ def differential(history: Tensor, current: Tensor) -> Tensor:
     return torch.where(delta.isnan(), delta.nanmean().nan_to_num(), delta)
 
 
-class WarmupDifferential(Strategy):
+class WarmupDifferential(WarmingUp):
     """DISSect-Warmup: uniform for --warmup-point epochs, then the largest differential from their last scores"""
 
     needs = Needs.SCORE
     remembers = ("clip_score",)
 
-    def _warms_up(self, epoch: int) -> bool:
-        return epoch < self.config.warmup_point
-
-    @property
-    def first_epoch(self) -> int:
-        return self.config.warmup_point
-
-    def rate(self, epoch: int) -> float:
-        warmup_rate = self.config.warmup_select_rate
-        return warmup_rate if self._warms_up(epoch) and warmup_rate is not None else super().rate(epoch)
-
     def rank(self, candidates: Candidates) -> Tensor:
         current = required(candidates.score)
-        if self._warms_up(candidates.epoch):
+        if self.warms_up(candidates.epoch):
             return torch.zeros_like(current)
         return differential(candidates.memory[:, 0], current)
 
     def remember(self, candidates: Candidates) -> Tensor | None:
-        if not self._warms_up(candidates.epoch):
+        if not self.warms_up(candidates.epoch):
             return None
         return required(candidates.score)[:, None]
 

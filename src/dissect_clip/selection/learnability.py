@@ -15,32 +15,25 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.base import Candidates, Needs, Strategy, in_order, kept, required
+from dissect_clip.selection.base import Candidates, Needs, WarmingUp, in_order, kept, required
 from dissect_clip.selection.pairs import learner_logits, reference_logits, sigmoid_losses
 
 Among = Callable[[Tensor], Tensor]
 """Told the places [J] int64 of one more chunk; returns the learnability [N] among all chunks it was told of."""
 
 
-class AgainstReference(Strategy):
+class AgainstReference(WarmingUp):
     """Base of the strategies with a reference model; without ``--select-reference`` they warm up until there is one."""
-
-    def _warms_up(self, epoch: int) -> bool:
-        return epoch < self.first_epoch
 
     @property
     def first_epoch(self) -> int:
-        return self.config.warmup_point if self.config.select_reference is None else 0
-
-    def rate(self, epoch: int) -> float:
-        warmup_rate = self.config.warmup_select_rate
-        return warmup_rate if self._warms_up(epoch) and warmup_rate is not None else super().rate(epoch)
+        return self.config.warmup_epochs if self.config.select_reference is None else 0
 
     def looks_at(self, epoch: int) -> Needs:
-        return Needs.NOTHING if self._warms_up(epoch) else self.needs
+        return Needs.NOTHING if self.warms_up(epoch) else self.needs
 
     def rank(self, candidates: Candidates) -> Tensor:
-        if self._warms_up(candidates.epoch):
+        if self.warms_up(candidates.epoch):
             return candidates.memory.new_zeros(len(candidates.memory))
         return self._rank(candidates)
 

@@ -20,11 +20,13 @@ from dissect_clip.batch import Batch
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy, kept, required
+from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy, clip_score, kept, required
 from dissect_clip.selection.selector import Encode, SampleLoss, Selector, replace_unusable, top_k
 from dissect_clip.selection.store import ScoreStore
 
-_SCORE, _LOSS, _WHEN = "last_score", "last_loss", "last_batch"
+_WHEN = "last_batch"
+_MEASURED = {"last_score": Needs.SCORE, "last_loss": Needs.LOSS, "last_clip_score": Needs.CLIPSCORE}
+"""Columns for what is measured of a pair, in this order, and who needs them."""
 
 
 def _standardise(own: Tensor, others: Tensor, weight: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -36,11 +38,12 @@ def _standardise(own: Tensor, others: Tensor, weight: Tensor, dim: tuple[int, ..
 
 
 def pair_z(image: Tensor, text: Tensor, needs: Needs) -> Tensor:
-    """Z-scores [N, R] of the pairs of ``image`` and ``text`` [N, D], unit norm, against the mismatched pairs of both.
+    """Scores [N, R] of the pairs of ``image`` and ``text`` [N, D], unit norm: z-scores against the mismatched pairs.
 
     For ``SCORE`` the cosine is held against that of all mismatched pairs. For ``LOSS`` against those with the same
     image and those with the same text, and the mean of both is taken. In the InfoNCE of its row a mismatched pair in
-    the place of the true one would change the cosine alone, so this is minus the z-score of the pair's loss.
+    the place of the true one would change the cosine alone, so this is minus the z-score of the pair's loss. For
+    ``CLIPSCORE`` it is CLIPScore itself, which drifts.
 
     NaN for a pair whose features are not finite, which counts for no other; not finite for fewer than two pairs.
     """
@@ -54,6 +57,8 @@ def pair_z(image: Tensor, text: Tensor, needs: Needs) -> Tensor:
         columns.append(_standardise(own, cosine, weight, (0, 1)))
     if Needs.LOSS in needs:
         columns.append((_standardise(own, cosine, weight, (0,)) + _standardise(own, cosine, weight, (1,))) / 2)
+    if Needs.CLIPSCORE in needs:
+        columns.append(clip_score(own))
     return torch.stack(columns, dim=1).where(finite, torch.nan)
 
 
@@ -85,9 +90,8 @@ class Known:
 
     @property
     def measured(self) -> tuple[str, ...]:
-        """Names of the R columns with z-scores."""
-        needs = self.strategy.needs
-        return tuple(name for name, part in ((_SCORE, Needs.SCORE), (_LOSS, Needs.LOSS)) if part in needs)
+        """Names of the R columns with scores."""
+        return tuple(name for name, part in _MEASURED.items() if part in self.strategy.needs)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -99,10 +103,13 @@ class Known:
         return kept(self.strategy.rate(epoch), size)
 
     def fresh(self, epoch: int, size: int) -> int:
-        """F, how many of ``size`` samples get a forward pass: all in the first epoch, none where all are kept."""
+        """F, how many of ``size`` samples get a forward pass: none where all are kept, all in the first epoch.
+
+        But for strategies that can do without scores at first.
+        """
         if not self.measured or self.kept(epoch, size) == size:
             return 0
-        if epoch == 0:
+        if epoch == 0 and not self.strategy.reuses:
             return size
         # A z-score needs another pair beside it.
         return min(size, max(2, round(self.refresh * size))) if self.refresh > 0 else 0
@@ -111,13 +118,14 @@ class Known:
         """Samples by what their rows [N, C + R + 1] tell."""
         own = len(self.strategy.remembers)
         known = dict(zip(self.measured, rows[:, own:].unbind(dim=1), strict=False))
-        loss = known.get(_LOSS)
+        loss = known.get("last_loss")
         return Candidates(
             epoch=epoch,
             generator=generator,
             memory=rows[:, :own],
-            reused=known.get(_SCORE),
+            reused=known.get("last_score"),
             loss=None if loss is None else -loss,
+            last_clip_score=known.get("last_clip_score"),
         )
 
     def stalest(self, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -151,7 +159,8 @@ class ReusingSelector(Selector):
     def scoring(self) -> str:
         """See :attr:`Selector.scoring`."""
         refresh = self.known.refresh
-        return f"{f'{refresh:g} of it is' if refresh > 0 else 'nothing is'} scored after the first epoch"
+        when = "" if self.strategy.reuses else " after the first epoch"
+        return f"{f'{refresh:g} of it is' if refresh > 0 else 'nothing is'} scored{when}"
 
     def select(self, batch: Batch, encode: Encode, epoch: int, step: int) -> Selection:
         """The K pairs of this rank's batch to train on; see :meth:`Selector.select`. Not collective, no device sync.
@@ -185,7 +194,7 @@ class ReusingSelector(Selector):
         if count > 0:
             index = replace_unusable(index, usable)
         weight = self.strategy.weights(candidates, index) if k < len(batch) else None
-        return Selection(index, candidates, fresh, rows, count, weight)
+        return Selection(index, candidates, fresh, rows, count, weight, reported=self._report(candidates))
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Store the new scores, of the scoring pass and of the training pass. Collective: one all_gather.

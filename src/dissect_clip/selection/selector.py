@@ -6,6 +6,7 @@ Shapes: N pairs of this rank, G pairs of all ranks, K kept, D features.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from dissect_clip.selection.store import ScoreStore
 
 Encode = Callable[[Batch], Encoded]
 SampleLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+log = logging.getLogger(__name__)
 
 
 def top_k(rank: Tensor, k: int, generator: torch.Generator) -> Tensor:
@@ -93,6 +96,8 @@ class Selector:
         """
         if self.strategy.surveys:
             self.inform(self.world.on_main(lambda: self.strategy.survey(self.store.scores, epoch)))
+        if self.strategy.finding:
+            log.info("%s", self.strategy.finding)
 
     def inform(self, survey: Sequence[float]) -> None:
         """Go on with what the strategy knew of the store when the epoch began. Not collective."""
@@ -195,14 +200,22 @@ class Selector:
         if values is not None:
             self.store.write(batch.sample_id, values)
         weight = self.strategy.weights(candidates, index) if k < len(batch) else None
+        reported = self._report(candidates)
         if encoded is None:
             known = self.strategy.needs is Needs.NOTHING and self.strategy.remembers
-            return Selection(index, candidates if known else None, weight=weight)
+            return Selection(index, candidates if known else None, weight=weight, reported=reported)
         features = encoded.known(index) if self.keep_locked else {}
         others = None
         if self.keep_others and k < len(batch):
             others = _others(encoded, index, required(usable))
-        return Selection(index, candidates, scored=len(batch), features=features, others=others, weight=weight)
+        return Selection(
+            index, candidates, scored=len(batch), features=features, others=others, weight=weight, reported=reported
+        )
+
+    def _report(self, candidates: Candidates) -> Tensor | None:
+        """What the strategy has to say of each sample, where the run keeps a record."""
+        wanted = self.strategy.config.record and self.strategy.reports
+        return self.strategy.report(candidates) if wanted else None
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Take note of the features [K, D] that training computed for the chosen pairs; unused in exact scoring."""
