@@ -20,7 +20,7 @@ from torch import Tensor
 FIT_ROWS = 1 << 16
 """Samples that the parts are fitted to, at most."""
 
-_ITERATIONS = 500
+_ITERATIONS = 1000
 _EDGE = 1e-3
 """How near to 0 and 1 what beta distributions are fitted to may come."""
 
@@ -95,7 +95,7 @@ def _gaussians(values: Floats, covariance: str) -> Found:
     mixture = GaussianMixture(
         n_components=2,
         covariance_type=covariance,
-        tol=1e-6,
+        tol=1e-7,
         reg_covar=1e-6 * variance,
         max_iter=_ITERATIONS,
         weights_init=[0.5, 0.5],
