@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -331,6 +334,53 @@ def test_runs_from_elsewhere_with_other_flags_or_damage_are_errors(
     (broken / "grid.jsonl").write_text((collected / "grid.jsonl").read_text() + '{"data": "set"}\n')
     assert run(tmp_path, "--from", str(broken)) == 2
     assert "line 13 is not a run that --collect has written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("rsum4", lambda value: value[1:], "lists are not of one length"),
+        ("seconds", str, "lists are not of one length"),
+        ("trained", lambda value: list(map(str, value)), "not all of its figures are numbers"),
+        ("clean_share", lambda value: "most", "not all of its figures are numbers"),
+        ("final", lambda value: {"first": {"i2t_r1": 3.0}}, "the recalls on first are not"),
+    ],
+)
+def test_a_line_from_elsewhere_that_was_tampered_with_is_an_error(
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    change: Callable[[Any], Any],
+    message: str,
+):
+    line = json.loads((whole / "runs" / "results" / "grid.jsonl").read_text().splitlines()[0])
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "grid.jsonl").write_text(json.dumps(line | {name: change(line[name])}) + "\n")
+    assert run(tmp_path, "--from", str(tmp_path / "some")) == 2
+    error = capsys.readouterr().err
+    assert "line 1 is not a run that --collect has written" in error
+    assert message in error
+
+
+def test_a_cell_from_elsewhere_with_other_figures_or_with_less_is_an_error(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    line = json.loads((whole / "runs" / "results" / "grid.jsonl").read_text().splitlines()[0])
+    (tmp_path / "some").mkdir()
+    for name, changes in (("a", {}), ("b", {}), ("c", {"rsum4": [value + 1 for value in line["rsum4"]]})):
+        (tmp_path / "some" / f"{name}.jsonl").write_text(json.dumps(line | changes) + "\n")
+    assert run(tmp_path, "--from", str(tmp_path / "some")) == 2
+    assert re.search(r"a\.jsonl, line 1 and, with other figures, in \S*c\.jsonl, line 1", capsys.readouterr().err)
+    (tmp_path / "some" / "c.jsonl").unlink()
+    assert run(tmp_path, "--from", str(tmp_path / "some"), "--list") == 0
+    capsys.readouterr()
+    benchmark = next(iter(line["final"]))
+    less = line | {"final": {f"not-{name}": recalls for name, recalls in line["final"].items()}}
+    for name in "ab":
+        (tmp_path / "some" / f"{name}.jsonl").write_text(json.dumps(less) + "\n")
+    assert run(tmp_path, "--from", str(tmp_path / "some"), "--list") == 2
+    assert f"without {benchmark}" in capsys.readouterr().err
 
 
 def test_collected_runs_carry_the_flags_they_were_run_with(tmp_path: Path):

@@ -9,6 +9,7 @@ Shapes: N samples, F of them fitted to.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 
@@ -89,7 +90,8 @@ def beta_shape(mean: float, deviation: float) -> tuple[float, float]:
 
 
 def _gaussians(values: Floats, covariance: str) -> Found:
-    from sklearn.mixture import GaussianMixture  # takes a second to import, and few runs need it
+    from sklearn.exceptions import ConvergenceWarning  # takes a second to import, and few runs need it
+    from sklearn.mixture import GaussianMixture
 
     variance = max(float(values.var()), 1e-12)
     mixture = GaussianMixture(
@@ -101,7 +103,10 @@ def _gaussians(values: Floats, covariance: str) -> Found:
         weights_init=[0.5, 0.5],
         means_init=np.quantile(values, [0.25, 0.75])[:, None],
         precisions_init=[[1 / variance]] if covariance == "tied" else np.full((2, 1, 1), 1 / variance),
-    ).fit(values[:, None])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # parts that overlap much move by ever less
+        mixture.fit(values[:, None])
     deviations = np.sqrt(np.broadcast_to(mixture.covariances_.reshape(-1), 2))
     low, high = np.argsort(mixture.means_[:, 0], kind="stable")
     mean = mixture.means_[:, 0]
