@@ -6,8 +6,8 @@
     python scripts/clean_report.py logs/RUN/clean.parquet --train-data 'data/*.tar' --wrong wrong.csv --json report.json
 
 Without --train-data it needs nothing but the file. With it the headers of the shards are read for the keys: --output
-writes them with all columns, and --wrong, a csv with a header whose first column has the keys of pairs that are known to
-be wrong, holds P(clean) against the truth.
+writes them with all columns, and --wrong, a csv with a header and the keys of pairs that are known to be
+wrong in its first column, holds P(clean) against the truth.
 """
 
 from __future__ import annotations

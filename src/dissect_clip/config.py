@@ -369,6 +369,12 @@ class Config:
     clean_ema: float = setting(
         0.3, "clean_posterior: weight of a new visit with --clean-ensemble ema", within=Range(above=0, at_most=1)
     )
+    clean_drift: str = setting(
+        "kept",
+        "clean_posterior: after the warm-up, whether the visits of a batch are shifted so that their mean stays that "
+        "of what was known of the same samples (removed), or not (kept)",
+        choices=("removed", "kept"),
+    )
     clean_model: str = setting(
         "tied",
         "clean_posterior: model of the two parts: two Gaussians with one variance (tied) or two (gaussian), two beta "
@@ -599,6 +605,7 @@ ADDED: dict[str, str] = {
     "clean_statistic": "selection by P(clean)",
     "clean_ensemble": "selection by P(clean)",
     "clean_ema": "selection by P(clean)",
+    "clean_drift": "selection by P(clean)",
     "clean_model": "selection by P(clean)",
     "clean_quantile": "selection by P(clean)",
     "clean_exponent": "selection by P(clean)",
@@ -649,8 +656,8 @@ _CLEAN_POSTERIOR = "clean_posterior"
 _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "score_context_length")
 
 _CLEAN = (
-    "clean_statistic", "clean_ensemble", "clean_ema", "clean_model", "clean_quantile", "clean_exponent", "clean_floor",
-    "clean_forget", "clean_gate",
+    "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_quantile",
+    "clean_exponent", "clean_floor", "clean_forget", "clean_gate",
 )  # fmt: skip
 
 _ONLY_WITH_SELECT = (

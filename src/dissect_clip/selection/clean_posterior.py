@@ -82,8 +82,12 @@ class CleanPosterior(WarmingUp):
         memory, value = candidates.memory, self._statistic(candidates)
         visits = memory[:, _VISITS].nan_to_num(0)
         average, variance = memory[:, _AVERAGE], memory[:, _VARIANCE].nan_to_num(0)
-        # How far a value is from the average before it has the variance of both.
         step = value - average
+        if self.config.clean_drift == "removed" and not self.warms_up(candidates.epoch):
+            # What is trained on rises, what is not stays behind: only how they differ among each other counts.
+            drift = step.nanmean().nan_to_num(0)
+            value, step = value - drift, step - drift
+        # How far a value is from the average before it has the variance of both.
         jump = step.square() / (1 + self._trust(visits.clamp(min=1)))
         variance = variance + (jump - variance) / visits.clamp(min=1)
         shares = {"last": torch.ones_like(visits), "mean": 1 / (visits + 1)}
@@ -113,7 +117,7 @@ class CleanPosterior(WarmingUp):
         if parts is None:
             return [0.0] * len(self.surveys)
         clean = parts.clean(rows[:, _AVERAGE])
-        z = rows[:, _Z]
+        z = rows[:, _Z if self.config.clean_statistic == "clipscore" else _AVERAGE]
         low, high = (float((z * share).sum() / share.sum().clamp(min=_LEAST)) for share in (1 - clean, clean))
         ratio = low / high if high > 0 else 1.0
         noise = rows[:, _VARIANCE].nanmean().nan_to_num(0)
