@@ -76,7 +76,7 @@ FAST: dict[str, Any] = {"score_refresh": 0.0, "select_before_load": True}
 """What ``--select-preset fast`` sets where the command line does not."""
 
 WARMUP_POINT = 10
-CLEAN_WARMUP_POINT = 6
+CLEAN_WARMUP_POINT = 5
 """Defaults of ``--warmup-point``, the second with clean_posterior."""
 
 
@@ -362,15 +362,15 @@ class Config:
         choices=("z", "loss", "clipscore"),
     )
     clean_ensemble: str = setting(
-        "last",
+        "ema",
         "clean_posterior: what is kept of a sample's visits: the last, a moving average (ema), or the mean of all",
         choices=("last", "ema", "mean"),
     )
     clean_ema: float = setting(
-        0.3, "clean_posterior: weight of a new visit with --clean-ensemble ema", within=Range(above=0, at_most=1)
+        0.5, "clean_posterior: weight of a new visit with --clean-ensemble ema", within=Range(above=0, at_most=1)
     )
     clean_drift: str = setting(
-        "kept",
+        "removed",
         "clean_posterior: after the warm-up, whether the visits of a batch are shifted so that their mean stays that "
         "of what was known of the same samples (removed), or not (kept)",
         choices=("removed", "kept"),
@@ -387,7 +387,7 @@ class Config:
         within=Range(above=0, at_most=0.99),
     )
     clean_exponent: float = setting(
-        1.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
+        4.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
     )
     clean_floor: float = setting(
         0.0,

@@ -23,7 +23,7 @@ NAME = "clean_posterior"
 
 
 def make_strategy(**changes: object) -> CleanPosterior:
-    return CleanPosterior(make_config(NAME, **changes))
+    return CleanPosterior(make_config(NAME, **({"clean_exponent": 1.0} | changes)))
 
 
 def rows(average: Tensor, visits: float = 1.0, epoch: float = 5.0, z: Tensor | None = None) -> Tensor:
@@ -330,7 +330,7 @@ def parse(*words: str) -> Config:
 def test_by_default_it_is_chosen_before_loading_after_a_warm_up_on_everything():
     config = parse()
     assert (config.select_preset, config.score_refresh, config.select_before_load) == ("fast", 0.0, True)
-    assert (config.warmup_point, config.warmup_select_rate, config.select_rate) == (6, 1.0, 0.3)
+    assert (config.warmup_point, config.warmup_select_rate, config.select_rate) == (5, 1.0, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_other_ways(words: list[str], refresh: float, before: bool):
     [
         (["--clean-ema", "0"], "--clean-ema"),
         (["--warmup-point", "40"], "--warmup-point 40 leaves no epoch"),
-        (["--epochs", "6"], "--warmup-point 6 leaves no epoch of --epochs 6"),
+        (["--epochs", "5"], "--warmup-point 5 leaves no epoch of --epochs 5"),
         (["--score-image-size", "64"], "--score-image-size has no meaning with --select-strategy clean_posterior"),
         (["--select-negatives", "all"], "use another strategy than clean_posterior"),
         (["--score-keep-locked", "--lock-text"], "use another strategy than clean_posterior"),
