@@ -23,7 +23,7 @@ NAME = "clean_posterior"
 
 
 def make_strategy(**changes: object) -> CleanPosterior:
-    return CleanPosterior(make_config(NAME, **({"clean_exponent": 1.0} | changes)))
+    return CleanPosterior(make_config(NAME, **({"clean_exponent": 1.0, "clean_drift": "kept"} | changes)))
 
 
 def rows(average: Tensor, visits: float = 1.0, epoch: float = 5.0, z: Tensor | None = None) -> Tensor:
@@ -92,6 +92,24 @@ def test_the_variance_is_that_of_a_visit_whatever_the_ensemble(ensemble: str):
     assert memory[:, 1].mean().item() == pytest.approx(1.5**2, rel=0.05)
     error = strategy._trust(memory[:, 2]) * memory[:, 1]
     assert error.mean().item() == pytest.approx(memory[:, 0].var().item(), rel=0.1)
+
+
+def test_after_the_warm_up_only_differences_within_a_batch_count():
+    memory = rows(torch.tensor([1.0, 2.0, 3.0]))[:, :4]
+    values = torch.tensor([7.0, 6.0, 8.0])  # all have risen by 5 on average
+    for drift, epoch, shift in (("removed", 6, 5.0), ("removed", 0, 0.0), ("kept", 6, 0.0)):
+        strategy = make_strategy(clean_drift=drift, clean_ensemble="last")
+        found = strategy.remember(candidates(memory, epoch, reused=values))[:, 0]
+        torch.testing.assert_close(found, values - shift)
+
+
+def test_a_sample_that_is_new_after_the_warm_up_is_shifted_with_the_others():
+    memory = torch.cat([rows(torch.tensor([1.0, 2.0])), rows(torch.tensor([math.nan]))])[:, :4]
+    strategy = make_strategy(clean_drift="removed", clean_ensemble="last")
+    found = strategy.remember(candidates(memory, 6, reused=torch.tensor([5.0, 6.0, 6.5])))[:, 0]
+    assert found.tolist() == pytest.approx([1.0, 2.0, 2.5])
+    alone = strategy.remember(candidates(memory[2:], 6, reused=torch.tensor([6.5])))[:, 0]
+    assert alone.tolist() == [6.5]
 
 
 def test_a_first_visit_has_no_variance_yet():
@@ -225,7 +243,7 @@ def test_otherwise_all_have_the_same_chance(case: str):
 
 
 def test_a_verdict_holds_probability_uncertainty_and_what_it_comes_from():
-    strategy = knowing()
+    strategy = knowing(clean_ensemble="last")
     memory = torch.cat(
         [rows(torch.tensor([1.5]), visits=4.0), rows(torch.tensor([1.5])), rows(torch.tensor([math.nan]))]
     )
