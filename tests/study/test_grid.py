@@ -165,7 +165,7 @@ def test_there_are_grids():
     assert {file.relative_to(ROOT / "configs").as_posix() for file in GRIDS} == {
         "paper/cc3m.yaml", "paper/cc12m.yaml", "paper/yfcc15m.yaml", "paper/ratio_sweep.yaml",
         "paper/wall_clock.yaml", "paper/noise.yaml", "small/methods.yaml", "small/rates.yaml", "small/noise.yaml",
-        "small/wall_clock.yaml",
+        "small/wall_clock.yaml", "small/clean_posterior.yaml",
     }  # fmt: skip
 
 
