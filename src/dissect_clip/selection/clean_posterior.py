@@ -2,8 +2,8 @@
 
 The training pass says of each pair that it takes how well it fits (a z-score, see :mod:`dissect_clip.selection.reuse`).
 Before each epoch two parts are fitted to what is known of all samples, pairs that fit and pairs that do not, and each
-batch is drawn without replacement with the probability of the first part as weight. Nothing is scored for it, so the
-choice can be made before samples are decoded. docs/clean_posterior.md tells where each default comes from.
+batch is drawn without replacement with a power of the probability of the first part as weight. Nothing is scored for
+it, so the choice can be made before samples are decoded. docs/clean_posterior.md has what it gains.
 
 Where the two parts cannot be told apart, as in data without wrong captions, all samples have the same weight.
 
