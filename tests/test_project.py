@@ -19,8 +19,9 @@ LAYERS: list[set[str]] = [
     | {"selection.base", "selection.store", "selection.mixture"},
     {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"}
     | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"}
-    | {"selection.clean_posterior"},
+    | {"selection.decoys"},
     {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"}
+    | {"selection.clean_posterior"}
     | {"launch", "commands.results"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
     {"data", "data.benchmark", "record", "selection.chooser", "verdict"},

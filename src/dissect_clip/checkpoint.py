@@ -118,6 +118,7 @@ class Checkpoint:
     shards: Shards | None = None
     scores: Tensor | None = None  # [num_samples, C] float32
     reference: SavedReference | None = None  # only with strategies that have a reference model
+    decoys: Tensor | None = None  # [P, L] int32, the captions of decoys, -1 in rows without; only with those
 
 
 # ---- content
@@ -147,11 +148,13 @@ def checkpoint_content(
     loader: Mapping[str, Any] | None = None,
     shards: Shards | None = None,
     reference: SavedReference | None = None,
+    decoys: Tensor | None = None,
 ) -> dict[str, Any]:
     """What :meth:`CheckpointWriter.save` takes, from state dicts: OpenCLIP's keys and "dissect".
 
     Args:
         loader: in the middle of an epoch, the loader's state: tensors and plain values.
+        decoys: [P, L] int32, the captions of the decoys.
     """
     content = {"name": name, "state_dict": without_prefix(model), "optimizer": _plain(optimizer)}
     if scaler is not None:
@@ -162,6 +165,7 @@ def checkpoint_content(
         "loader": _plain(loader),
         "shards": None if shards is None else _pack_shards(shards),
         "reference": None if reference is None else {"digest": reference.digest, "weights": reference.weights},
+        "decoys": decoys,
     }
     return content
 
@@ -586,6 +590,15 @@ def _reference(path: str, saved: Any) -> SavedReference | None:
     return SavedReference(digest, None if weights is None else _weights(path, weights))
 
 
+def _decoys(path: str, saved: Any) -> Tensor | None:
+    if saved is None:
+        return None
+    captions: Tensor = _checked(path, "decoys", saved, Tensor)
+    if captions.dtype != torch.int32 or captions.dim() != 2:
+        raise SetupError(f"{path} cannot be used as a checkpoint: its decoys are no captions. Give --resume another")
+    return captions
+
+
 def _weights(path: str, weights: Any) -> dict[str, Tensor]:
     """A model's state, checked to be one."""
     if not isinstance(weights, dict) or not weights or not all(isinstance(w, Tensor) for w in weights.values()):
@@ -616,6 +629,7 @@ def _parse(path: str, content: dict[str, Any]) -> Checkpoint:
         loader=None if loader is None else _checked(path, "loader", loader, dict),
         shards=_unpack_shards(path, dissect.get("shards")),
         reference=_reference(path, dissect.get("reference")),
+        decoys=_decoys(path, dissect.get("decoys")),
     )
 
 

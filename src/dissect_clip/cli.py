@@ -42,7 +42,7 @@ from dissect_clip.runfolder import RunFolder, make_sync, open_run
 from dissect_clip.saving import Saver, restore
 from dissect_clip.schedule import learning_rate
 from dissect_clip.scorer import build_scorer
-from dissect_clip.selection import Needs, build_chooser, build_selector, summaries
+from dissect_clip.selection import Needs, build_chooser, build_decoys, build_selector, summaries
 from dissect_clip.signals import Signals
 from dissect_clip.skipped import SkipLog
 from dissect_clip.train import Counters, Tally, TrainState, train_epoch
@@ -267,6 +267,7 @@ def build_state(
         tally=Tally(world.device),
         chooser=chooser,
         reference=reference,
+        decoys=build_decoys(config, selector, world),
         folder=folder.path if folder else None,
     )
 

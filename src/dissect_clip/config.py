@@ -376,10 +376,16 @@ class Config:
         choices=("removed", "kept"),
     )
     clean_model: str = setting(
-        "tied",
-        "clean_posterior: model of the two parts: two Gaussians with one variance (tied) or two (gaussian), two beta "
-        "distributions, or a quantile that parts them",
-        choices=("tied", "gaussian", "beta", "quantile"),
+        "decoys",
+        "clean_posterior: what wrong pairs are told by: decoys, samples with a wrong caption on purpose; without any, two "
+        "Gaussians with one variance (tied) or two (gaussian), two beta distributions, or a quantile that parts them",
+        choices=("decoys", "tied", "gaussian", "beta", "quantile"),
+    )
+    clean_decoys: float = setting(
+        0.02,
+        "clean_posterior: share of the samples that are decoys with --clean-model decoys, but 4096 at most; some 100 "
+        "are needed",
+        within=Range(above=0, at_most=0.5),
     )
     clean_quantile: float = setting(
         0.35,
@@ -401,8 +407,8 @@ class Config:
     )
     clean_gate: float = setting(
         0.5,
-        "clean_posterior: tell two parts apart where the mean z-score of the lower one is below so much of that of the "
-        "upper one; otherwise draw uniformly. 0 never, 1 always tells them apart",
+        "clean_posterior without decoys: tell two parts apart where the mean z-score of the lower one is below so much of "
+        "that of the upper one; otherwise draw uniformly. 0 never, 1 always tells them apart",
         within=Range(at_least=0, at_most=1),
     )
     select_score_mode: str = setting(
@@ -607,6 +613,7 @@ ADDED: dict[str, str] = {
     "clean_ema": "selection by P(clean)",
     "clean_drift": "selection by P(clean)",
     "clean_model": "selection by P(clean)",
+    "clean_decoys": "selection by P(clean)",
     "clean_quantile": "selection by P(clean)",
     "clean_exponent": "selection by P(clean)",
     "clean_floor": "selection by P(clean)",
@@ -656,7 +663,7 @@ _CLEAN_POSTERIOR = "clean_posterior"
 _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "score_context_length")
 
 _CLEAN = (
-    "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_quantile",
+    "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_decoys", "clean_quantile",
     "clean_exponent", "clean_floor", "clean_forget", "clean_gate",
 )  # fmt: skip
 

@@ -81,6 +81,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         if checkpoint.state is not None and checkpoint.state.survey:
             inform(state.selector, checkpoint.path, checkpoint.state.survey)
     _resume_reference(state, checkpoint)
+    _resume_decoys(state, checkpoint)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
     if checkpoint.state is not None:
         changes = changed_settings(checkpoint.state, now)
@@ -101,6 +102,21 @@ def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:
         reference.load(saved.weights)
     if reference.after is None and saved.digest != reference.digest:
         log.warning("The run goes on with another reference model than it had: --select-reference has other weights")
+
+
+def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
+    """The captions that the decoys had; without them they get new ones, and are learned anew."""
+    if state.decoys is None or checkpoint.state is None:
+        return
+    captions = checkpoint.decoys
+    same = checkpoint.state.seed == state.config.seed and captions is not None
+    if captions is not None and same and len(captions) == len(state.decoys.ids):
+        state.decoys.load(captions)
+    elif checkpoint.epoch > 0 or checkpoint.state.epoch_step > 0:
+        log.warning(
+            "The checkpoint has no captions for these decoys, it was trained with others or without: P(clean) needs "
+            "some epochs until it can be relied upon. The same --seed, --clean-model and --clean-decoys go on with the same"
+        )
 
 
 def inform(selector: Selector, path: str, survey: tuple[float, ...]) -> None:
@@ -178,6 +194,8 @@ class Saver:
         world.watch.mark("save", state.counters.step)
         inside = state.counters.epoch_step > 0
         loader = self.data.state_dict() if inside else None
+        if state.decoys is not None:
+            state.decoys.agree()
         world.on_main(lambda: self._save(loader))
 
     def _save(self, loader: dict[str, Any] | None) -> None:
@@ -195,6 +213,7 @@ class Saver:
             loader=loader,
             shards=Shards(self.data.shard_names, self.data.shard_sizes),
             reference=None if state.reference is None else SavedReference(*state.reference.saved()),
+            decoys=None if state.decoys is None else state.decoys.captions,
         )
         self.writer.save(
             epoch=state.counters.epoch,

@@ -26,6 +26,7 @@ class Stream(IntEnum):
     RESAMPLE = 6
     PATCHES = 7
     PROBE = 8
+    DECOYS = 9
 
 
 def derive_seed(*parts: int) -> int:

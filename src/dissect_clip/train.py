@@ -38,7 +38,7 @@ from dissect_clip.reference import Reference
 from dissect_clip.schedule import Schedule
 from dissect_clip.scorer import Scorer
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
-from dissect_clip.selection import Chooser, Selection, Selector
+from dissect_clip.selection import Chooser, Decoys, Selection, Selector
 from dissect_clip.skipped import SkipLog
 from dissect_clip.transfer import Transfer
 
@@ -115,6 +115,7 @@ class TrainState:
     tally: Tally
     chooser: Chooser | None
     reference: Reference | None  # only with strategies that need one
+    decoys: Decoys | None  # only with strategies that ask for some
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last begun
@@ -286,7 +287,8 @@ def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[
     state.world.watch.mark("load", state.counters.step)
     while (batch := _next(loader)) is not None:
         data.taken(batch)
-        group.append(transfer(batch))
+        batch = transfer(batch)
+        group.append(batch if state.decoys is None else state.decoys(batch))
         if len(group) == state.config.accum_freq:
             clock.lap("load")
             yield group
@@ -311,6 +313,8 @@ def train_epoch(
     counters = state.counters
     data.set_epoch(counters.epoch)
     first = counters.epoch_step
+    if state.decoys is not None:
+        state.decoys.agree()
     if state.selector is not None and first == 0:
         state.selector.begin_epoch(counters.epoch)
     steps = first + data.batches_left // state.config.accum_freq

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from dissect_clip.durable import put_in_place
@@ -30,6 +31,7 @@ _PIECE = 1 << 20
 """Samples that are written at a time."""
 
 _WHOLE = ("visits", "epoch")
+_TRUTH = "is_"
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,11 @@ def write_verdict(
                 "sample_id": pa.array(ids),
                 "shard": pa.DictionaryArray.from_arrays(pa.array(locate(ids), pa.int32()), shards),
             }
-            for name, values in strategy.verdict(memory[first : first + _PIECE], epoch).items():
+            rows, places = memory[first : first + _PIECE], torch.from_numpy(ids).to(memory.device)
+            for name, values in strategy.verdict(rows, places, len(memory), epoch).items():
+                if name.startswith(_TRUTH):
+                    columns[name] = pa.array(values.cpu().numpy().astype(bool))
+                    continue
                 numbers = values.float().cpu().numpy()
                 missing = np.isnan(numbers)
                 kind = pa.int32() if name.endswith(_WHOLE) else pa.float32()

@@ -16,6 +16,7 @@ from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLo
 from dissect_clip.selection.chooser import Chooser
 from dissect_clip.selection.clean_posterior import CleanPosterior
 from dissect_clip.selection.combination import Combination
+from dissect_clip.selection.decoys import Decoys, decoy_ids
 from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
 from dissect_clip.selection.divbs import DivBS
 from dissect_clip.selection.infobatch import InfoBatch
@@ -27,8 +28,8 @@ from dissect_clip.selection.selector import SampleLoss, Selector
 from dissect_clip.selection.store import ScoreStore
 
 __all__ = [
-    "STRATEGIES", "Candidates", "Chooser", "Needs", "ScoreStore", "Selection", "Selector", "Strategy", "build_chooser",
-    "build_selector", "build_strategy", "summaries",
+    "STRATEGIES", "Candidates", "Chooser", "Decoys", "Needs", "ScoreStore", "Selection", "Selector", "Strategy",
+    "build_chooser", "build_decoys", "build_selector", "build_strategy", "summaries",
 ]  # fmt: skip
 
 STRATEGIES: dict[str, Callable[[Config], Strategy]] = {
@@ -130,3 +131,11 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
         f"--select-before-load does not load what it does not choose, but --select-strategy {config.select_strategy} "
         "scores every sample: add --score-refresh 0, or a small share such as 0.1"
     )
+
+
+def build_decoys(config: Config, selector: Selector | None, world: World) -> Decoys | None:
+    """The decoys that the strategy asks for, none of them with a caption yet; None without any."""
+    if selector is None or selector.strategy.decoys == 0:
+        return None
+    ids = decoy_ids(len(selector.store.scores), selector.strategy.decoys, config.seed)
+    return Decoys(ids, world) if len(ids) > 0 else None

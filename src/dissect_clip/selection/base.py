@@ -122,6 +122,11 @@ class Strategy:
         self.config = config
 
     @property
+    def decoys(self) -> float:
+        """The share of the samples that get a wrong caption on purpose; see :mod:`dissect_clip.selection.decoys`."""
+        return 0.0
+
+    @property
     def weighs(self) -> bool:
         """Whether ``weights`` may give any."""
         return False
@@ -191,10 +196,11 @@ class Strategy:
         """[N, P] float32 for the record, by the same candidates that ``rank`` sees; NaN where there is nothing."""
         raise NotImplementedError
 
-    def verdict(self, memory: Tensor, epoch: int) -> Mapping[str, Tensor]:
-        """Columns by name [num_samples] of ``file``, by the whole store, before an epoch; NaN where there is nothing.
+    def verdict(self, memory: Tensor, ids: Tensor, num_samples: int, epoch: int) -> Mapping[str, Tensor]:
+        """Columns by name [M] of ``file``, by the rows ``memory`` [M, C] of the samples ``ids`` [M], before an epoch.
 
-        Whole numbers where the name ends in ``visits`` or ``epoch``.
+        NaN where there is nothing. Whole numbers where the name ends in ``visits`` or ``epoch``, truth values where it
+        begins with ``is_``.
         """
         raise NotImplementedError
 

@@ -1,13 +1,15 @@
 """Draw by the probability that a pair is clean, as far as earlier training passes tell it.
 
 The training pass says of each pair that it takes how well it fits (a z-score, see :mod:`dissect_clip.selection.reuse`).
-Before each epoch two parts are fitted to what is known of all samples, pairs that fit and pairs that do not, and each
-batch is drawn without replacement with a power of the probability of the first part as weight. Nothing is scored for
-it, so the choice can be made before samples are decoded. docs/clean_posterior.md has what it gains.
+Before each epoch all samples are held against decoys, a few whose captions are wrong on purpose: what lies where they
+lie is likely wrong, what lies where they hardly do is clean. Each batch is drawn without replacement, a power of the
+probability of being clean its weight. Nothing is scored for it, so the choice can be made before samples are decoded.
+docs/clean_posterior.md has what it gains.
 
-Where the two parts cannot be told apart, as in data without wrong captions, all samples have the same weight.
+In data without wrong captions hardly any sample lies among the decoys, and all have nearly the same weight. Without
+decoys two parts are fitted to what is known of all samples; where they cannot be told apart all have the same weight.
 
-Shapes: N pairs of this rank, M samples in the data set, C columns of the store.
+Shapes: N pairs of this rank, M samples, C columns of the store, P decoys.
 """
 
 from __future__ import annotations
@@ -21,10 +23,14 @@ from torch import Tensor
 from dissect_clip.config import Config
 from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.base import Candidates, Needs, WarmingUp, required
-from dissect_clip.selection.mixture import FIT_ROWS, Parts, fit_parts
+from dissect_clip.selection.decoys import decoy_ids
+from dissect_clip.selection.mixture import CURVE, DECOYS, FIT_ROWS, Parts, fit_parts
 
 _AVERAGE, _VARIANCE, _VISITS, _EPOCH, _Z = range(5)
 """Places of the columns; the z-score is the first of those that scores are kept in."""
+
+_SCALARS = 7
+"""Numbers of the parts, but for the curve."""
 
 _LEAST = 1e-6
 """The smallest weight: a batch is filled up with samples that are surely wrong rather than being short."""
@@ -49,15 +55,26 @@ class CleanPosterior(WarmingUp):
             self.needs |= Needs.LOSS
         if config.clean_statistic == "clipscore":
             self.needs |= Needs.CLIPSCORE
+        if self.decoys > 0:
+            self.surveys += ("decoys", *(f"curve_{place}" for place in range(CURVE)))
         self.parts: Parts | None = None
         self.known = 0  # samples with a score, when the epoch began
+        self.known_decoys = 0
         self.ratio = 0.0  # mean z-score of the lower part over that of the upper one
         self.noise = 0.0  # variance of a sample's statistic from visit to visit, over all samples
 
     @property
+    def decoys(self) -> float:
+        """See :attr:`Strategy.decoys`."""
+        return self.config.clean_decoys if self.config.clean_model == DECOYS else 0.0
+
+    @property
     def told_apart(self) -> bool:
-        """Whether there are two parts, of which the lower one is nearer to chance than to the upper one."""
-        return self.parts is not None and self.ratio < self.config.clean_gate
+        """Whether there are two parts; without decoys, of which the lower one is nearer to chance than to the upper."""
+        return self.parts is not None and (self.decoys > 0 or self.ratio < self.config.clean_gate)
+
+    def _decoy_ids(self, num_samples: int) -> Tensor:
+        return decoy_ids(num_samples, self.decoys, self.config.seed)
 
     # ---- what is known of a sample
 
@@ -107,13 +124,19 @@ class CleanPosterior(WarmingUp):
 
     def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
         """See :meth:`Strategy.survey`; ``memory`` [M, C] has the z-scores behind this strategy's own columns."""
-        known = memory[:, _VISITS].nan_to_num(0).nonzero()[:, 0]
+        seen = memory[:, _VISITS].nan_to_num(0) > 0
+        decoys = memory[:0, _AVERAGE]
+        if self.decoys > 0:
+            ids = self._decoy_ids(len(memory)).to(memory.device)
+            decoys = memory[ids[seen[ids]], _AVERAGE]
+            seen = seen.index_fill(0, ids, False)
+        known = seen.nonzero()[:, 0]
         total = len(known)
         if total > FIT_ROWS:
             generator = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.SELECT, epoch))
             known = known[torch.randint(total, (FIT_ROWS,), generator=generator).to(known.device)]
         rows = memory[known].double()
-        parts = fit_parts(self.config.clean_model, rows[:, _AVERAGE], self.config.clean_quantile)
+        parts = fit_parts(self.config.clean_model, rows[:, _AVERAGE], self.config.clean_quantile, decoys)
         if parts is None:
             return [0.0] * len(self.surveys)
         clean = parts.clean(rows[:, _AVERAGE])
@@ -121,13 +144,16 @@ class CleanPosterior(WarmingUp):
         low, high = (float((z * share).sum() / share.sum().clamp(min=_LEAST)) for share in (1 - clean, clean))
         ratio = low / high if high > 0 else 1.0
         noise = rows[:, _VARIANCE].nanmean().nan_to_num(0)
-        return [*parts.numbers(), float(total), ratio, float(noise)]
+        numbers = parts.numbers()
+        found = [*numbers[:_SCALARS], float(total), ratio, float(noise)]
+        return [*found, float(len(decoys)), *parts.curve] if self.decoys > 0 else found
 
     def informed(self, survey: Sequence[float]) -> CleanPosterior:
         knowing = copy.copy(self)
-        *parts, known, knowing.ratio, knowing.noise = survey
-        knowing.known = int(known)
-        knowing.parts = Parts(self.config.clean_model, *parts) if known else None
+        parts, rest = survey[:_SCALARS], survey[_SCALARS:]
+        known, knowing.ratio, knowing.noise, *more = rest
+        knowing.known, knowing.known_decoys = int(known), int(more[0]) if more else 0
+        knowing.parts = Parts(self.config.clean_model, *parts, curve=tuple(more[1:])) if known else None
         return knowing
 
     @property
@@ -135,6 +161,12 @@ class CleanPosterior(WarmingUp):
         parts = self.parts
         if parts is None:
             return "Clean posterior: too little is known yet to part clean pairs from others"
+        if self.decoys > 0:
+            return (
+                f"Clean posterior: {100 * parts.share:.0f} % of {self.known} samples look clean "
+                f"({self.config.clean_statistic} {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
+                f"{parts.low_mean:.2f} ± {parts.low_deviation:.2f} of {self.known_decoys} decoys)"
+            )
         means = f"mean z-scores of the parts in a ratio of {self.ratio:.2f}, --clean-gate {self.config.clean_gate:g}"
         if not self.told_apart:
             return f"Clean posterior: the two parts cannot be told apart ({means}): all samples have the same weight"
@@ -174,22 +206,26 @@ class CleanPosterior(WarmingUp):
     def report(self, candidates: Candidates) -> Tensor:
         return self.posterior(candidates.memory, candidates.epoch)[:, None]
 
-    def verdict(self, memory: Tensor, epoch: int) -> Mapping[str, Tensor]:
+    def verdict(self, memory: Tensor, ids: Tensor, num_samples: int, epoch: int) -> Mapping[str, Tensor]:
         """P(clean) with the ends of what one standard error of the statistic leaves open, and what it comes from.
 
-        A sample that was visited once has the variance of all.
+        A sample that was visited once has the variance of all. Of the caption of a decoy nothing is known, since it was
+        trained with another.
         """
         average, visits = memory[:, _AVERAGE], memory[:, _VISITS].nan_to_num(0)
         variance = memory[:, _VARIANCE].where(visits > 1, self.noise)
         error = (variance * self._trust(visits.clamp(min=1))).sqrt()
         low, high = memory.clone(), memory.clone()
         low[:, _AVERAGE], high[:, _AVERAGE] = average - error, average + error
+        decoy = torch.isin(ids, self._decoy_ids(num_samples).to(ids.device))
+        p_clean, p_low, p_high = (self.posterior(rows, epoch).where(~decoy, torch.nan) for rows in (memory, low, high))
         return {
-            "p_clean": self.posterior(memory, epoch),
-            "p_clean_low": self.posterior(low, epoch),
-            "p_clean_high": self.posterior(high, epoch),
+            "p_clean": p_clean,
+            "p_clean_low": p_low,
+            "p_clean_high": p_high,
             "statistic": average,
             "standard_error": error.where(visits > 0, torch.nan),
             "visits": visits,
             "last_epoch": memory[:, _EPOCH],
+            "is_decoy": decoy,
         }

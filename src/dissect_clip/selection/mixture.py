@@ -2,9 +2,10 @@
 
 The clean part is the upper one. Models of the parts: two Gaussians (Li et al., "DivideMix", ICLR 2020), with variances
 of their own or one in common, two beta distributions (Arazo et al., "Unsupervised label noise modeling and loss
-correction", ICML 2019), or nothing but a quantile that parts them.
+correction", ICML 2019), or nothing but a quantile that parts them. Or the wrong part is known from decoys, and nothing
+is assumed of the shape of either.
 
-Shapes: N samples, F of them fitted to.
+Shapes: N samples, F of them fitted to, P decoys, G places of a curve.
 """
 
 from __future__ import annotations
@@ -21,6 +22,21 @@ from torch import Tensor
 FIT_ROWS = 1 << 16
 """Samples that the parts are fitted to, at most."""
 
+DECOYS = "decoys"
+"""The model that needs decoys."""
+
+CURVE = 33
+"""G, places of the curve that decoys give."""
+
+_FEWEST = 32
+"""Samples to part, and half as many decoys, at least."""
+
+_TAIL = 0.2
+"""Share of the decoys, the lowest, among which all samples are taken to be wrong."""
+
+_ENDS = (0.001, 0.999)
+"""Quantiles of all samples where the curve begins and ends; outside it is level."""
+
 _ITERATIONS = 1000
 _EDGE = 1e-3
 """How near to 0 and 1 what beta distributions are fitted to may come."""
@@ -32,25 +48,29 @@ Found = tuple[float, float, float, float, float]
 
 @dataclass(frozen=True)
 class Parts:
-    """The two parts. Picklable; seven floats, see :meth:`numbers`."""
+    """The two parts. Picklable; floats, see :meth:`numbers`."""
 
-    model: str  # one of MODELS
+    model: str  # one of MODELS, or DECOYS
     share: float  # of the samples that are clean, in (0, 1)
     low_mean: float
     low_deviation: float
     high_mean: float
     high_deviation: float
-    lowest: float  # beta: the value that stands for 0; quantile: the first that counts as clean
-    highest: float  # beta: the value that stands for 1
+    lowest: float  # beta: the value that stands for 0; quantile: the first that counts as clean; decoys: of the curve
+    highest: float  # beta: the value that stands for 1; decoys: of the curve
+    curve: tuple[float, ...] = ()  # decoys: [G] the probability at values from lowest to highest, equally spaced
 
     def numbers(self) -> tuple[float, ...]:
-        """All but the model."""
-        return astuple(self)[1:]
+        """All but the model: seven, and the G of the curve with decoys."""
+        *first, curve = astuple(self)[1:]
+        return (*first, *curve)
 
     def clean(self, values: Tensor) -> Tensor:
         """The probability [N] that each of ``values`` [N] is of the clean part. It never falls; NaN for NaN."""
         if self.model == "quantile":
             return (values >= self.lowest).to(values.dtype).where(values.isfinite(), torch.nan)
+        if self.model == DECOYS:
+            return self._on_curve(values)
         log_odds = self._beta(values) if self.model == "beta" else self._gaussian(values)
         return torch.sigmoid(log_odds + float(np.log(self.share) - np.log1p(-self.share)))
 
@@ -63,6 +83,14 @@ class Parts:
             values = values.clamp(max=vertex) if bend > 0 else values.clamp(min=vertex)
         below, above = (values - self.low_mean) / low, (values - self.high_mean) / high
         return (below.square() - above.square()) / 2 + float(np.log(low / high))
+
+    def _on_curve(self, values: Tensor) -> Tensor:
+        # Non-blocking: a copy that waits would hold the step up.
+        curve = torch.tensor(self.curve, dtype=values.dtype).to(values.device, non_blocking=True)
+        place = ((values - self.lowest) / (self.highest - self.lowest)).clamp(0, 1) * (len(curve) - 1)
+        left = place.nan_to_num(0).floor().long().clamp(max=len(curve) - 2)
+        between = place - left
+        return curve[left] * (1 - between) + curve[left + 1] * between
 
     def _beta(self, values: Tensor) -> Tensor:
         width = self.highest - self.lowest
@@ -164,14 +192,50 @@ MODELS: dict[str, Callable[[Floats, float], Parts]] = {
 """Models of the two parts by name."""
 
 
-def fit_parts(model: str, values: Tensor, quantile: float = 0.35) -> Parts | None:
+def _density(values: Floats, at: Floats, width: float) -> Floats:
+    """Of ``values`` smoothed by a Gaussian of this ``width``, at places [G]."""
+    return np.array([np.exp(-(((values - place) / width) ** 2) / 2).mean() / width for place in at])
+
+
+def _fit_decoys(values: Floats, decoys: Floats) -> Parts:
+    """Bayes' rule with the decoys as samples of the wrong part: P(clean) = 1 - share of wrong * f(decoys) / f(all).
+
+    Where the lowest decoys lie next to no clean pair does, so the share of wrong pairs is how many of all samples lie
+    there for each decoy, as in the estimate of true null hypotheses by Storey (J. R. Stat. Soc. B, 2002). Both
+    densities are smoothed alike, by Silverman's rule for the decoys, and P(clean) is made to rise, by isotonic
+    regression.
+    """
+    from sklearn.isotonic import IsotonicRegression  # takes a second to import, and few runs need it
+
+    wrong = min(1.0, float((values < np.quantile(decoys, _TAIL)).mean()) / _TAIL)
+    lowest, highest = map(float, np.quantile(values, _ENDS))
+    spread = min(float(decoys.std()), float(np.subtract(*np.quantile(decoys, [0.75, 0.25]))) / 1.34)
+    width = max(1.5 * spread * len(decoys) ** -0.2, (highest - lowest) / CURVE)
+    places = np.linspace(lowest, highest, CURVE)
+    everything = _density(values, places, width)
+    ratio = _density(decoys, places, width) / np.maximum(everything, 1e-12)
+    rising = IsotonicRegression(y_min=0, y_max=1, increasing=True)
+    curve = rising.fit_transform(places, 1 - wrong * ratio, sample_weight=everything)
+    parts = Parts(DECOYS, 1 - wrong, 0.0, 0.0, 0.0, 0.0, lowest, highest, tuple(map(float, curve)))
+    clean = parts.clean(torch.from_numpy(values)).numpy()
+    high = _weighted(values, clean) if clean.sum() > 0 else (highest, 0.0)
+    low = (float(decoys.mean()), float(decoys.std()))
+    return Parts(DECOYS, float(clean.mean()), *low, *high, lowest, highest, parts.curve)
+
+
+def fit_parts(model: str, values: Tensor, quantile: float = 0.35, decoys: Tensor | None = None) -> Parts | None:
     """The two parts of ``values`` [F], finite; ``quantile`` is the share that a plain quantile puts below.
 
-    None where there is nothing to part: fewer than 32 values, or all but the same.
+    ``decoys`` [P] are the values of those, which are not among the others; for the model that needs them.
+
+    None where there is nothing to part: fewer than 32 values, or all but the same, or fewer than 16 decoys.
     """
     numbers = values.double().cpu().numpy()
-    if len(numbers) < 32 or not np.ptp(numbers) > 1e-6 * max(1.0, float(np.abs(numbers).max())):
+    if len(numbers) < _FEWEST or not np.ptp(numbers) > 1e-6 * max(1.0, float(np.abs(numbers).max())):
         return None
+    if model == DECOYS:
+        known = np.empty(0) if decoys is None else decoys.double().cpu().numpy()
+        return None if 2 * len(known) < _FEWEST or not np.ptp(known) > 0 else _fit_decoys(numbers, known)
     parts = MODELS[model](numbers, quantile)
     share = min(max(parts.share, 1e-3), 1 - 1e-3)
     return Parts(model, share, *parts.numbers()[1:])

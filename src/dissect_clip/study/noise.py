@@ -17,7 +17,6 @@ from pathlib import Path
 from dissect_clip.data.urls import expand
 from dissect_clip.errors import SetupError
 
-
 _TRIES = 1000
 
 
@@ -79,7 +78,7 @@ def swap_captions(shards: Sequence[str], share: float, seed: int, within: str | 
     """
     captions = _members(shards, ".txt")
     keys = sorted(captions)
-    rng = random.Random(seed)  # noqa: S311 - not for secrets
+    rng = random.Random(seed)
     groups = dict.fromkeys(keys, "") if within is None else _groups(shards, within, keys)
     texts: dict[str, set[bytes]] = {}
     for key in keys:
@@ -122,7 +121,7 @@ def _other_captions(keys: Sequence[str], captions: Mapping[str, bytes], rng: ran
 def replace_captions(shards: Sequence[str], share: float, seed: int, caption: str) -> dict[str, str]:
     """For ``share`` of the keys, drawn at random, the same ``caption``."""
     keys = sorted(_members(shards, ".txt"))
-    rng = random.Random(seed)  # noqa: S311 - not for secrets
+    rng = random.Random(seed)
     return dict.fromkeys(sorted(rng.sample(keys, round(share * len(keys)))), caption)
 
 
