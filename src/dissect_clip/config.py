@@ -377,8 +377,8 @@ class Config:
     )
     clean_model: str = setting(
         "decoys",
-        "clean_posterior: what wrong pairs are told by: decoys, samples with a wrong caption on purpose; without any, two "
-        "Gaussians with one variance (tied) or two (gaussian), two beta distributions, or a quantile that parts them",
+        "clean_posterior: what wrong pairs are told by: decoys, samples with a wrong caption on purpose; without any, "
+        "two Gaussians with one variance (tied) or two (gaussian), two beta distributions, or a quantile between them",
         choices=("decoys", "tied", "gaussian", "beta", "quantile"),
     )
     clean_decoys: float = setting(
@@ -407,8 +407,8 @@ class Config:
     )
     clean_gate: float = setting(
         0.5,
-        "clean_posterior without decoys: tell two parts apart where the mean z-score of the lower one is below so much of "
-        "that of the upper one; otherwise draw uniformly. 0 never, 1 always tells them apart",
+        "clean_posterior without decoys: tell two parts apart where the mean z-score of the lower one is below so much "
+        "of that of the upper one; otherwise draw uniformly. 0 never, 1 always tells them apart",
         within=Range(at_least=0, at_most=1),
     )
     select_score_mode: str = setting(

@@ -115,7 +115,7 @@ def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
     elif checkpoint.epoch > 0 or checkpoint.state.epoch_step > 0:
         log.warning(
             "The checkpoint has no captions for these decoys, it was trained with others or without: P(clean) needs "
-            "some epochs until it can be relied upon. The same --seed, --clean-model and --clean-decoys go on with the same"
+            "some epochs until it can be relied upon. --seed, --clean-model and --clean-decoys say which they are"
         )
 
 

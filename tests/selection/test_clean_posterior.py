@@ -17,13 +17,16 @@ from dissect_clip.dist import World
 from dissect_clip.loss import SampleLoss
 from dissect_clip.selection import Candidates, build_chooser, build_selector, summaries
 from dissect_clip.selection.clean_posterior import CleanPosterior
+from dissect_clip.selection.decoys import decoy_ids
 from dissect_clip.selection.mixture import FIT_ROWS
 
 NAME = "clean_posterior"
 
 
 def make_strategy(**changes: object) -> CleanPosterior:
-    return CleanPosterior(make_config(NAME, **({"clean_exponent": 1.0, "clean_drift": "kept"} | changes)))
+    """One without decoys, whose weight is P(clean) itself."""
+    plain = {"clean_model": "tied", "clean_exponent": 1.0, "clean_drift": "kept"}
+    return CleanPosterior(make_config(NAME, **(plain | changes)))
 
 
 def rows(average: Tensor, visits: float = 1.0, epoch: float = 5.0, z: Tensor | None = None) -> Tensor:
@@ -182,6 +185,65 @@ def test_samples_that_no_epoch_gives_do_not_count():
     assert informed(rows(some)).parts == informed(rows(averages)).parts
 
 
+# ---- decoys
+
+
+def with_decoys(share_wrong: float, size: int = 4000, **changes: object) -> tuple[Tensor, Tensor, CleanPosterior]:
+    """A store whose wrong pairs, decoys among them, are two lower than the rest; which are wrong; what is found."""
+    strategy = make_strategy(clean_model="decoys", clean_decoys=0.05, **changes)
+    random = torch.Generator().manual_seed(1)
+    wrong = torch.rand(size, generator=random) < share_wrong
+    decoys = decoy_ids(size, 0.05, strategy.config.seed)
+    low = wrong.index_fill(0, decoys, True)
+    memory = rows(torch.randn(size, generator=random) * 0.7 + torch.where(low, 1.0, 3.0))
+    others = torch.ones(size, dtype=torch.bool).index_fill(0, decoys, False)
+    return memory[others], wrong[others], strategy.informed(strategy.survey(memory, 6))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
+def test_with_decoys_the_probability_is_that_of_the_truth(share: float):
+    memory, wrong, strategy = with_decoys(share)
+    assert strategy.told_apart
+    assert strategy.known == len(memory) == 3800
+    assert strategy.known_decoys == 200
+    assert strategy.parts is not None
+    assert strategy.parts.share == pytest.approx(1 - share, abs=0.08)
+    clean = strategy.posterior(memory, 6)
+    assert (clean - (~wrong).float()).square().mean() < 0.08
+    for low, high in ((0, 0.2), (0.2, 0.8), (0.8, 1.01)):
+        inside = (clean >= low) & (clean < high)
+        if inside.sum() > 300:
+            assert (~wrong)[inside].double().mean().item() == pytest.approx(clean[inside].mean().item(), abs=0.12)
+    assert re.search(r"% of 3800 samples look clean .* of 200 decoys", strategy.finding)
+
+
+def test_without_wrong_pairs_decoys_find_none():
+    memory, _, strategy = with_decoys(0.0)
+    clean = strategy.posterior(memory, 6)
+    assert clean.mean() > 0.97
+    weight = clean**4
+    assert weight.sum() ** 2 / weight.square().sum() > 0.97 * len(memory)
+
+
+def test_too_few_decoys_find_nothing():
+    averages, _ = two_parts(100)
+    strategy = informed(rows(averages), clean_model="decoys", clean_decoys=0.05)
+    assert strategy.parts is None
+    assert "too little is known" in strategy.finding
+
+
+def test_of_a_decoy_there_is_no_verdict():
+    memory, _, strategy = with_decoys(0.4)
+    ids = torch.arange(1000, 1100)
+    verdict = strategy.verdict(memory[:100], ids, 4000, 6)
+    decoys = torch.isin(ids, decoy_ids(4000, 0.05, strategy.config.seed))
+    assert 0 < decoys.sum() < 20
+    assert verdict["is_decoy"].equal(decoys)
+    for name in ("p_clean", "p_clean_low", "p_clean_high"):
+        assert verdict[name].isnan().equal(decoys)
+    assert verdict["statistic"].isfinite().all()
+
+
 # ---- what is drawn
 
 
@@ -247,7 +309,7 @@ def test_a_verdict_holds_probability_uncertainty_and_what_it_comes_from():
     memory = torch.cat(
         [rows(torch.tensor([1.5]), visits=4.0), rows(torch.tensor([1.5])), rows(torch.tensor([math.nan]))]
     )
-    verdict = strategy.verdict(memory, 6)
+    verdict = strategy.verdict(memory, torch.arange(3), 3, 6)
     assert {len(values) for values in verdict.values()} == {3}
     assert verdict["standard_error"].tolist()[:2] == pytest.approx([math.sqrt(0.5), math.sqrt(strategy.noise)])
     assert verdict["visits"].tolist() == [4, 1, 0]
@@ -256,6 +318,7 @@ def test_a_verdict_holds_probability_uncertainty_and_what_it_comes_from():
     assert low < middle < high
     assert strategy.parts is not None
     assert verdict["p_clean"][2].item() == pytest.approx(strategy.parts.share)
+    assert not verdict["is_decoy"].any()
 
 
 # ---- with the selector
@@ -287,7 +350,7 @@ def test_a_refresh_scores_more_of_them_and_a_visit_counts_once(refresh: float):
 def test_what_a_record_holds():
     averages, _ = two_parts(SAMPLES)
     for wanted in (True, False):
-        selector = make_selector(NAME, record=wanted)
+        selector = make_selector(NAME, record=wanted, clean_model="tied")
         selector.store.scores[:] = rows(averages)
         selector.begin_epoch(6)
         selection = selector.select(make_batch(torch.arange(N)), never, 6, 6)
@@ -301,7 +364,7 @@ def test_what_a_record_holds():
 
 
 def test_the_loader_draws_by_what_was_found_when_the_epoch_began():
-    config = dataclasses.replace(make_config(NAME, rate=0.5), select_before_load=True)
+    config = dataclasses.replace(make_config(NAME, rate=0.5, clean_model="tied"), select_before_load=True)
     world = World()
     selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
     chooser = build_chooser(config, selector)
@@ -321,7 +384,7 @@ def test_the_loader_draws_by_what_was_found_when_the_epoch_began():
 def epoch_on_ranks(world: World) -> tuple[list[float], list[int], list[list[float]]]:
     """An epoch of two ranks with samples of their own: the survey, what was drawn, and the store after it."""
     averages, _ = two_parts(SAMPLES)
-    selector = make_selector(NAME, world=world)
+    selector = make_selector(NAME, world=world, clean_decoys=0.3)
     selector.store.scores[:] = rows(averages)
     if not world.is_main:
         selector.store.scores[:, 0] += 1e-3  # as on hardware that rounds otherwise

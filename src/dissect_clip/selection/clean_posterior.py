@@ -40,7 +40,7 @@ class CleanPosterior(WarmingUp):
     """drawn by the probability that the pair is clean, which training tells by itself; without a scoring pass"""
 
     remembers = ("average", "variance", "visits", "last_epoch")
-    surveys = (
+    surveys: tuple[str, ...] = (
         "clean_share", "low_mean", "low_deviation", "high_mean", "high_deviation", "lowest", "highest",
         "known", "ratio", "noise",
     )  # fmt: skip
@@ -150,10 +150,16 @@ class CleanPosterior(WarmingUp):
 
     def informed(self, survey: Sequence[float]) -> CleanPosterior:
         knowing = copy.copy(self)
-        parts, rest = survey[:_SCALARS], survey[_SCALARS:]
-        known, knowing.ratio, knowing.noise, *more = rest
+        share, low_mean, low_deviation, high_mean, high_deviation, lowest, highest, known, *rest = survey
+        knowing.ratio, knowing.noise, *more = rest
         knowing.known, knowing.known_decoys = int(known), int(more[0]) if more else 0
-        knowing.parts = Parts(self.config.clean_model, *parts, curve=tuple(more[1:])) if known else None
+        knowing.parts = None
+        if known:
+            knowing.parts = Parts(
+                self.config.clean_model,
+                share, low_mean, low_deviation, high_mean, high_deviation, lowest, highest,
+                curve=tuple(more[1:]),
+            )  # fmt: skip
         return knowing
 
     @property

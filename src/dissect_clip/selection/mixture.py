@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import torch
@@ -238,4 +238,4 @@ def fit_parts(model: str, values: Tensor, quantile: float = 0.35, decoys: Tensor
         return None if 2 * len(known) < _FEWEST or not np.ptp(known) > 0 else _fit_decoys(numbers, known)
     parts = MODELS[model](numbers, quantile)
     share = min(max(parts.share, 1e-3), 1 - 1e-3)
-    return Parts(model, share, *parts.numbers()[1:])
+    return replace(parts, share=share)

@@ -1,0 +1,101 @@
+"""Decoys: which they are, what caption they get, and that all ranks come to know it."""
+
+import pytest
+import torch
+from distributed import run_on_ranks
+from torch import Tensor
+
+from dissect_clip.batch import Batch
+from dissect_clip.dist import World
+from dissect_clip.selection.decoys import MOST, Decoys, decoy_ids
+
+LENGTH = 3
+
+
+def make_batch(ids: list[int], first: int = 0) -> Batch:
+    """Pairs whose captions are their ids, plus ``first``, three times."""
+    sample_id = torch.tensor(ids)
+    text = (sample_id + first)[:, None].expand(-1, LENGTH)
+    return Batch(image=torch.zeros(len(ids), 3, 2, 2), text=text, sample_id=sample_id)
+
+
+def captions(batch: Batch) -> list[int]:
+    assert (batch.text == batch.text[:, :1]).all()
+    return batch.text[:, 0].tolist()
+
+
+def make_decoys(*ids: int, world: World | None = None) -> Decoys:
+    return Decoys(torch.tensor(ids), world or World())
+
+
+def test_ids_are_the_same_everywhere_and_others_with_another_seed():
+    ids = decoy_ids(1000, 0.1, seed=3)
+    assert len(ids) == 100 == len(ids.unique())
+    assert ids.equal(ids.sort().values)
+    assert 0 <= ids.min() <= ids.max() < 1000
+    assert ids.equal(decoy_ids(1000, 0.1, seed=3))
+    assert not ids.equal(decoy_ids(1000, 0.1, seed=4))
+
+
+@pytest.mark.parametrize(("samples", "share", "count"), [(400_000_000, 0.02, MOST), (10, 0.02, 0), (4, 0.5, 2)])
+def test_how_many_there_are(samples: int, share: float, count: int):
+    assert len(decoy_ids(samples, share, seed=0)) == count
+
+
+def test_a_decoy_gets_its_neighbours_caption_and_keeps_it():
+    decoys = make_decoys(4, 7)
+    assert decoys.captions is None
+    assert captions(decoys(make_batch([1, 4, 2, 3]))) == [1, 1, 2, 3]
+    assert decoys.captions is not None
+    assert decoys.captions[:, 0].tolist() == [1, -1]
+    assert captions(decoys(make_batch([7, 9, 4]))) == [4, 9, 1]  # the last one's own caption, not its wrong one
+    assert captions(decoys(make_batch([4, 8, 7, 6]))) == [1, 8, 4, 6]
+    assert decoys.captions.dtype == torch.int32
+
+
+def test_the_batch_is_left_as_it_was_and_a_decoy_that_comes_twice_gets_one_caption():
+    decoys = make_decoys(4)
+    batch = make_batch([4, 1, 4, 2])
+    once = captions(decoys(batch))
+    assert captions(batch) == [4, 1, 4, 2]
+    assert once[1::2] == [1, 2]
+    assert captions(decoys(make_batch([3, 4, 4])))[1:] == [1, 1]  # of the last occurrence
+
+
+def test_a_batch_without_decoys_stays_what_it_is():
+    decoys = make_decoys(100)
+    assert captions(decoys(make_batch([5, 6]))) == [5, 6]
+    assert captions(decoys(make_batch([200, 300]))) == [200, 300]
+
+
+def test_captions_are_taken_over():
+    first, again = make_decoys(4, 7), make_decoys(4, 7)
+    first(make_batch([1, 4, 2, 3]))
+    assert first.captions is not None
+    again.load(first.captions)
+    assert captions(again(make_batch([4, 8, 7]))) == [1, 8, 8]
+    with pytest.raises(ValueError, match="2 captions are no captions of 1 decoys"):
+        make_decoys(4).load(first.captions)
+
+
+def on_ranks(world: World) -> tuple[list[int], list[int]]:
+    """Each rank meets one decoy, both a third, none the last; then the captions before and after they agree."""
+    decoys = make_decoys(10, 11, 12, 13, world=world)
+    decoys.agree()
+    decoys(make_batch([10 + world.rank, 12, 20 + world.rank], first=100 * world.rank))
+    before: Tensor | None = decoys.captions
+    assert before is not None
+    decoys.agree()
+    decoys.agree()
+    after = decoys.captions
+    assert after is not None
+    assert (after == after[:, :1]).all()
+    return before[:, 0].tolist(), after[:, 0].tolist()
+
+
+@pytest.mark.dist
+def test_ranks_agree():
+    first, second = run_on_ranks(2, on_ranks)
+    assert first[0] == [20, -1, 10, -1]
+    assert second[0] == [-1, 121, 111, -1]
+    assert first[1] == second[1] == [20, 121, 111, -1]
