@@ -41,6 +41,8 @@ from dissect_clip.train import TrainState, train_epoch, train_step
 
 DISSECT = ("--select", "--select-strategy", "warmup_base_sampling", "--warmup-point", "1")
 
+CLEAN = ("--select", "--select-strategy", "clean_posterior")
+
 MODES: dict[str, tuple[str, ...]] = {
     "full": (),
     "given": ("--select", "--select-strategy", "random"),
@@ -50,6 +52,7 @@ MODES: dict[str, tuple[str, ...]] = {
     "refresh 0.1": (*DISSECT, "--score-refresh", "0.1"),
     "refresh 0": (*DISSECT, "--score-refresh", "0"),
     "before load": (*DISSECT, "--score-refresh", "0", "--select-before-load"),
+    "clean posterior": (*CLEAN, "--warmup-point", "1", "--clean-decoys", "0.2"),
 }
 """What is compared, and the flags of each; the rate comes besides, and for `cheap` the flags of CHEAP."""
 
@@ -107,7 +110,9 @@ def make_batch(state: TrainState, size: int) -> Batch:
 
 
 def as_loaded(state: TrainState, batch: Batch) -> Batch:
-    """What a loader would give of a batch: with a choice before loading only what is worth it."""
+    """What a loader would give of a batch: with a choice before loading only what is worth it. Decoys are in it."""
+    if state.decoys is not None:
+        batch = state.decoys(batch)
     if state.chooser is None:
         return batch
     size = len(batch)
@@ -128,8 +133,10 @@ def stepper(options: argparse.Namespace, mode: str, rate: float, batch: Batch) -
     state = make_state(options, mode, rate, options.batch_size)
     step_seconds(state, as_loaded(state, batch))
     state.counters.epoch = 1
+    if state.selector is not None:
+        state.selector.begin_epoch(1)
     if state.chooser is not None and state.selector is not None:
-        state.chooser.publish(state.selector.store.scores)
+        state.chooser.publish(state.selector.store.scores, state.selector.survey)
     loaded = as_loaded(state, batch)
     return lambda: step_seconds(state, loaded)
 
