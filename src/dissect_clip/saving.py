@@ -79,7 +79,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
     if state.selector is not None and checkpoint.scores is not None:
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
         if checkpoint.state is not None and checkpoint.state.survey:
-            inform(state.selector, checkpoint.path, checkpoint.state.survey)
+            inform(state.selector, checkpoint.path, checkpoint.state.survey, checkpoint.loader is not None)
     _resume_reference(state, checkpoint)
     _resume_decoys(state, checkpoint)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
@@ -119,16 +119,22 @@ def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
         )
 
 
-def inform(selector: Selector, path: str, survey: tuple[float, ...]) -> None:
+def inform(selector: Selector, path: str, survey: tuple[float, ...], inside: bool = True) -> None:
     """Hand the strategy what it knew of the store; the checkpoint's scores are in place.
 
+    Between two epochs numbers of another kind are let go: new ones are taken before the next.
+
     Raises:
-        SetupError: if these are not the numbers that it keeps.
+        SetupError: inside an epoch, if these are not the numbers that the strategy keeps.
     """
     expected = len(selector.strategy.surveys)
-    if len(survey) != expected:
-        raise SetupError(f"{path} holds {len(survey)} numbers about the whole data set, where {expected} are expected")
-    selector.inform(survey)
+    if len(survey) == expected:
+        selector.inform(survey)
+    elif inside:
+        raise SetupError(
+            f"{path} holds {len(survey)} numbers about the whole data set, where {expected} are expected, and it was "
+            "saved inside an epoch: go on with the strategy's flags as they were, or from the end of an epoch"
+        )
 
 
 def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:

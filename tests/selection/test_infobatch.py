@@ -253,5 +253,12 @@ def test_it_is_refused_with_losses_that_cannot_be_weighted(changes: dict[str, st
 
 
 def test_a_checkpoint_with_other_numbers_is_refused():
-    with pytest.raises(SetupError, match=r"epoch_3.pt holds 3 numbers about the whole data set, where 2 are expected"):
-        inform(make_selector(), "epoch_3.pt", (1.0, 2.0, 3.0))
+    with pytest.raises(SetupError, match=r"epoch_3_step_7.pt holds 3 numbers about the whole .*, where 2 are expected"):
+        inform(make_selector(), "epoch_3_step_7.pt", (1.0, 2.0, 3.0))
+
+
+def test_between_epochs_other_numbers_are_let_go():
+    selector = make_selector()
+    before = selector.survey
+    inform(selector, "epoch_3.pt", (1.0, 2.0, 3.0), inside=False)
+    assert selector.survey == before

@@ -13,7 +13,7 @@ import re
 import shlex
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,7 +222,8 @@ class Grid:
         """
         names: dict[str, Point] = {}
         for name in {point.data: None for point in points}:
-            lacking = sorted(v for text in _texts(self.data_sets[name]) for v in _VARIABLE.findall(text))
+            used = {point.noise for point in points if point.data == name}
+            lacking = sorted(v for text in _texts(self.data_sets[name], used) for v in _VARIABLE.findall(text))
             if lacking:
                 raise SetupError(f"{self.file}: data set {name} needs --data {lacking[0]}=...")
         for point in points:
@@ -376,8 +377,10 @@ def _words(file: Path, key: str, text: str) -> list[str]:
 _VARIABLE = re.compile(r"\$\{([A-Za-z_]\w*)\}")
 
 
-def _texts(data: DataSet) -> list[str]:
-    return [data.train, *data.val.values(), *data.noise.values()]
+def _texts(data: DataSet, levels: Collection[float] | None = None) -> list[str]:
+    """Where a data set is: with the lists of these ``levels`` of noise, or with all."""
+    lists = (listed for level, listed in data.noise.items() if levels is None or level in levels)
+    return [data.train, *data.val.values(), *lists]
 
 
 def _fill(data: DataSet, given: Mapping[str, str]) -> DataSet:
