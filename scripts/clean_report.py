@@ -155,6 +155,7 @@ def summary(table: pa.Table) -> dict[str, Any]:
         "mean_visits": float(visits.mean()),
         "p_clean": float(p[known].mean()) if known.any() else None,
         "below_0.5": int((p < 0.5).sum()),
+        "decoys": int(table["is_decoy"].to_numpy().sum()) if "is_decoy" in table.column_names else 0,
         "run": None if about is None else json.loads(about),
     }
 
@@ -168,6 +169,8 @@ def as_text(report: dict[str, Any]) -> str:
     if report["with_p_clean"] == 0:
         return "\n".join([*lines, "P(clean) is not there: the run could not tell two parts apart"])
     lines.append(f"mean P(clean) {report['p_clean']:.3f}; {report['below_0.5']} samples are below 0.5")
+    if report["decoys"]:
+        lines.append(f"{report['decoys']} were decoys, of whose own captions nothing is known")
     truth = report.get("truth")
     if truth is not None:
         auroc = "-" if truth["auroc"] is None else f"{truth['auroc']:.3f}"

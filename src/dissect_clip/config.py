@@ -392,14 +392,8 @@ class Config:
         "clean_posterior: share of the samples below the quantile of --clean-model quantile",
         within=Range(above=0, at_most=0.99),
     )
-    clean_odds: float = setting(
-        3.0,
-        "clean_posterior: power of the odds P(clean) : 1 - P(clean) in the weight of a sample; above 1 what is likely "
-        "clean counts as clean, and what is not hardly counts",
-        within=POSITIVE,
-    )
     clean_exponent: float = setting(
-        1.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
+        8.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
     )
     clean_floor: float = setting(
         0.0,
@@ -621,7 +615,6 @@ ADDED: dict[str, str] = {
     "clean_model": "selection by P(clean)",
     "clean_decoys": "selection by P(clean)",
     "clean_quantile": "selection by P(clean)",
-    "clean_odds": "selection by P(clean)",
     "clean_exponent": "selection by P(clean)",
     "clean_floor": "selection by P(clean)",
     "clean_forget": "selection by P(clean)",
@@ -671,7 +664,7 @@ _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "sc
 
 _CLEAN = (
     "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_decoys", "clean_quantile",
-    "clean_odds", "clean_exponent", "clean_floor", "clean_forget", "clean_gate",
+    "clean_exponent", "clean_floor", "clean_forget", "clean_gate",
 )  # fmt: skip
 
 _ONLY_WITH_SELECT = (

@@ -206,8 +206,6 @@ class CleanPosterior(WarmingUp):
             return noise
         floor = self.config.clean_floor
         clean = self.posterior(candidates.memory, candidates.epoch)
-        if self.config.clean_odds != 1:
-            clean = torch.sigmoid(self.config.clean_odds * torch.logit(clean, eps=_LEAST))
         weight = floor + (1 - floor) * clean**self.config.clean_exponent
         return weight.clamp(min=_LEAST).log() + noise
 
