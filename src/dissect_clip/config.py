@@ -393,7 +393,15 @@ class Config:
         within=Range(above=0, at_most=0.99),
     )
     clean_exponent: float = setting(
-        8.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
+        4.0,
+        "clean_posterior: power of the odds of being clean, P(clean) : 1 - P(clean), in the weight of a sample; 0 draws "
+        "uniformly",
+        within=NOT_NEGATIVE,
+    )
+    clean_threshold: float = setting(
+        0.7,
+        "clean_posterior: P(clean) at which the weight of a sample is half of that of one that is surely clean",
+        within=Range(above=0, at_most=0.999),
     )
     clean_floor: float = setting(
         0.0,
@@ -616,6 +624,7 @@ ADDED: dict[str, str] = {
     "clean_decoys": "selection by P(clean)",
     "clean_quantile": "selection by P(clean)",
     "clean_exponent": "selection by P(clean)",
+    "clean_threshold": "selection by P(clean)",
     "clean_floor": "selection by P(clean)",
     "clean_forget": "selection by P(clean)",
     "clean_gate": "selection by P(clean)",
@@ -664,7 +673,7 @@ _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "sc
 
 _CLEAN = (
     "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_decoys", "clean_quantile",
-    "clean_exponent", "clean_floor", "clean_forget", "clean_gate",
+    "clean_exponent", "clean_threshold", "clean_floor", "clean_forget", "clean_gate",
 )  # fmt: skip
 
 _ONLY_WITH_SELECT = (
