@@ -25,7 +25,7 @@ NAME = "clean_posterior"
 
 def make_strategy(**changes: object) -> CleanPosterior:
     """One without decoys, whose weight is P(clean) itself."""
-    plain = {"clean_model": "tied", "clean_exponent": 1.0, "clean_drift": "kept"}
+    plain = {"clean_model": "tied", "clean_exponent": 1.0, "clean_threshold": 0.5, "clean_drift": "kept"}
     return CleanPosterior(make_config(NAME, **(plain | changes)))
 
 
@@ -218,11 +218,12 @@ def test_with_decoys_the_probability_is_that_of_the_truth(share: float):
 
 
 def test_without_wrong_pairs_decoys_find_none():
-    memory, _, strategy = with_decoys(0.0)
+    memory, _, strategy = with_decoys(0.0, clean_exponent=4.0, clean_threshold=0.7)
     clean = strategy.posterior(memory, 6)
     assert clean.mean() > 0.97
-    weight = clean**4
-    assert weight.sum() ** 2 / weight.square().sum() > 0.97 * len(memory)
+    found = chances(strategy, memory[:400], k=100, draws=1000)
+    assert found.quantile(0.1) > 0.2
+    assert found.mean().item() == pytest.approx(0.25)
 
 
 def test_too_few_decoys_find_nothing():
@@ -268,8 +269,10 @@ def test_the_first_is_drawn_with_the_weight_as_its_chance():
 
 
 @pytest.mark.parametrize(("changes", "weight"), [
-    ({"clean_exponent": 2.0}, lambda clean: clean**2),
+    ({"clean_exponent": 2.0}, lambda clean: clean**2 / (clean**2 + (1 - clean) ** 2)),
     ({"clean_exponent": 0.0}, lambda clean: clean**0),
+    ({"clean_threshold": 0.8}, lambda clean: clean / (clean + 4 * (1 - clean))),
+    ({"clean_threshold": 0.8, "clean_exponent": 3.0}, lambda clean: clean**3 / (clean**3 + 64 * (1 - clean) ** 3)),
     ({"clean_floor": 0.2}, lambda clean: 0.2 + 0.8 * clean),
 ])  # fmt: skip
 def test_weights(changes, weight):
