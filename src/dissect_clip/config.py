@@ -394,8 +394,8 @@ class Config:
     )
     clean_exponent: float = setting(
         4.0,
-        "clean_posterior: power of the odds of being clean, P(clean) : 1 - P(clean), in the weight of a sample; 0 draws "
-        "uniformly",
+        "clean_posterior: power of the odds of being clean, P(clean) : 1 - P(clean), in the weight of a sample; 0 "
+        "draws uniformly",
         within=NOT_NEGATIVE,
     )
     clean_threshold: float = setting(
