@@ -19,7 +19,7 @@ from dissect_clip.study.grid import Grid, read_grid
 from dissect_clip.study.metrics import METRICS, read_published
 
 SET = CONTENT["data_sets"]["set"]
-GIVEN = dict.fromkeys(("CC3M", "CC12M", "YFCC15M", "COCO", "FLICKR", "EMOJI"), "/data")
+GIVEN = dict.fromkeys(("CC3M", "CC12M", "YFCC15M", "COCO", "FLICKR", "EMOJI", "LISTS"), "/data")
 CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 PUBLISHED = sorted((ROOT / "configs" / "paper" / "published").glob("*.csv"))
 
@@ -150,6 +150,15 @@ def test_shards_with_wrong_captions_are_written_once(tmp_path: Path):
     assert cell.command[:4] == ("--train-data", f"{tmp_path}/train.tar", "--noise-list", f"{tmp_path}/list.csv")
 
 
+def test_only_the_lists_that_are_used_need_a_value(tmp_path: Path):
+    data = {"set": {**SET, "noise": {0.4: "${LISTS}/list.csv"}}}
+    grid = make_grid(tmp_path, data_sets=data, noise=[0, 0.4])
+    clean, noisy = ([point for point in grid.points() if bool(point.noise) is wanted] for wanted in (False, True))
+    grid.check(clean)
+    with pytest.raises(SetupError, match="needs --data LISTS="):
+        grid.check([*clean, *noisy])
+
+
 # ---- the grids of the project
 
 
@@ -165,7 +174,8 @@ def test_there_are_grids():
     assert {file.relative_to(ROOT / "configs").as_posix() for file in GRIDS} == {
         "paper/cc3m.yaml", "paper/cc12m.yaml", "paper/yfcc15m.yaml", "paper/ratio_sweep.yaml",
         "paper/wall_clock.yaml", "paper/noise.yaml", "small/methods.yaml", "small/rates.yaml", "small/noise.yaml",
-        "small/wall_clock.yaml", "small/clean_posterior.yaml",
+        "small/wall_clock.yaml", "small/warmups.yaml", "small/clean_posterior.yaml", "small/clean_ablation.yaml",
+        "small/clean_noise.yaml", "small/clean_kinds.yaml", "small/clean_rates.yaml",
     }  # fmt: skip
 
 
