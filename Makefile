@@ -17,7 +17,7 @@ CLIP_BENCHMARK := 1.6.2
 
 .PHONY: help
 help:
-	@echo "make demo   make a data set, train four small CLIP models on it, compare them (CPU, minutes)"
+	@echo "make demo   make a data set, train five small CLIP models on it, compare them (CPU, minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   style and types"
 	@echo "make bench  run the benchmarks (CPU, some ten minutes)"

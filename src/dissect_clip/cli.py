@@ -48,6 +48,9 @@ from dissect_clip.skipped import SkipLog
 from dissect_clip.train import Counters, Tally, TrainState, train_epoch
 from dissect_clip.verdict import write_verdict
 
+_USABLE_DECOYS = 64
+"""With fewer decoys than these their density is a guess."""
+
 log = logging.getLogger(__name__)
 
 __all__ = ["EXIT_INTERRUPT", "EXIT_REQUEUE", "EXIT_SETUP", "EXIT_TRAINING", "build_state", "main", "run"]
@@ -287,6 +290,21 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
             "Selection: %s, keeping %s of every batch; %s%s",
             config.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
             "" if state.chooser is None else ", chosen before loading",
+        )  # fmt: skip
+        _announce_decoys(state)
+
+
+def _announce_decoys(state: TrainState) -> None:
+    assert state.selector is not None
+    if state.selector.strategy.decoys == 0:
+        return
+    count = 0 if state.decoys is None else len(state.decoys.ids)
+    log.info("%d samples are decoys, which are trained on with a wrong caption on purpose (--clean-decoys)", count)
+    if count < _USABLE_DECOYS:
+        log.warning(
+            "%d decoys are too few to tell wrong pairs by: raise --clean-decoys to %.2g, or give --clean-model tied, "
+            "which does without",
+            count, min(0.5, 2 * _USABLE_DECOYS / len(state.selector.store.scores)),
         )  # fmt: skip
 
 
