@@ -2,10 +2,10 @@
 """Train five small CLIP models on drawn scenes with wrong captions among them, and compare them: `make demo`.
 
 1. scripts/make_scenes.py draws the data set; 40 % of the training captions are those of other scenes.
-2. src/main.py trains on all data, on random parts of the batches, with DISSect, with DISSect's fast preset, which has no
-   scoring pass, and with clean_posterior, which has none either, one after the other on the CPU. The first epochs of
-   the last three train on all data while they note the scores; random then trains on the same number of pairs, over the
-   same epochs.
+2. src/main.py trains on all data, on random parts of the batches, with DISSect, with DISSect's fast preset, which has
+   no scoring pass, and with clean_posterior, which has none either, one after the other on the CPU. The first epochs of
+   the last three train on all data while they note the scores; random then trains on the same number of pairs, over
+   the same epochs.
 3. A table, five lines computed from it, and OUT/curves.png.
 """
 

@@ -74,6 +74,11 @@ def assert_same(whole: Path, stopped: Path, epochs: int, strategy: str | None) -
         for epoch in range(epochs):
             key = lambda row: (row["step"], row["rank"], row["sample_id"])  # noqa: E731
             assert sorted(record(whole, epoch), key=key) == sorted(record(stopped, epoch), key=key)
+    decoys = [checkpoint(run, f"epoch_{epochs}")["dissect"]["decoys"] for run in (whole, stopped)]
+    assert (decoys[0] is None) == (decoys[1] is None)
+    if decoys[0] is not None:
+        assert torch.equal(*decoys)
+        assert (decoys[0][:, 0] >= 0).all()
     if first["dissect"]["columns"]:
         scores = [load_file(run / "checkpoints" / f"epoch_{epochs}.scores.safetensors") for run in (whole, stopped)]
         assert torch.equal(scores[0]["scores"].nan_to_num(-1), scores[1]["scores"].nan_to_num(-1))
@@ -89,7 +94,7 @@ VARIANTS: list[dict[str, Any]] = [
 ONE_VARIANT: dict[str, dict[str, Any]] = {
     "infobatch": {"infobatch_prune_ratio": 0.9, "select_rate": None, "accum_freq": 2},
     "scan": {"epochs": 3},
-    "clean_posterior": {"clean_gate": 1.0, "accum_freq": 2},
+    "clean_posterior": {"clean_decoys": 0.2, "accum_freq": 2},
     "divbs": {"accum_freq": 2},
     "learnability": {"dataset_resampled": True, "train_num_samples": 1000},
     "jest": {},
@@ -131,7 +136,7 @@ REUSE: dict[str, dict[str, Any]] = {
     "random": {"select_preset": "fast"},
     "historical_base_sampling": {"score_refresh": 0.2, "dataset_resampled": True, "train_num_samples": 1000},
     "warmup_base_sampling": {"score_refresh": 0.2, "select_before_load": True, "accum_freq": 2},
-    "clean_posterior": {"score_refresh": 0.2, "clean_gate": 1.0, "clean_ensemble": "ema", "clean_statistic": "loss"},
+    "clean_posterior": {"score_refresh": 0.2, "clean_model": "tied", "clean_gate": 1.0, "clean_statistic": "loss"},
 }
 
 
