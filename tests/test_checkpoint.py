@@ -977,3 +977,34 @@ def test_open_clip_loads_it_as_pretrained(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
     loaded: dict[str, Tensor] = open_clip.create_model("checkpoint-test-tiny", pretrained=str(path)).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
+# ---- decoys
+
+
+def with_decoys(decoys: object) -> dict[str, Any]:
+    content = make_content()
+    content["dissect"]["decoys"] = decoys
+    return content
+
+
+def test_captions_of_decoys_are_kept(tmp_path: Path) -> None:
+    captions = torch.tensor([[1, 2], [-1, -1]], dtype=torch.int32)
+    save_checkpoint(tmp_path, 1, with_decoys(captions), make_store().state_dict(), config=CONFIG)
+    loaded = load_checkpoint(tmp_path / "epoch_1.pt")
+    assert loaded.decoys is not None
+    assert torch.equal(loaded.decoys, captions)
+
+
+@pytest.mark.parametrize("decoys", [torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), [1, 2]], ids=str)
+def test_decoys_of_another_kind_are_refused(tmp_path: Path, decoys: object) -> None:
+    save_checkpoint(tmp_path, 1, with_decoys(decoys), make_store().state_dict(), config=CONFIG)
+    with pytest.raises(SetupError, match="its decoys"):
+        load_checkpoint(tmp_path / "epoch_1.pt")
+
+
+def test_a_checkpoint_from_before_there_were_decoys(tmp_path: Path) -> None:
+    content = make_content()
+    del content["dissect"]["decoys"]
+    save_checkpoint(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
+    assert load_checkpoint(tmp_path / "epoch_1.pt").decoys is None

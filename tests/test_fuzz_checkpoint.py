@@ -71,8 +71,9 @@ def make_content() -> dict[str, Any]:
     loader = {"layout": {"world size": 1}, "workers": torch.arange(3)}
     shards = Shards(("a.tar", "b.tar"), np.array([2, 3]))
     return checkpoint_content(
-        name="run", model=WEIGHTS, optimizer=optimizer, scaler={"scale": 8.0}, state=STATE, loader=loader, shards=shards
-    )
+        name="run", model=WEIGHTS, optimizer=optimizer, scaler={"scale": 8.0}, state=STATE, loader=loader, shards=shards,
+        decoys=torch.arange(6, dtype=torch.int32).reshape(2, 3),
+    )  # fmt: skip
 
 
 @functools.cache
@@ -118,6 +119,7 @@ def check_types(loaded: Checkpoint) -> None:
     for value in (loaded.optimizer, loaded.scaler, loaded.loader):
         assert value is None or type(value) is dict
     assert loaded.state is None or is_well_typed(loaded.state)
+    assert loaded.decoys is None or (loaded.decoys.dtype, loaded.decoys.dim()) == (torch.int32, 2)
     with contextlib.suppress(SetupError):
         check_fits(
             loaded, model_name="tiny", model_state_dict=WEIGHTS, num_samples=5, fingerprint="abc", strategy="big_loss",

@@ -51,7 +51,7 @@ class Decoys:
 
     def __call__(self, batch: Batch) -> Batch:
         """A batch on the device with the decoys' captions in it. Not collective, no device sync."""
-        if self._captions is None:
+        if self._captions is None or self._captions.shape[1] != batch.text.shape[1]:  # or those of another tokenizer
             self._captions = batch.text.new_full((len(self.ids) + 1, batch.text.shape[1]), _UNSET)
         place = torch.searchsorted(self.ids, batch.sample_id).clamp(max=len(self.ids) - 1)
         decoy = self.ids[place] == batch.sample_id
