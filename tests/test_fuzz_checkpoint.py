@@ -71,8 +71,8 @@ def make_content() -> dict[str, Any]:
     loader = {"layout": {"world size": 1}, "workers": torch.arange(3)}
     shards = Shards(("a.tar", "b.tar"), np.array([2, 3]))
     return checkpoint_content(
-        name="run", model=WEIGHTS, optimizer=optimizer, scaler={"scale": 8.0}, state=STATE, loader=loader, shards=shards,
-        decoys=torch.arange(6, dtype=torch.int32).reshape(2, 3),
+        name="run", model=WEIGHTS, optimizer=optimizer, scaler={"scale": 8.0}, state=STATE, loader=loader,
+        shards=shards, decoys=torch.arange(6, dtype=torch.int32).reshape(2, 3),
     )  # fmt: skip
 
 
