@@ -39,8 +39,9 @@ import torch
 from common import report
 from PIL import Image
 
+from dissect_clip.arguments import parse_args
 from dissect_clip.batch import Batch
-from dissect_clip.config import Config, parse_args
+from dissect_clip.config import Config
 from dissect_clip.data import TrainData, build_train
 from dissect_clip.data.decode import decode_image
 from dissect_clip.data.pixels import CropBeforeDecoding, ImageReader, stack_pixels

@@ -29,9 +29,10 @@ from pathlib import Path
 import torch
 from common import report
 
+from dissect_clip.arguments import parse_args
 from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content
 from dissect_clip.cli import build_state
-from dissect_clip.config import Config, parse_args
+from dissect_clip.config import Config
 from dissect_clip.data import TrainData, build_train
 from dissect_clip.dist import World
 from dissect_clip.logs import Reporters

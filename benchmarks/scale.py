@@ -26,9 +26,10 @@ import torch
 from common import report
 from torch import Tensor
 
+from dissect_clip.arguments import parse_args
 from dissect_clip.batch import Batch
 from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content, load_checkpoint
-from dissect_clip.config import Config, parse_args
+from dissect_clip.config import Config
 from dissect_clip.data.keep import Names, read_list
 from dissect_clip.data.position import Bits, Progress, count_marked, flipped, mark, no_bits, pack_all, unpack_all
 from dissect_clip.data.shards import ShardIndex

@@ -29,8 +29,8 @@ import torch
 from common import in_turns, quartiles, ratios, report
 from torch import Tensor, nn
 
+from dissect_clip.arguments import parse_args
 from dissect_clip.batch import Batch
-from dissect_clip.config import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError

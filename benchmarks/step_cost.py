@@ -28,10 +28,11 @@ from typing import Any
 import torch
 from common import flags, in_turns, quartiles, ratios, report, write_shards
 
+from dissect_clip.arguments import parse_args
 from dissect_clip.batch import Batch
 from dissect_clip.cli import build_state
 from dissect_clip.clock import PHASES, PhaseClock
-from dissect_clip.config import Config, parse_args
+from dissect_clip.config import Config
 from dissect_clip.data import build_train
 from dissect_clip.dist import World
 from dissect_clip.logs import Reporters

@@ -20,9 +20,10 @@ from torchvision.transforms import CenterCrop, Compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
+from dissect_clip.arguments import parse_args
 from dissect_clip.batch import Batch
 from dissect_clip.checkpoint import check_fits, load_checkpoint
-from dissect_clip.config import Config, parse_args
+from dissect_clip.config import Config
 from dissect_clip.data import TrainData, build_train
 from dissect_clip.data.evalstream import middle
 from dissect_clip.dist import World, init_world, shutdown_world

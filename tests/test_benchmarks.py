@@ -236,7 +236,7 @@ def test_a_run_that_never_gets_there_is_the_slowest(bench: Any):
 
 
 def test_flags_of_all_modes_are_known(bench: Any, tmp_path: Path):
-    from dissect_clip.config import parse_args
+    from dissect_clip.arguments import parse_args
     from dissect_clip.selection import summaries
 
     study = bench("time_to_quality")

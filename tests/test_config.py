@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 from open_clip_train.params import parse_args as open_clip_parse_args
 
-from dissect_clip.config import (
-    ADDED,
-    UNSUPPORTED,
-    Config,
-    Range,
-    build_parser,
-    parse_args,
-    parse_strategy,
-)
+from dissect_clip.arguments import build_parser, parse_args
+from dissect_clip.config import ADDED, UNSUPPORTED, Config, Range, parse_strategy
 
 STRATEGIES = {
     "random": "a uniformly random part",

@@ -25,7 +25,7 @@ import make_scenes
 from demo import Plan, Point, Result
 from make_scenes import Scene, Thing
 
-from dissect_clip.config import parse_args
+from dissect_clip.arguments import parse_args
 from dissect_clip.selection import summaries
 
 RATE = 0.4

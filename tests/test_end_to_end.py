@@ -15,7 +15,7 @@ from runs import arguments, losses, record, results, selection, train
 from safetensors.torch import load_file
 
 from dissect_clip import cli
-from dissect_clip.config import parse_args
+from dissect_clip.arguments import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.dist import World
 from dissect_clip.model import autocast_for, build_model

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dissect_clip.config import UNSUPPORTED, Config, parse_args
+from dissect_clip.arguments import parse_args
+from dissect_clip.config import UNSUPPORTED, Config
 from dissect_clip.selection import summaries
 
 FLAGS = sorted(

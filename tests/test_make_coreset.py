@@ -19,7 +19,7 @@ from runs import arguments, record, selection, train
 from shards_util import make_shards, write_json
 
 from dissect_clip import cli
-from dissect_clip.config import parse_args
+from dissect_clip.arguments import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.dist import World
 from dissect_clip.model import build_model

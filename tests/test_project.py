@@ -13,8 +13,19 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 LAYERS: list[set[str]] = [
     {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips", "data.position", "judge"}
     | {"commands"},
-    {"watch", "transfer", "data.decode"},
-    {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"},
+    {"watch", "transfer", "data.decode", "contradictions"},
+    {
+        "arguments",
+        "dist",
+        "signals",
+        "schedule",
+        "remote",
+        "epochfile",
+        "data.urls",
+        "data.split",
+        "data.pixels",
+        "data.download",
+    },
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store", "selection.mixture"},
     {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"}

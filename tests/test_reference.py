@@ -14,7 +14,7 @@ from toy import make_config, make_module
 
 from dissect_clip import cli
 from dissect_clip import train as training
-from dissect_clip.config import parse_args
+from dissect_clip.arguments import parse_args
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 from dissect_clip.model import build_model, build_reference_model

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dissect_clip.config import Config, parse_args
+from dissect_clip.arguments import parse_args
+from dissect_clip.config import Config
 from dissect_clip.selection import STRATEGIES, summaries
 
 SCRIPTS = {"train_cc3m.sh": 40, "train_cc12m.sh": 20, "train_yfcc15m.sh": 20}

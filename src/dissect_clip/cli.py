@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 
+from dissect_clip.arguments import parse_args
 from dissect_clip.checkpoint import (
     Checkpoint,
     check_fits,
@@ -18,7 +19,7 @@ from dissect_clip.checkpoint import (
     load_checkpoint,
 )
 from dissect_clip.commands import COMMANDS, run_command
-from dissect_clip.config import Config, parse_args
+from dissect_clip.config import Config
 from dissect_clip.data import (
     ClassificationData,
     RetrievalData,

@@ -7,19 +7,14 @@ few others that OpenCLIP lacks are listed in ``ADDED``. Flags of OpenCLIP that m
 
 from __future__ import annotations
 
-import argparse
-import ast
-import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import types
-import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NoReturn, Union
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -536,24 +531,24 @@ class Config:
     @property
     def warms_up(self) -> bool:
         """Whether selection begins after ``--warmup-point`` epochs of uniform sampling."""
-        return self.select and bool(_warming_up(self, tuple(parse_strategy(self.select_strategy))))
+        return self.select and bool(warming_up(self, tuple(parse_strategy(self.select_strategy))))
 
     @property
     def warmup_epochs(self) -> int:
         """``--warmup-point``, or its default for the strategy."""
         if self.warmup_point is None:
-            return CLEAN_WARMUP_POINT if self.select_strategy == _CLEAN_POSTERIOR else WARMUP_POINT
+            return CLEAN_WARMUP_POINT if self.select_strategy == CLEAN_POSTERIOR else WARMUP_POINT
         return self.warmup_point
 
     @property
     def preset(self) -> str:
         """``--select-preset``, or its default for the strategy."""
-        return self.select_preset or ("fast" if self.select_strategy == _CLEAN_POSTERIOR else "exact")
+        return self.select_preset or ("fast" if self.select_strategy == CLEAN_POSTERIOR else "exact")
 
     @property
     def reuses_scores(self) -> bool:
         """Whether samples may be ranked by scores of earlier steps."""
-        always = self.preset == "fast" or self.select_strategy == _CLEAN_POSTERIOR
+        always = self.preset == "fast" or self.select_strategy == CLEAN_POSTERIOR
         return self.select and (always or self.score_refresh not in (None, 1))
 
     @property
@@ -667,50 +662,10 @@ UNSUPPORTED: dict[str, Unsupported] = {
 }
 """OpenCLIP's training flags that are refused."""
 
-_CLEAN_POSTERIOR = "clean_posterior"
+CLEAN_POSTERIOR = "clean_posterior"
 
-_SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "score_context_length")
-
-_CLEAN = (
-    "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_decoys", "clean_quantile",
-    "clean_exponent", "clean_threshold", "clean_floor", "clean_forget", "clean_gate",
-)  # fmt: skip
-
-_ONLY_WITH_SELECT = (
-    "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
-    "select_preset", "score_refresh", "select_before_load", "score_keep_locked", "select_negatives",
-    "select_rate_schedule", "select_rate_start", "select_full_last", "select_rescale",
-    "infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant",
-    *_SHORTCUTS, "record",
-    "select_reference", "select_reference_model", "jest_chunks", "jest_gain", "jest_deterministic", "divbs_on",
-    "divbs_greedy", "negcliploss_batches", "negcliploss_batch_size", "negcliploss_temperature", *_CLEAN,
-)  # fmt: skip
-
-_WITH_REFERENCE = ("learnability", "jest")
-
-_ONLY_WITH_STRATEGY = {
-    "select_reference": _WITH_REFERENCE,
-    "select_reference_model": _WITH_REFERENCE,
-    "jest_chunks": ("jest",),
-    "jest_gain": ("jest",),
-    "jest_deterministic": ("jest",),
-    "divbs_on": ("divbs",),
-    "divbs_greedy": ("divbs",),
-    "negcliploss_batches": ("negcliploss",),
-    "negcliploss_batch_size": ("negcliploss",),
-    "negcliploss_temperature": ("negcliploss",),
-    **dict.fromkeys(_CLEAN, (_CLEAN_POSTERIOR,)),
-}
-"""Settings that mean something with these strategies alone."""
-
-_SCORE_NOTHING = ("random", "infobatch", "scan")
-"""Strategies without a scoring pass."""
-
-_ALONE = ("random", "infobatch", "scan", _CLEAN_POSTERIOR)
-"""Strategies that cannot be combined with others, whose rank says nothing or goes with a plan of its own."""
-
-_LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
-"""How many numbers a setting may hold: one for all, or one for each channel or side."""
+WITH_REFERENCE = ("learnability", "jest")
+"""Strategies that rank against a reference model."""
 
 
 def default_adam(model: str) -> dict[str, float]:
@@ -752,367 +707,7 @@ def full_epochs(share: float, epochs: int) -> int:
     return round(Fraction(share) * epochs)  # of any size
 
 
-def _strategy_of(known: Sequence[str]) -> Callable[[str], str]:
-    """A converter for argparse that takes strategies by these names."""
-
-    def convert(text: str) -> str:
-        try:
-            members = parse_strategy(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        for name in members:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is unknown: give one of {', '.join(known)}")
-        return text
-
-    return convert
-
-
-class _KeyValues(argparse.Action):
-    """``key=value ...`` into a dict, values as Python literals where they are some that JSON can hold."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        pairs = {}
-        for item in values:
-            key, equals, text = item.partition("=")
-            if not equals or not key:
-                parser.error(f"argument {option}: {item!r} is not of the form key=value")
-            pairs[key] = text
-            with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-                literal = ast.literal_eval(text)
-                json.dumps(literal, allow_nan=False)
-                pairs[key] = literal
-        setattr(namespace, self.dest, pairs)
-
-
-class _Refuse(argparse.Action):
-    """Ends the run with the reason why a flag of OpenCLIP is not supported."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        entry = UNSUPPORTED[str(option)]
-        parser.error(f"{option} is not supported: {entry.reason}. Instead: {entry.instead}.")
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what was probably meant when a flag is unknown."""
-
-    def error(self, message: str) -> NoReturn:
-        for word in message.partition("unrecognized arguments:")[2].split():
-            known = difflib.get_close_matches(word.split("=")[0], list(self._option_string_actions), n=1)
-            if known:
-                message += f" (did you mean {known[0]}?)"
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        self.exit(2, f"error: {line}\nSee --help for all flags.\n")
-
-
-def _strip_none(hint: Any) -> Any:
-    """``int | None`` -> ``int``."""
-    if typing.get_origin(hint) in (Union, types.UnionType):
-        (hint,) = [part for part in typing.get_args(hint) if part is not type(None)]
-    return hint
-
-
-def _ranged(kind: Callable[[str], Any], within: Range) -> Callable[[str], Any]:
-    """A converter for argparse that also checks the range."""
-
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if value not in within:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {within}")
-        return value
-
-    convert.__name__ = kind.__name__  # argparse names it in "invalid int value"
-    return convert
-
-
-def add_argument(
-    group: Any, field: dataclasses.Field[Any], hint: Any, convert: Callable[[str], str] | None = None
-) -> None:
-    """A setting as a flag; ``hint`` is the type of its field, ``convert`` reads it instead of the type."""
-    facts = field.metadata
-    names = ["--" + field.name.replace("_", "-"), *facts["aliases"]]
-    kind = _strip_none(hint)
-    has_default = field.default is not dataclasses.MISSING
-    options: dict[str, Any] = {"dest": field.name, "default": field.default if has_default else {}}
-    text = facts["help"]
-    if kind is bool:
-        options["action"] = "store_true"
-    elif typing.get_origin(kind) is dict:
-        options |= {"nargs": "*", "action": _KeyValues}
-    else:
-        if typing.get_origin(kind) is tuple:
-            options["nargs"] = "+"
-            kind = typing.get_args(kind)[0]
-        options["type"] = kind if facts["within"] is None else _ranged(kind, facts["within"])
-        options["type"] = convert or options["type"]
-        options["choices"] = facts["choices"]
-        if facts["within"] is not None:
-            text += f" [{facts['within']}]"
-        if field.default not in (None, ""):
-            text += " (default: %(default)r)"
-    if kind is not bool and facts["metavar"] is not None:
-        options["metavar"] = facts["metavar"]
-    group.add_argument(*names, help=text, **options)
-
-
-def _listed(lines: Mapping[str, str]) -> str:
-    return "\n".join(f"  {name:<26}{line}" for name, line in lines.items())
-
-
-def build_parser(strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """The command line. ``strategies`` and ``commands`` map names to one line about each."""
-    others = f"other commands, each with its own --help:\n{_listed(commands)}\n\n" if commands else ""
-    refused = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items())
-    parser = Parser(
-        prog="dissect-clip",
-        description="Train CLIP with OpenCLIP's flags and, with --select, on the best part of every batch.",
-        epilog=f"{others}strategies:\n{_listed(strategies)}\n\nflags of OpenCLIP that are not supported:\n{refused}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    hints = typing.get_type_hints(Config)
-    group: Any = parser
-    for field in dataclasses.fields(Config):
-        if "section" in field.metadata:
-            group = parser.add_argument_group(field.metadata["section"])
-        convert = _strategy_of(tuple(strategies)) if field.name == "select_strategy" else None
-        add_argument(group, field, hints[field.name], convert)
-    for flag, entry in UNSUPPORTED.items():
-        parser.add_argument(flag, action=_Refuse, nargs=1 if entry.takes_value else 0, help=argparse.SUPPRESS)
-    return parser
-
-
-def contradictions(config: Config) -> Iterator[str]:
-    """What cannot mean anything in a combination of settings, a line each; each names the flags and a way out."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    strategies = tuple(parse_strategy(config.select_strategy))
-    warming = _warming_up(config, strategies)
-    if not config.select:
-        for name in _ONLY_WITH_SELECT:
-            if getattr(config, name) != defaults[name]:
-                flag = "--" + name.replace("_", "-")
-                yield f"{flag} needs --select (with --select-rate 1.0 every sample is trained on)"
-    elif not config.trains:
-        yield "--select needs training data: give --train-data"
-    elif warming and 0 < config.epochs <= config.warmup_epochs:
-        yield (
-            f"--warmup-point {config.warmup_epochs} leaves no epoch of --epochs {config.epochs} for selection: "
-            "make it smaller, or train longer"
-        )
-    elif "warmup_base_sampling" in strategies and config.warmup_point == 0:
-        yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
-    elif warming and config.warmup_point == 0 and warming != (_CLEAN_POSTERIOR,):
-        yield f"--warmup-point 0 leaves {warming[0]} without a reference: give at least 1, or --select-reference"
-    if config.select:
-        yield from _reference_contradictions(config, strategies)
-    if config.score_keep_locked and not (config.lock_image or config.lock_text):
-        yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
-    if config.score_keep_locked and config.reuses_scores:
-        yield f"--score-keep-locked needs a scoring pass over the whole batch: {_without_reuse(config)}"
-    if (config.select_before_load or config.select_preset == "fast") and config.dataset_resampled:
-        yield (
-            "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
-            "--select-preset fast, cannot choose ahead of time: leave one of them out (--score-refresh alone works)"
-        )
-    if config.warmup_select_rate is not None and strategies[0] not in warming:
-        given = "" if config.select_reference is None else " and --select-reference"
-        chosen = f"--select-strategy {config.select_strategy}{given}"
-        yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
-    clean_scores_nothing = strategies == (_CLEAN_POSTERIOR,) and not config.score_refresh
-    if config.select and (set(strategies) <= set(_SCORE_NOTHING) or clean_scores_nothing):
-        way_out = ": give --score-refresh, too, or leave it out" if clean_scores_nothing else ""
-        for name in _SHORTCUTS:
-            if getattr(config, name) != defaults[name]:
-                flag = "--" + name.replace("_", "-")
-                strategy = f"--select-strategy {config.select_strategy}"
-                yield f"{flag} has no meaning with {strategy}, which scores nothing{way_out}"
-    if config.select:
-        yield from _rate_contradictions(config, strategies)
-    if config.select and config.select_negatives == "all":
-        yield from _negatives_contradictions(config, strategies)
-    if config.train_keep is not None and not config.trains:
-        yield "--train-keep needs training data: give --train-data"
-    if not config.trains and config.val_data is None and not _zeroshot(config):
-        yield (
-            "nothing to do: give --train-data (or --dataset-type synthetic) to train, or --val-data, --imagenet-val, "
-            "--imagenet-v2 or --zeroshot-data to evaluate"
-        )
-    if config.fast_decode and config.aug_cfg.get("use_timm"):
-        yield "--fast-decode works with open_clip's own augmentation: leave it out, or use_timm of --aug-cfg"
-    if config.dataset_type == "synthetic" and config.train_num_samples is None:
-        yield "--dataset-type synthetic needs --train-num-samples"
-    if config.train_data_upsampling_factors is not None and not config.dataset_resampled:
-        yield "--train-data-upsampling-factors needs --dataset-resampled"
-    if (config.distill_model is None) != (config.distill_pretrained is None):
-        yield "--distill-model and --distill-pretrained go together: give both or none"
-    if config.distill and config.accum_freq > 1:
-        yield "--distill-model cannot be combined with --accum-freq above 1: give --accum-freq 1"
-    if config.distill and ("coca" in config.model.lower() or config.siglip):
-        yield "--distill-model works with the CLIP loss only: use another --model, or leave --siglip out"
-    if config.siglip and "coca" in config.model.lower():
-        yield "--siglip cannot be combined with a CoCa model, whose loss is its own: leave it out"
-    if config.loss_dist_impl is not None and not config.siglip:
-        yield "--loss-dist-impl needs --siglip"
-    if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
-        yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
-    if config.opt != "adamw" and not config.opt.startswith("timm/"):
-        yield f"--opt {config.opt} is unknown: give adamw, or timm/NAME"
-    if config.opt.startswith("timm/") and (config.beta1 is None) != (config.beta2 is None):
-        yield "with a timm optimizer give both --beta1 and --beta2, or none"
-    if config.precision == "fp16" and config.device == "cpu":
-        yield "--precision fp16 does not train on a CPU: use amp, bf16 or fp32"
-    for name, lengths in _LENGTHS.items():
-        numbers = getattr(config, name)
-        if numbers is not None and len(numbers) not in lengths:
-            allowed = " or ".join(map(str, lengths))
-            yield f"--{name.replace('_', '-')} takes {allowed} numbers: {len(numbers)} given"
-    for name in config.report_to.replace(",", " ").split():
-        if name not in ("tensorboard", "wandb", "all"):
-            yield f"--report-to {name} is unknown: give tensorboard, wandb or both with a comma"
-    for name in (
-        "save_most_recent",
-        "save_every_n_steps",
-        "save_every_minutes",
-        "remote_sync",
-        "record",
-        "copy_codebase",
-    ):
-        if getattr(config, name) and not config.writes_logs:
-            yield f"--{name.replace('_', '-')} needs a run folder: leave --logs none out"
-
-
-def _warming_up(config: Config, strategies: Sequence[str]) -> tuple[str, ...]:
+def warming_up(config: Config, strategies: Sequence[str]) -> tuple[str, ...]:
     """Those of the strategies that sample uniformly for ``--warmup-point`` epochs, and need what these give them."""
-    own_reference = _WITH_REFERENCE if config.select_reference is None else ()
-    return tuple(name for name in strategies if name in ("warmup_base_sampling", _CLEAN_POSTERIOR, *own_reference))
-
-
-def _without_reuse(config: Config) -> str:
-    """The way to a scoring pass over the whole batch."""
-    if config.select_strategy == _CLEAN_POSTERIOR:
-        return f"use another strategy than {_CLEAN_POSTERIOR}"
-    return "leave --score-refresh and presets out"
-
-
-def _reference_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
-    """Those of the settings of strategies that look at features or at a reference model."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    for name, owners in _ONLY_WITH_STRATEGY.items():
-        if getattr(config, name) != defaults[name] and not set(owners) & set(strategies):
-            flag = "--" + name.replace("_", "-")
-            owner = " or ".join(owners)
-            yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
-    if config.select_reference_model is not None and config.select_reference is None:
-        yield "--select-reference-model needs --select-reference: give the weights"
-    if config.jest_deterministic and config.jest_gain != defaults["jest_gain"]:
-        yield "--jest-gain has no meaning with --jest-deterministic, which draws nothing: leave it out"
-
-
-def _negatives_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
-    """Those of ``--select-negatives all``."""
-    if set(strategies) <= set(_SCORE_NOTHING):
-        yield f"--select-negatives all needs a scoring pass: --select-strategy {config.select_strategy} has none"
-    if config.reuses_scores:
-        yield f"--select-negatives all needs a scoring pass over the whole batch: {_without_reuse(config)}"
-    if config.accum_freq > 1:
-        yield "--select-negatives all cannot be combined with --accum-freq above 1: give --accum-freq 1"
-    if config.siglip or config.distill or "coca" in config.model.lower():
-        yield "--select-negatives all works with the CLIP loss only: leave it out, or use another --model or loss"
-
-
-def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
-    """Those of the settings that say how much is trained on when; ``strategies`` are those that are combined."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    if len(strategies) > 1:
-        for name in sorted(set(strategies) & set(_ALONE)):
-            yield f"--select-strategy {config.select_strategy}: {name} cannot be combined with others, leave it out"
-    for name in ("infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant"):
-        owner = name.partition("_")[0]
-        if getattr(config, name) != defaults[name] and owner not in strategies:
-            flag = "--" + name.replace("_", "-")
-            yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
-    if config.select and config.select_rescale != defaults["select_rescale"] and "infobatch" not in strategies:
-        yield f"--select-rescale has no meaning with --select-strategy {config.select_strategy}, which weights nothing"
-    if config.select_rate_start != defaults["select_rate_start"] and config.select_rate_schedule == "constant":
-        yield "--select-rate-start needs --select-rate-schedule linear or cosine"
-    if config.infobatch_prune_ratio is not None:
-        for name in ("select_rate", "select_rate_schedule"):
-            if getattr(config, name) != defaults[name]:
-                flag = "--" + name.replace("_", "-")
-                yield f"{flag} has no meaning with --infobatch-prune-ratio, which sets the rate: leave one of them out"
-    if config.epochs > 0:
-        full = full_epochs(config.select_full_last or 0.0, config.epochs)
-        if config.select_full_last and full == 0:
-            yield (
-                f"--select-full-last {config.select_full_last:g} is less than half an epoch of --epochs "
-                f"{config.epochs}: make it larger, or leave it out"
-            )
-        warm = config.warmup_epochs if _warming_up(config, strategies) else 0
-        if full > 0 and full + warm >= config.epochs:
-            yield (
-                f"--select-full-last {config.select_full_last:g} leaves no epoch of --epochs {config.epochs} for "
-                "selection: make it smaller, or train longer"
-            )
-        elif "scan" in strategies and full + config.scan_warmup + 1 >= config.epochs:
-            yield (
-                f"--scan-warmup {config.scan_warmup} and the epoch that finds candidates leave no epoch of --epochs "
-                f"{config.epochs} for selection: make it smaller, or train longer"
-            )
-
-
-def _zeroshot(config: Config) -> bool:
-    return any((config.imagenet_val, config.imagenet_v2, config.zeroshot_data))
-
-
-def _complete(config: Config) -> Config:
-    """Fill in the defaults that depend on other settings."""
-    filled: dict[str, Any] = {}
-    if not config.opt.startswith("timm/"):
-        filled = {k: v for k, v in default_adam(config.model).items() if getattr(config, k) is None}
-    clean = config.select_strategy == _CLEAN_POSTERIOR
-    if config.warmup_select_rate is None:
-        filled["warmup_select_rate"] = 1.0 if clean else config.select_rate
-    filled["warmup_point"] = config.warmup_epochs
-    filled["select_preset"] = config.preset
-    fast = config.select and config.preset == "fast"
-    if config.score_refresh is None:
-        filled["score_refresh"] = FAST["score_refresh"] if fast else 1.0
-    # By itself the strategy chooses before loading only where that can be done and saves anything.
-    implied = config.select_preset is None and (config.dataset_resampled or config.score_refresh == 1)
-    if fast and not implied:
-        filled["select_before_load"] = FAST["select_before_load"]
-    return dataclasses.replace(config, **filled)
-
-
-def parse_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """Settings by name from a command line; several numbers or words are a tuple. Ends as :func:`parse_args` does."""
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():
-        if value == []:  # what argparse makes of --name=-- before Python 3.13
-            parser.error(f"argument --{name.replace('_', '-')}: it cannot be --")
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-
-
-def parse_args(argv: Sequence[str], strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> Config:
-    """Settings from a command line; ``--help`` mentions the ``commands``.
-
-    Raises:
-        SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
-    """
-    parser = build_parser(strategies, commands)
-    names = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{name: value for name, value in parse_values(parser, argv).items() if name in names})
-    for line in contradictions(config):
-        parser.error(line)
-    return _complete(config)
+    own_reference = WITH_REFERENCE if config.select_reference is None else ()
+    return tuple(name for name in strategies if name in ("warmup_base_sampling", CLEAN_POSTERIOR, *own_reference))

@@ -15,7 +15,7 @@ from runs import arguments, selection
 from shards_util import data_config, make_shards, write_json
 
 from dissect_clip import cli
-from dissect_clip.config import parse_args
+from dissect_clip.arguments import parse_args
 from dissect_clip.data.split import count_batches
 from dissect_clip.dist import World
 from dissect_clip.selection import summaries

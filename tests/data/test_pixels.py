@@ -16,7 +16,7 @@ from shards_util import caption_of, data_config, make_shard, to_tensor, tokenize
 from torchvision.transforms import Compose, Normalize, RandomErasing, ToTensor
 
 from dissect_clip.batch import Batch
-from dissect_clip.config import contradictions
+from dissect_clip.contradictions import contradictions
 from dissect_clip.data import build_train
 from dissect_clip.data.decode import decode_image
 from dissect_clip.data.pixels import CropBeforeDecoding, ImageReader, split_normalize, stack_pixels

@@ -12,7 +12,8 @@ from selection.test_reuse import column, encode, make_config, make_selector, tra
 from selection.test_selector import SAMPLES, N, make_batch, never
 from torch import Tensor
 
-from dissect_clip.config import Config, parse_args
+from dissect_clip.arguments import parse_args
+from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.loss import SampleLoss
 from dissect_clip.selection import Candidates, build_chooser, build_selector, summaries

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dissect_clip.config import _ALONE, _SCORE_NOTHING, Config
+from dissect_clip.config import Config
+from dissect_clip.contradictions import _ALONE, _SCORE_NOTHING
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy
 from dissect_clip.selection.base import required
 from dissect_clip.selection.differential import differential

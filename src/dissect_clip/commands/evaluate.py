@@ -19,6 +19,7 @@ from pathlib import Path
 import open_clip
 import torch
 
+from dissect_clip.arguments import Parser, add_argument, parse_values
 from dissect_clip.checkpoint import check_fits, load_checkpoint
 from dissect_clip.commands.results import (
     COLUMNS,
@@ -30,7 +31,7 @@ from dissect_clip.commands.results import (
     write_result,
     write_text,
 )
-from dissect_clip.config import Config, Parser, Range, add_argument, parse_values, section, setting
+from dissect_clip.config import Config, Range, section, setting
 from dissect_clip.data import ClassificationData, RetrievalData
 from dissect_clip.data.benchmark import Found, Kind, Layout, find_split, locate
 from dissect_clip.dist import World
