@@ -14,18 +14,8 @@ LAYERS: list[set[str]] = [
     {"errors", "seeding", "config", "batch", "clock", "metrics", "durable", "data.skips", "data.position", "judge"}
     | {"commands"},
     {"watch", "transfer", "data.decode", "contradictions"},
-    {
-        "arguments",
-        "dist",
-        "signals",
-        "schedule",
-        "remote",
-        "epochfile",
-        "data.urls",
-        "data.split",
-        "data.pixels",
-        "data.download",
-    },
+    {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"}
+    | {"arguments"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
     | {"selection.base", "selection.store", "selection.mixture"},
     {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"}
