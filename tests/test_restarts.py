@@ -94,7 +94,7 @@ VARIANTS: list[dict[str, Any]] = [
 ONE_VARIANT: dict[str, dict[str, Any]] = {
     "infobatch": {"infobatch_prune_ratio": 0.9, "select_rate": None, "accum_freq": 2},
     "scan": {"epochs": 3},
-    "clean_posterior": {"clean_decoys": 0.2, "accum_freq": 2},
+    "clean_posterior": {"clean_decoys": 0.2, "clean_gate": 0.0, "accum_freq": 2},
     "divbs": {"accum_freq": 2},
     "learnability": {"dataset_resampled": True, "train_num_samples": 1000},
     "jest": {},
@@ -136,7 +136,7 @@ REUSE: dict[str, dict[str, Any]] = {
     "random": {"select_preset": "fast"},
     "historical_base_sampling": {"score_refresh": 0.2, "dataset_resampled": True, "train_num_samples": 1000},
     "warmup_base_sampling": {"score_refresh": 0.2, "select_before_load": True, "accum_freq": 2},
-    "clean_posterior": {"score_refresh": 0.2, "clean_model": "tied", "clean_gate": 1.0, "clean_statistic": "loss"},
+    "clean_posterior": {"score_refresh": 0.2, "clean_decoys": 0.0, "clean_ratio": 1.0, "clean_statistic": "loss"},
 }
 
 

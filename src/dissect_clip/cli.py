@@ -229,6 +229,8 @@ def build_state(
     optimizer = build_optimizer(config, module)
     autocast = autocast_for(config.precision, world.device)
     selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
+    if selector is not None:
+        selector.decoys = build_decoys(config, selector, world)
     chooser = build_chooser(config, selector)
     scorer = build_scorer(config, module, autocast, model.tokenizer)
     if config.score_keep_locked and not scorer.reusable:
@@ -271,7 +273,6 @@ def build_state(
         tally=Tally(world.device),
         chooser=chooser,
         reference=reference,
-        decoys=build_decoys(config, selector, world),
         folder=folder.path if folder else None,
     )
 
@@ -299,12 +300,11 @@ def _announce_decoys(state: TrainState) -> None:
     assert state.selector is not None
     if state.selector.strategy.decoys == 0:
         return
-    count = 0 if state.decoys is None else len(state.decoys.ids)
-    log.info("%d samples are decoys, which are trained on with a wrong caption on purpose (--clean-decoys)", count)
+    count = 0 if state.selector.decoys is None else len(state.selector.decoys.ids)
+    log.info("%d samples are decoys: in the warm-up they have a wrong caption on purpose (--clean-decoys)", count)
     if count < _USABLE_DECOYS:
         log.warning(
-            "%d decoys are too few to tell wrong pairs by: raise --clean-decoys to %.2g, or give --clean-model tied, "
-            "which does without",
+            "%d decoys are too few to tell wrong pairs by: raise --clean-decoys to %.2g, or give 0 to do without",
             count, min(0.5, 2 * _USABLE_DECOYS / len(state.selector.store.scores)),
         )  # fmt: skip
 

@@ -371,16 +371,16 @@ class Config:
         choices=("removed", "kept"),
     )
     clean_model: str = setting(
-        "decoys",
-        "clean_posterior: what wrong pairs are told by: decoys, samples with a wrong caption on purpose; without any, "
-        "two Gaussians with one variance (tied) or two (gaussian), two beta distributions, or a quantile between them",
-        choices=("decoys", "tied", "gaussian", "beta", "quantile"),
+        "tied",
+        "clean_posterior: model of the two parts: two Gaussians with one variance (tied) or two (gaussian), two beta "
+        "distributions, or a quantile that parts them",
+        choices=("tied", "gaussian", "beta", "quantile"),
     )
     clean_decoys: float = setting(
         0.02,
-        "clean_posterior: share of the samples that are decoys with --clean-model decoys, but 4096 at most; some 100 "
-        "are needed",
-        within=Range(above=0, at_most=0.5),
+        "clean_posterior: share of the samples, but 4096 at most, that have a wrong caption on purpose in the warm-up, "
+        "by which wrong pairs are known; some 100 are needed. 0 does without",
+        within=Range(at_least=0, at_most=0.5),
     )
     clean_quantile: float = setting(
         0.35,
@@ -409,6 +409,11 @@ class Config:
         within=Range(at_least=0, at_most=1),
     )
     clean_gate: float = setting(
+        0.1,
+        "clean_posterior: draw uniformly where less than this share of the pairs is wrong by what the decoys say",
+        within=Range(at_least=0, at_most=1),
+    )
+    clean_ratio: float = setting(
         0.5,
         "clean_posterior without decoys: tell two parts apart where the mean z-score of the lower one is below so much "
         "of that of the upper one; otherwise draw uniformly. 0 never, 1 always tells them apart",
@@ -623,6 +628,7 @@ ADDED: dict[str, str] = {
     "clean_floor": "selection by P(clean)",
     "clean_forget": "selection by P(clean)",
     "clean_gate": "selection by P(clean)",
+    "clean_ratio": "selection by P(clean)",
     "divbs_on": "joint selection",
     "divbs_greedy": "joint selection",
     "negcliploss_batches": "selection by a normalised score",

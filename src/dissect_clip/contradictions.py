@@ -11,7 +11,7 @@ _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "sc
 
 _CLEAN = (
     "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_decoys", "clean_quantile",
-    "clean_exponent", "clean_threshold", "clean_floor", "clean_forget", "clean_gate",
+    "clean_exponent", "clean_threshold", "clean_floor", "clean_forget", "clean_gate", "clean_ratio",
 )  # fmt: skip
 
 _ONLY_WITH_SELECT = (
@@ -68,6 +68,8 @@ def contradictions(config: Config) -> Iterator[str]:
         )
     elif "warmup_base_sampling" in strategies and config.warmup_point == 0:
         yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
+    elif warming == (CLEAN_POSTERIOR,) and config.warmup_point == 0 and config.clean_decoys > 0:
+        yield "--warmup-point 0 leaves no epoch for the decoys: give at least 1, or --clean-decoys 0"
     elif warming and config.warmup_point == 0 and warming != (CLEAN_POSTERIOR,):
         yield f"--warmup-point 0 leaves {warming[0]} without a reference: give at least 1, or --select-reference"
     if config.select:

@@ -106,16 +106,16 @@ def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:
 
 def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
     """The captions that the decoys had; without them they get new ones, and are learned anew."""
-    if state.decoys is None or checkpoint.state is None:
+    decoys = None if state.selector is None else state.selector.decoys_in(checkpoint.epoch)
+    if decoys is None or checkpoint.state is None:
         return
     captions = checkpoint.decoys
-    same = checkpoint.state.seed == state.config.seed and captions is not None
-    if captions is not None and same and len(captions) == len(state.decoys.ids):
-        state.decoys.load(captions)
+    if captions is not None and checkpoint.state.seed == state.config.seed and len(captions) == len(decoys.ids):
+        decoys.load(captions)
     elif checkpoint.epoch > 0 or checkpoint.state.epoch_step > 0:
         log.warning(
             "The checkpoint has no captions for these decoys, it was trained with others or without: P(clean) needs "
-            "some epochs until it can be relied upon. --seed, --clean-model and --clean-decoys say which they are"
+            "some epochs until it can be relied upon. --seed and --clean-decoys say which they are"
         )
 
 

@@ -115,10 +115,14 @@ class TrainState:
     tally: Tally
     chooser: Chooser | None
     reference: Reference | None  # only with strategies that need one
-    decoys: Decoys | None  # only with strategies that ask for some
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last begun
+
+    @property
+    def decoys(self) -> Decoys | None:
+        """Those that have their wrong captions in this epoch."""
+        return None if self.selector is None else self.selector.decoys_in(self.counters.epoch)
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -> dict[str, Tensor]:
@@ -287,8 +291,8 @@ def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[
     state.world.watch.mark("load", state.counters.step)
     while (batch := _next(loader)) is not None:
         data.taken(batch)
-        batch = transfer(batch)
-        group.append(batch if state.decoys is None else state.decoys(batch))
+        batch, decoys = transfer(batch), state.decoys
+        group.append(batch if decoys is None else decoys(batch))
         if len(group) == state.config.accum_freq:
             clock.lap("load")
             yield group

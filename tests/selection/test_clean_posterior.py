@@ -26,7 +26,7 @@ NAME = "clean_posterior"
 
 def make_strategy(**changes: object) -> CleanPosterior:
     """One without decoys, whose weight is P(clean) itself."""
-    plain = {"clean_model": "tied", "clean_exponent": 1.0, "clean_threshold": 0.5, "clean_drift": "kept"}
+    plain = {"clean_decoys": 0.0, "clean_exponent": 1.0, "clean_threshold": 0.5, "clean_drift": "kept"}
     return CleanPosterior(make_config(NAME, **(plain | changes)))
 
 
@@ -151,7 +151,7 @@ def test_the_parts_are_found_and_told_apart():
 @pytest.mark.parametrize(("gate", "apart"), [(0.0, False), (0.5, False), (0.8, True), (1.0, True)])
 def test_a_lower_part_far_above_chance_is_no_wrong_part(gate: float, apart: bool):
     averages, _ = two_parts(low=2.0)  # of 3.0 above
-    strategy = informed(rows(averages), clean_gate=gate)
+    strategy = informed(rows(averages), clean_ratio=gate)
     assert strategy.told_apart is apart
     assert ("cannot be told apart" in strategy.finding) is not apart
     assert strategy.posterior(rows(averages), 6).isnan().all().item() is not apart
@@ -190,13 +190,18 @@ def test_samples_that_no_epoch_gives_do_not_count():
 
 
 def with_decoys(share_wrong: float, size: int = 4000, **changes: object) -> tuple[Tensor, Tensor, CleanPosterior]:
-    """A store whose wrong pairs, decoys among them, are two lower than the rest; which are wrong; what is found."""
-    strategy = make_strategy(clean_model="decoys", clean_decoys=0.05, **changes)
+    """A store after the warm-up whose wrong pairs, decoys among them, are two lower than the rest.
+
+    Of the samples that are no decoys: their rows, and which are wrong. And what is found.
+    """
+    strategy = make_strategy(clean_decoys=0.05, **changes)
     random = torch.Generator().manual_seed(1)
     wrong = torch.rand(size, generator=random) < share_wrong
     decoys = decoy_ids(size, 0.05, strategy.config.seed)
-    low = wrong.index_fill(0, decoys, True)
-    memory = rows(torch.randn(size, generator=random) * 0.7 + torch.where(low, 1.0, 3.0))
+    average = torch.randn(size, generator=random) * 0.7 + torch.where(wrong.index_fill(0, decoys, True), 1.0, 3.0)
+    memory = rows(average)
+    memory = torch.cat([memory[:, :4], average[:, None], memory[:, 4:]], dim=1)
+    memory[decoys, :4] = math.nan
     others = torch.ones(size, dtype=torch.bool).index_fill(0, decoys, False)
     return memory[others], wrong[others], strategy.informed(strategy.survey(memory, 6))
 
@@ -204,34 +209,65 @@ def with_decoys(share_wrong: float, size: int = 4000, **changes: object) -> tupl
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
 def test_with_decoys_the_probability_is_that_of_the_truth(share: float):
     memory, wrong, strategy = with_decoys(share)
-    assert strategy.told_apart
+    assert strategy.told_apart is (share > 0.1)  # 0.1 is the gate, and a little more than what is found
     assert strategy.known == len(memory) == 3800
     assert strategy.known_decoys == 200
-    assert strategy.parts is not None
-    assert strategy.parts.share == pytest.approx(1 - share, abs=0.08)
-    clean = strategy.posterior(memory, 6)
+    assert strategy.by_decoys is not None
+    assert strategy.by_decoys.share == pytest.approx(1 - share, abs=0.08)
+    clean = strategy.certainty(memory, 6)
     assert (clean - (~wrong).float()).square().mean() < 0.08
     for low, high in ((0, 0.2), (0.2, 0.8), (0.8, 1.01)):
         inside = (clean >= low) & (clean < high)
         if inside.sum() > 300:
             assert (~wrong)[inside].double().mean().item() == pytest.approx(clean[inside].mean().item(), abs=0.12)
-    assert re.search(r"% of 3800 samples look clean .* of 200 decoys", strategy.finding)
+    assert "are wrong by what the warm-up says of 200 decoys" in strategy.finding
 
 
-def test_without_wrong_pairs_decoys_find_none():
-    memory, _, strategy = with_decoys(0.0, clean_exponent=4.0, clean_threshold=0.7)
-    clean = strategy.posterior(memory, 6)
-    assert clean.mean() > 0.97
-    found = chances(strategy, memory[:400], k=100, draws=1000)
-    assert found.quantile(0.1) > 0.2
-    assert found.mean().item() == pytest.approx(0.25)
+def test_without_wrong_pairs_decoys_find_none_and_all_have_the_same_chance():
+    memory, _, strategy = with_decoys(0.0)
+    assert not strategy.told_apart
+    assert "all have the same weight" in strategy.finding
+    assert strategy.certainty(memory, 6).mean() > 0.97
+    found = chances(strategy, memory[:8], k=4, draws=2000)
+    assert found.tolist() == pytest.approx([0.5] * 8, abs=0.05)
+
+
+def test_the_probability_is_that_of_the_warm_up_and_the_draw_that_of_today():
+    memory, _, strategy = with_decoys(0.4)
+    later = memory.clone()
+    later[:, 0] += 1
+    assert strategy.certainty(later, 9).equal(strategy.certainty(memory, 9))
+    assert (strategy.posterior(later, 9) > strategy.posterior(memory, 9)).double().mean() > 0.9
 
 
 def test_too_few_decoys_find_nothing():
-    averages, _ = two_parts(100)
-    strategy = informed(rows(averages), clean_model="decoys", clean_decoys=0.05)
-    assert strategy.parts is None
+    strategy = with_decoys(0.4, size=200)[2]
+    assert strategy.parts is not None
+    assert strategy.by_decoys is None
+    assert not strategy.told_apart
     assert "too little is known" in strategy.finding
+
+
+def test_what_is_known_of_a_decoy_is_kept_apart():
+    strategy = make_strategy(clean_decoys=0.05, warmup_point=2)
+    decoy = torch.tensor([True, False])
+    memory = torch.full((2, 5), math.nan)
+    for epoch, value in enumerate((1.0, 2.0)):
+        memory = strategy.remember(warming(memory, epoch, value, decoy))
+    assert memory[0, :4].isnan().all()
+    assert memory[1].tolist() == pytest.approx([1.5, memory[1, 1].item(), 2.0, 1.0, 1.5])
+    assert memory[0, 4].item() == 1.5
+    memory = strategy.remember(warming(memory, 2, 4.0, None))
+    assert memory[:, 4].tolist() == [1.5, 1.5]
+    assert memory[:, 0].tolist() == [4.0, 2.75]
+    assert memory[:, 2].tolist() == [1.0, 3.0]
+
+
+def warming(memory: Tensor, epoch: int, value: float, decoy: Tensor | None) -> Candidates:
+    """Two samples in an epoch, both with this score."""
+    return Candidates(
+        epoch=epoch, generator=torch.Generator(), memory=memory, reused=torch.tensor([value, value]), decoy=decoy
+    )
 
 
 def test_of_a_decoy_there_is_no_verdict():
@@ -241,9 +277,9 @@ def test_of_a_decoy_there_is_no_verdict():
     decoys = torch.isin(ids, decoy_ids(4000, 0.05, strategy.config.seed))
     assert 0 < decoys.sum() < 20
     assert verdict["is_decoy"].equal(decoys)
-    for name in ("p_clean", "p_clean_low", "p_clean_high"):
+    for name in ("p_clean", "p_clean_low", "p_clean_high", "statistic", "standard_error"):
         assert verdict[name].isnan().equal(decoys)
-    assert verdict["statistic"].isfinite().all()
+    assert (verdict["p_clean_low"] <= verdict["p_clean_high"])[~decoys].all()
 
 
 # ---- what is drawn
@@ -354,7 +390,7 @@ def test_a_refresh_scores_more_of_them_and_a_visit_counts_once(refresh: float):
 def test_what_a_record_holds():
     averages, _ = two_parts(SAMPLES)
     for wanted in (True, False):
-        selector = make_selector(NAME, record=wanted, clean_model="tied")
+        selector = make_selector(NAME, record=wanted, clean_decoys=0.0)
         selector.store.scores[:] = rows(averages)
         selector.begin_epoch(6)
         selection = selector.select(make_batch(torch.arange(N)), never, 6, 6)
@@ -368,7 +404,7 @@ def test_what_a_record_holds():
 
 
 def test_the_loader_draws_by_what_was_found_when_the_epoch_began():
-    config = dataclasses.replace(make_config(NAME, rate=0.5, clean_model="tied"), select_before_load=True)
+    config = dataclasses.replace(make_config(NAME, rate=0.5, clean_decoys=0.0), select_before_load=True)
     world = World()
     selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
     chooser = build_chooser(config, selector)
@@ -388,7 +424,7 @@ def test_the_loader_draws_by_what_was_found_when_the_epoch_began():
 def epoch_on_ranks(world: World) -> tuple[list[float], list[int], list[list[float]]]:
     """An epoch of two ranks with samples of their own: the survey, what was drawn, and the store after it."""
     averages, _ = two_parts(SAMPLES)
-    selector = make_selector(NAME, world=world, clean_decoys=0.3)
+    selector = make_selector(NAME, world=world, clean_decoys=0.0)
     selector.store.scores[:] = rows(averages)
     if not world.is_main:
         selector.store.scores[:, 0] += 1e-3  # as on hardware that rounds otherwise
@@ -443,6 +479,7 @@ def test_other_ways(words: list[str], refresh: float, before: bool):
         (["--score-keep-locked", "--lock-text"], "use another strategy than clean_posterior"),
         (["--select-strategy", "clean_posterior:1+clipscore:1"], "clean_posterior cannot be combined"),
         (["--select-strategy", "clipscore", "--clean-floor", "0.1"], "--clean-floor has no meaning"),
+        (["--warmup-point", "0"], "--warmup-point 0 leaves no epoch for the decoys"),
     ],
 )
 def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
@@ -452,4 +489,4 @@ def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[s
 
 
 def test_a_selection_from_the_first_epoch_on_is_allowed():
-    assert parse("--warmup-point", "0").warmup_point == 0
+    assert parse("--warmup-point", "0", "--clean-decoys", "0").warmup_point == 0

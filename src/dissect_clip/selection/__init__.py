@@ -133,9 +133,9 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
     )
 
 
-def build_decoys(config: Config, selector: Selector | None, world: World) -> Decoys | None:
+def build_decoys(config: Config, selector: Selector, world: World) -> Decoys | None:
     """The decoys that the strategy asks for, none of them with a caption yet; None without any."""
-    if selector is None or selector.strategy.decoys == 0:
+    if selector.strategy.decoys == 0:
         return None
     ids = decoy_ids(len(selector.store.scores), selector.strategy.decoys, config.seed)
     return Decoys(ids, world) if len(ids) > 0 else None

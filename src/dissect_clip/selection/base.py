@@ -53,6 +53,7 @@ class Candidates:
     text_features: Tensor | None = None  # [N, D] float32, unit norm
     reused: Tensor | None = None  # [N] float32, scores that need not be of this step, as z; NaN = never scored
     last_clip_score: Tensor | None = None  # [N] float32, 0 to 100, when last computed; NaN = never
+    decoy: Tensor | None = None  # [N] bool, whose captions are wrong on purpose; None where none are in this epoch
     logit_scale: Tensor | None = None  # scalar float32, the factor of the cosines in the loss; where pairs were scored
     logit_bias: Tensor | None = None  # scalar float32, SigLIP only
     reference_loss: Tensor | None = None  # [N] float32, as ``loss``, under the reference model
@@ -125,6 +126,10 @@ class Strategy:
     def decoys(self) -> float:
         """The share of the samples that get a wrong caption on purpose; see :mod:`dissect_clip.selection.decoys`."""
         return 0.0
+
+    def has_decoys(self, epoch: int) -> bool:
+        """Whether these samples have their wrong captions in this epoch (0-based)."""
+        return False
 
     @property
     def weighs(self) -> bool:

@@ -1,13 +1,13 @@
 """Draw by the probability that a pair is clean, as far as earlier training passes tell it.
 
 The training pass says of each pair that it takes how well it fits (a z-score, see :mod:`dissect_clip.selection.reuse`).
-Before each epoch all samples are held against decoys, a few whose captions are wrong on purpose: what lies where they
-lie is likely wrong, what lies where they hardly do is clean. Each batch is drawn without replacement, a power of the
-probability of being clean its weight. Nothing is scored for it, so the choice can be made before samples are decoded.
-docs/clean_posterior.md has what it gains.
+Before each epoch two parts are fitted to what is known of all samples, pairs that fit and pairs that do not, and each
+batch is drawn without replacement, by the probability of the first part. Nothing is scored for it, so the choice can be
+made before samples are decoded. docs/clean_posterior.md has what it gains.
 
-In data without wrong captions hardly any sample lies among the decoys, and all have nearly the same weight. Without
-decoys two parts are fitted to what is known of all samples; where they cannot be told apart all have the same weight.
+In the warm-up a few samples are decoys, whose captions are wrong on purpose. What lies where they lie is likely wrong,
+what lies where they hardly do is clean: so they tell how many pairs are wrong, and how likely each is clean. The fit
+alone knows neither, since wrong pairs are memorised. Where hardly any pair is wrong all samples have the same weight.
 
 Shapes: N pairs of this rank, M samples, C columns of the store, P decoys.
 """
@@ -27,8 +27,8 @@ from dissect_clip.selection.base import Candidates, Needs, WarmingUp, required
 from dissect_clip.selection.decoys import decoy_ids
 from dissect_clip.selection.mixture import CURVE, DECOYS, FIT_ROWS, Parts, fit_parts
 
-_AVERAGE, _VARIANCE, _VISITS, _EPOCH, _Z = range(5)
-"""Places of the columns; the z-score is the first of those that scores are kept in."""
+_AVERAGE, _VARIANCE, _VISITS, _EPOCH, _FIRST = range(5)
+"""Places of the columns; the last is there with decoys."""
 
 _SCALARS = 7
 """Numbers of the parts, but for the curve."""
@@ -40,7 +40,7 @@ _LEAST = 1e-6
 class CleanPosterior(WarmingUp):
     """drawn by the probability that the pair is clean, which training tells by itself; without a scoring pass"""
 
-    remembers = ("average", "variance", "visits", "last_epoch")
+    remembers: tuple[str, ...] = ("average", "variance", "visits", "last_epoch")
     surveys: tuple[str, ...] = (
         "clean_share", "low_mean", "low_deviation", "high_mean", "high_deviation", "lowest", "highest",
         "known", "ratio", "noise",
@@ -57,9 +57,12 @@ class CleanPosterior(WarmingUp):
         if config.clean_statistic == "clipscore":
             self.needs |= Needs.CLIPSCORE
         if self.decoys > 0:
-            self.surveys += ("decoys", *(f"curve_{place}" for place in range(CURVE)))
+            self.remembers += ("first_average",)
+            self.surveys += ("decoys", "decoy_share", *(f"decoy_{name}" for name in self.surveys[1:_SCALARS]))
+            self.surveys += tuple(f"curve_{place}" for place in range(CURVE))
         self.parts: Parts | None = None
         self.known = 0  # samples with a score, when the epoch began
+        self.by_decoys: Parts | None = None  # what the decoys say of the scores at the end of the warm-up
         self.known_decoys = 0
         self.ratio = 0.0  # mean z-score of the lower part over that of the upper one
         self.noise = 0.0  # variance of a sample's statistic from visit to visit, over all samples
@@ -67,12 +70,22 @@ class CleanPosterior(WarmingUp):
     @property
     def decoys(self) -> float:
         """See :attr:`Strategy.decoys`."""
-        return self.config.clean_decoys if self.config.clean_model == DECOYS else 0.0
+        return self.config.clean_decoys
+
+    def has_decoys(self, epoch: int) -> bool:
+        return self.decoys > 0 and self.warms_up(epoch)
 
     @property
     def told_apart(self) -> bool:
-        """Whether there are two parts; without decoys, of which the lower one is nearer to chance than to the upper."""
-        return self.parts is not None and (self.decoys > 0 or self.ratio < self.config.clean_gate)
+        """Whether there are two parts: enough wrong pairs by the decoys.
+
+        Without those, whether the lower part is nearer to chance than to the upper one.
+        """
+        if self.parts is None:
+            return False
+        if self.decoys > 0:
+            return self.by_decoys is not None and 1 - self.by_decoys.share >= self.config.clean_gate
+        return self.ratio < self.config.clean_ratio
 
     def _decoy_ids(self, num_samples: int) -> Tensor:
         return decoy_ids(num_samples, self.decoys, self.config.seed)
@@ -98,8 +111,12 @@ class CleanPosterior(WarmingUp):
 
     def remember(self, candidates: Candidates) -> Tensor:
         memory, value = candidates.memory, self._statistic(candidates)
+        decoy = candidates.decoy
         visits = memory[:, _VISITS].nan_to_num(0)
         average, variance = memory[:, _AVERAGE], memory[:, _VARIANCE].nan_to_num(0)
+        if decoy is not None:  # what is known of a decoy is of its wrong caption, and kept apart
+            average = memory[:, _FIRST]
+            visits = visits.where(~decoy, average.isfinite().to(visits.dtype))
         step = value - average
         if self.config.clean_drift == "removed" and not self.warms_up(candidates.epoch):
             # What is trained on rises, what is not stays behind: only how they differ among each other counts.
@@ -111,77 +128,94 @@ class CleanPosterior(WarmingUp):
         shares = {"last": torch.ones_like(visits), "mean": 1 / (visits + 1)}
         share = shares.get(self.config.clean_ensemble, torch.full_like(visits, self.config.clean_ema))
         first = visits == 0
-        return torch.stack(
+        average = torch.where(first, value, average + share * step)
+        columns = torch.stack(
             [
-                torch.where(first, value, average + share * step),
+                average,
                 torch.where(first, torch.nan, variance),
                 visits + 1,
                 torch.full_like(value, candidates.epoch),
             ],
             dim=1,
         )
+        if self.decoys == 0:
+            return columns
+        if decoy is not None:
+            columns = columns.where(~decoy[:, None], torch.nan)
+        return torch.cat([columns, (average if self.warms_up(candidates.epoch) else memory[:, _FIRST])[:, None]], dim=1)
 
     # ---- what is known of all samples
 
     def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
-        """See :meth:`Strategy.survey`; ``memory`` [M, C] has the z-scores behind this strategy's own columns."""
-        seen = memory[:, _VISITS].nan_to_num(0) > 0
-        decoys = memory[:0, _AVERAGE]
+        """See :meth:`Strategy.survey`; ``memory`` [M, C] has the scores behind this strategy's own columns."""
+        found = self._survey_parts(memory, epoch)
         if self.decoys > 0:
-            ids = self._decoy_ids(len(memory)).to(memory.device)
-            decoys = memory[ids[seen[ids]], _AVERAGE]
-            seen = seen.index_fill(0, ids, False)
-        known = seen.nonzero()[:, 0]
-        total = len(known)
-        if total > FIT_ROWS:
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.SELECT, epoch))
-            known = known[torch.randint(total, (FIT_ROWS,), generator=generator).to(known.device)]
-        rows = memory[known].double()
-        parts = fit_parts(self.config.clean_model, rows[:, _AVERAGE], self.config.clean_quantile, decoys)
+            found += self._survey_decoys(memory) if any(found) else [0.0] * (1 + _SCALARS + CURVE)
+        return found
+
+    def _survey_parts(self, memory: Tensor, epoch: int) -> list[float]:
+        rows = self._some(memory, memory[:, _VISITS].nan_to_num(0) > 0, epoch).double()
+        parts = fit_parts(self.config.clean_model, rows[:, _AVERAGE], self.config.clean_quantile)
         if parts is None:
-            return [0.0] * len(self.surveys)
+            return [0.0] * (_SCALARS + 3)
         clean = parts.clean(rows[:, _AVERAGE])
-        z = rows[:, _Z if self.config.clean_statistic == "clipscore" else _AVERAGE]
+        z = rows[:, len(self.remembers) if self.config.clean_statistic == "clipscore" else _AVERAGE]
         low, high = (float((z * share).sum() / share.sum().clamp(min=_LEAST)) for share in (1 - clean, clean))
         ratio = low / high if high > 0 else 1.0
         noise = rows[:, _VARIANCE].nanmean().nan_to_num(0)
-        numbers = parts.numbers()
-        found = [*numbers[:_SCALARS], float(total), ratio, float(noise)]
-        return [*found, float(len(decoys)), *parts.curve] if self.decoys > 0 else found
+        known = (memory[:, _VISITS].nan_to_num(0) > 0).sum()
+        return [*parts.numbers(), float(known), ratio, float(noise)]
+
+    def _survey_decoys(self, memory: Tensor) -> list[float]:
+        """How many decoys are known, and what they say of the averages of all others in the warm-up."""
+        first = memory[:, _FIRST]
+        ids = decoy_ids(len(memory), self.decoys, self.config.seed).to(memory.device)
+        known = first[ids].isfinite()
+        others = self._some(memory, first.isfinite().index_fill(0, ids, False), 0)[:, _FIRST]
+        parts = fit_parts(DECOYS, others, decoys=first[ids[known]])
+        return [float(known.sum()), *([0.0] * (_SCALARS + CURVE) if parts is None else parts.numbers())]
+
+    def _some(self, memory: Tensor, wanted: Tensor, epoch: int) -> Tensor:
+        """Rows of ``memory`` [M, C] that are ``wanted`` [M] bool; of too many a random part."""
+        places = wanted.nonzero()[:, 0]
+        if len(places) > FIT_ROWS:
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.SELECT, epoch))
+            places = places[torch.randint(len(places), (FIT_ROWS,), generator=generator).to(places.device)]
+        return memory[places]
 
     def informed(self, survey: Sequence[float]) -> CleanPosterior:
         knowing = copy.copy(self)
-        share, low_mean, low_deviation, high_mean, high_deviation, lowest, highest, known, *rest = survey
-        knowing.ratio, knowing.noise, *more = rest
-        knowing.known, knowing.known_decoys = int(known), int(more[0]) if more else 0
-        knowing.parts = None
-        if known:
-            knowing.parts = Parts(
-                self.config.clean_model,
-                share, low_mean, low_deviation, high_mean, high_deviation, lowest, highest,
-                curve=tuple(more[1:]),
-            )  # fmt: skip
+        parts, (known, knowing.ratio, knowing.noise, *more) = survey[:_SCALARS], survey[_SCALARS:]
+        knowing.known = int(known)
+        knowing.parts = Parts.of(self.config.clean_model, parts) if known else None
+        knowing.by_decoys, knowing.known_decoys = None, 0
+        if more:
+            count, *numbers = more
+            knowing.known_decoys = int(count)
+            knowing.by_decoys = Parts.of(DECOYS, numbers) if any(numbers) else None
         return knowing
 
     @property
     def finding(self) -> str:
-        parts = self.parts
-        if parts is None:
+        parts, known = self.parts, self.by_decoys
+        if parts is None or (self.decoys > 0 and known is None):
             return "Clean posterior: too little is known yet to part clean pairs from others"
-        if self.decoys > 0:
-            return (
-                f"Clean posterior: {100 * parts.share:.0f} % of {self.known} samples look clean "
-                f"({self.config.clean_statistic} {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
-                f"{parts.low_mean:.2f} ± {parts.low_deviation:.2f} of {self.known_decoys} decoys)"
+        found = (
+            f"{self.config.clean_statistic} {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
+            f"{parts.low_mean:.2f} ± {parts.low_deviation:.2f}"
+        )
+        if known is not None:
+            why = (
+                f"{100 * (1 - known.share):.0f} % of {self.known} samples are wrong by what the warm-up says of "
+                f"{self.known_decoys} decoys"
             )
-        means = f"mean z-scores of the parts in a ratio of {self.ratio:.2f}, --clean-gate {self.config.clean_gate:g}"
+            if not self.told_apart:
+                return f"Clean posterior: {why}, --clean-gate {self.config.clean_gate:g}: all have the same weight"
+            return f"Clean posterior: {why}; {100 * parts.share:.0f} % are drawn from ({found})"
+        means = f"mean z-scores of the parts in a ratio of {self.ratio:.2f}, --clean-ratio {self.config.clean_ratio:g}"
         if not self.told_apart:
             return f"Clean posterior: the two parts cannot be told apart ({means}): all samples have the same weight"
-        return (
-            f"Clean posterior: {100 * parts.share:.0f} % of {self.known} samples look clean "
-            f"({self.config.clean_statistic} {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
-            f"{parts.low_mean:.2f} ± {parts.low_deviation:.2f}; {means})"
-        )
+        return f"Clean posterior: {100 * parts.share:.0f} % of {self.known} samples look clean ({found}; {means})"
 
     # ---- what follows for a sample
 
@@ -220,8 +254,17 @@ class CleanPosterior(WarmingUp):
         weight = torch.sigmoid(config.clean_exponent * (torch.logit(clean, eps=_LEAST) - threshold))
         return config.clean_floor + (1 - config.clean_floor) * weight
 
+    def certainty(self, memory: Tensor, epoch: int) -> Tensor:
+        """P(clean) [N] as it is told to the user: by the decoys; without them that which is drawn by."""
+        if self.decoys == 0:
+            return self.posterior(memory, epoch)
+        if self.by_decoys is None:
+            return torch.full_like(memory[:, _FIRST], torch.nan)
+        clean = self.by_decoys.clean(memory[:, _FIRST])
+        return clean.where(clean.isfinite(), self.by_decoys.share)
+
     def report(self, candidates: Candidates) -> Tensor:
-        return self.posterior(candidates.memory, candidates.epoch)[:, None]
+        return self.certainty(candidates.memory, candidates.epoch)[:, None]
 
     def verdict(self, memory: Tensor, ids: Tensor, num_samples: int, epoch: int) -> Mapping[str, Tensor]:
         """P(clean) with the ends of what one standard error of the statistic leaves open, and what it comes from.
@@ -229,19 +272,21 @@ class CleanPosterior(WarmingUp):
         A sample that was visited once has the variance of all. Of the caption of a decoy nothing is known, since it was
         trained with another.
         """
-        average, visits = memory[:, _AVERAGE], memory[:, _VISITS].nan_to_num(0)
+        place = _AVERAGE if self.decoys == 0 else _FIRST
+        average, visits = memory[:, place], memory[:, _VISITS].nan_to_num(0)
+        counted = visits if self.decoys == 0 else visits.clamp(max=self.first_epoch)
         variance = memory[:, _VARIANCE].where(visits > 1, self.noise)
-        error = (variance * self._trust(visits.clamp(min=1))).sqrt()
+        error = (variance * self._trust(counted.clamp(min=1))).sqrt()
         low, high = memory.clone(), memory.clone()
-        low[:, _AVERAGE], high[:, _AVERAGE] = average - error, average + error
-        decoy = torch.isin(ids, self._decoy_ids(num_samples).to(ids.device))
-        p_clean, p_low, p_high = (self.posterior(rows, epoch).where(~decoy, torch.nan) for rows in (memory, low, high))
+        low[:, place], high[:, place] = average - error, average + error
+        decoy = torch.isin(ids, decoy_ids(num_samples, self.decoys, self.config.seed).to(ids.device))
+        p_clean, p_low, p_high = (self.certainty(rows, epoch).where(~decoy, torch.nan) for rows in (memory, low, high))
         return {
             "p_clean": p_clean,
             "p_clean_low": p_low,
             "p_clean_high": p_high,
-            "statistic": average,
-            "standard_error": error.where(visits > 0, torch.nan),
+            "statistic": average.where(~decoy, torch.nan),
+            "standard_error": error.where(average.isfinite() & ~decoy, torch.nan),
             "visits": visits,
             "last_epoch": memory[:, _EPOCH],
             "is_decoy": decoy,

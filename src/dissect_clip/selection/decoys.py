@@ -1,7 +1,7 @@
-"""Decoys: samples that get a wrong caption on purpose, always the same one, so that a run knows wrong pairs by name.
+"""Decoys: samples that get a wrong caption on purpose, always the same one, for the first epochs of a run.
 
 What a model makes of wrong pairs changes while it trains: at first it ignores them, then it learns them by heart.
-Decoys go through the same, whatever that is, and so say at any time what the scores of wrong pairs look like, as decoy
+Decoys go through the same, whatever that is, and so say what the scores of wrong pairs look like by then, as decoy
 sequences do in the search for peptides (Elias and Gygi, Nature Methods 2007). A few thousand are enough for a data set
 of any size.
 
@@ -40,8 +40,8 @@ def decoy_ids(num_samples: int, share: float, seed: int) -> Tensor:
 class Decoys:
     """Gives the decoys among the samples of a batch their wrong captions.
 
-    A decoy gets the caption of its neighbour in the batch in which it first comes, and keeps it for the whole run. In
-    an epoch a sample comes on one rank alone, so that ranks need not know of each other's until the epoch is over.
+    A decoy gets the caption of its neighbour in the batch in which it first comes, and keeps it for as long as there
+    are decoys. In an epoch a sample comes on one rank alone: ranks need not know of each other's until it is over.
     """
 
     def __init__(self, ids: Tensor, world: World) -> None:
@@ -53,13 +53,20 @@ class Decoys:
         """A batch on the device with the decoys' captions in it. Not collective, no device sync."""
         if self._captions is None or self._captions.shape[1] != batch.text.shape[1]:  # or those of another tokenizer
             self._captions = batch.text.new_full((len(self.ids) + 1, batch.text.shape[1]), _UNSET)
-        place = torch.searchsorted(self.ids, batch.sample_id).clamp(max=len(self.ids) - 1)
-        decoy = self.ids[place] == batch.sample_id
+        place, decoy = self._find(batch.sample_id)
         place = place.where(decoy, len(self.ids))
         known = self._captions[place]
         wrong = torch.where(known[:, :1] == _UNSET, batch.text.roll(1, dims=0), known)
         self._captions[place] = wrong.where(decoy[:, None], _UNSET)[last_occurrence(place)]
         return dataclasses.replace(batch, text=torch.where(decoy[:, None], wrong, batch.text))
+
+    def _find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        place = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
+        return place, self.ids[place] == ids
+
+    def among(self, ids: Tensor) -> Tensor:
+        """Which of the samples ``ids`` [N] are decoys, [N] bool. Not collective, no device sync."""
+        return self._find(ids)[1]
 
     def agree(self) -> None:
         """Let every rank know the captions of all. Collective: two all_reduces, of [P] and of [P, L]."""

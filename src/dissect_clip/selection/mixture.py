@@ -11,7 +11,7 @@ Shapes: N samples, F of them fitted to, P decoys, G places of a curve.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 
 import numpy as np
@@ -64,6 +64,14 @@ class Parts:
         """All but the model: seven, and the G of the curve with decoys."""
         *first, curve = astuple(self)[1:]
         return (*first, *curve)
+
+    @classmethod
+    def of(cls, model: str, numbers: Sequence[float]) -> Parts:
+        """Those of :meth:`numbers`."""
+        share, low_mean, low_deviation, high_mean, high_deviation, lowest, highest, *curve = numbers
+        return cls(
+            model, share, low_mean, low_deviation, high_mean, high_deviation, lowest, highest, tuple(curve)
+        )  # fmt: skip
 
     def clean(self, values: Tensor) -> Tensor:
         """The probability [N] that each of ``values`` [N] is of the clean part. It never falls; NaN for NaN."""

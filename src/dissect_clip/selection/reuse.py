@@ -208,6 +208,9 @@ class ReusingSelector(Selector):
         new = rows[places]
         candidates = required(selection.candidates)
         candidates = self.known.candidates(new, candidates.epoch, candidates.generator)
+        decoys = self.decoys_in(candidates.epoch)
+        if decoys is not None:
+            candidates = replace(candidates, decoy=decoys.among(batch.sample_id[places]))
         remembered = self.strategy.remember(candidates)
         if remembered is not None:
             new = torch.cat([remembered, new[:, remembered.shape[1] :]], dim=1)

@@ -17,6 +17,7 @@ from dissect_clip.dist import World
 from dissect_clip.scorer import Encoded
 from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy, kept, required
+from dissect_clip.selection.decoys import Decoys
 from dissect_clip.selection.store import ScoreStore
 
 Encode = Callable[[Batch], Encoded]
@@ -79,6 +80,8 @@ class Selector:
         """Samples of this rank whose scores were not finite, on the device; the training loop sets it back."""
         self.reference: Encode | None = None
         """The scoring pass of the reference model; there is one where the strategy needs it."""
+        self.decoys: Decoys | None = None
+        """Samples with wrong captions; there are some where the strategy asks for them."""
         self.survey: tuple[float, ...] = ()
         """What the strategy knows of the whole store since the epoch began; the same on all ranks."""
 
@@ -98,6 +101,10 @@ class Selector:
             self.inform(self.world.on_main(lambda: self.strategy.survey(self.store.scores, epoch)))
         if self.strategy.finding:
             log.info("%s", self.strategy.finding)
+
+    def decoys_in(self, epoch: int) -> Decoys | None:
+        """The decoys, in an epoch in which they have their wrong captions."""
+        return self.decoys if self.strategy.has_decoys(epoch) else None
 
     def inform(self, survey: Sequence[float]) -> None:
         """Go on with what the strategy knew of the store when the epoch began. Not collective."""
