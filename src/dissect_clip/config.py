@@ -388,15 +388,7 @@ class Config:
         within=Range(above=0, at_most=0.99),
     )
     clean_exponent: float = setting(
-        4.0,
-        "clean_posterior: power of the odds of being clean, P(clean) : 1 - P(clean), in the weight of a sample; 0 "
-        "draws uniformly",
-        within=NOT_NEGATIVE,
-    )
-    clean_threshold: float = setting(
-        0.7,
-        "clean_posterior: P(clean) at which the weight of a sample is half of that of one that is surely clean",
-        within=Range(above=0, at_most=0.999),
+        4.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
     )
     clean_floor: float = setting(
         0.0,
@@ -624,7 +616,6 @@ ADDED: dict[str, str] = {
     "clean_decoys": "selection by P(clean)",
     "clean_quantile": "selection by P(clean)",
     "clean_exponent": "selection by P(clean)",
-    "clean_threshold": "selection by P(clean)",
     "clean_floor": "selection by P(clean)",
     "clean_forget": "selection by P(clean)",
     "clean_gate": "selection by P(clean)",

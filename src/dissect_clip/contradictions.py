@@ -11,7 +11,7 @@ _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "sc
 
 _CLEAN = (
     "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_decoys", "clean_quantile",
-    "clean_exponent", "clean_threshold", "clean_floor", "clean_forget", "clean_gate", "clean_ratio",
+    "clean_exponent", "clean_floor", "clean_forget", "clean_gate", "clean_ratio",
 )  # fmt: skip
 
 _ONLY_WITH_SELECT = (

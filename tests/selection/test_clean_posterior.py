@@ -26,7 +26,7 @@ NAME = "clean_posterior"
 
 def make_strategy(**changes: object) -> CleanPosterior:
     """One without decoys, whose weight is P(clean) itself."""
-    plain = {"clean_decoys": 0.0, "clean_exponent": 1.0, "clean_threshold": 0.5, "clean_drift": "kept"}
+    plain = {"clean_decoys": 0.0, "clean_exponent": 1.0, "clean_drift": "kept"}
     return CleanPosterior(make_config(NAME, **(plain | changes)))
 
 
@@ -306,10 +306,8 @@ def test_the_first_is_drawn_with_the_weight_as_its_chance():
 
 
 @pytest.mark.parametrize(("changes", "weight"), [
-    ({"clean_exponent": 2.0}, lambda clean: clean**2 / (clean**2 + (1 - clean) ** 2)),
+    ({"clean_exponent": 2.0}, lambda clean: clean**2),
     ({"clean_exponent": 0.0}, lambda clean: clean**0),
-    ({"clean_threshold": 0.8}, lambda clean: clean / (clean + 4 * (1 - clean))),
-    ({"clean_threshold": 0.8, "clean_exponent": 3.0}, lambda clean: clean**3 / (clean**3 + 64 * (1 - clean) ** 3)),
     ({"clean_floor": 0.2}, lambda clean: 0.2 + 0.8 * clean),
 ])  # fmt: skip
 def test_weights(changes, weight):

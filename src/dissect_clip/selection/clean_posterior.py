@@ -15,7 +15,6 @@ Shapes: N pairs of this rank, M samples, C columns of the store, P decoys.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -239,20 +238,10 @@ class CleanPosterior(WarmingUp):
         noise = -torch.empty_like(candidates.memory[:, 0]).exponential_(generator=candidates.generator).log()
         if self.warms_up(candidates.epoch) or not self.told_apart:
             return noise
-        weight = self._weight(self.posterior(candidates.memory, candidates.epoch))
+        floor = self.config.clean_floor
+        clean = self.posterior(candidates.memory, candidates.epoch)
+        weight = floor + (1 - floor) * clean**self.config.clean_exponent
         return weight.clamp(min=_LEAST).log() + noise
-
-    def _weight(self, clean: Tensor) -> Tensor:
-        """[N] in 0..1 by P(clean) [N]: what is likely clean counts alike, and what is not the less, the less it is.
-
-        o^e / (o^e + t^e), where o and t are the odds of being clean and those of the threshold: P(clean) itself for an
-        exponent e of 1 and a threshold of 1/2. By P(clean) itself too many wrong pairs are drawn, and by a power of it
-        the easiest of the clean pairs again and again.
-        """
-        config = self.config
-        threshold = math.log(config.clean_threshold / (1 - config.clean_threshold))
-        weight = torch.sigmoid(config.clean_exponent * (torch.logit(clean, eps=_LEAST) - threshold))
-        return config.clean_floor + (1 - config.clean_floor) * weight
 
     def certainty(self, memory: Tensor, epoch: int) -> Tensor:
         """P(clean) [N] as it is told to the user: by the decoys; without them that which is drawn by."""
