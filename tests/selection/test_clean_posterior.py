@@ -220,7 +220,7 @@ def test_with_decoys_the_probability_is_that_of_the_truth(share: float):
         inside = (clean >= low) & (clean < high)
         if inside.sum() > 300:
             assert (~wrong)[inside].double().mean().item() == pytest.approx(clean[inside].mean().item(), abs=0.12)
-    assert "are wrong by what the warm-up says of 200 decoys" in strategy.finding
+    assert re.search(r"beside 200 decoys in the warm-up \d+ % of the captions look wrong", strategy.finding)
 
 
 def test_without_wrong_pairs_decoys_find_none_and_all_have_the_same_chance():

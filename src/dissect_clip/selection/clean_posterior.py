@@ -205,12 +205,12 @@ class CleanPosterior(WarmingUp):
         )
         if known is not None:
             why = (
-                f"{100 * (1 - known.share):.0f} % of {self.known} samples are wrong by what the warm-up says of "
-                f"{self.known_decoys} decoys"
+                f"beside {self.known_decoys} decoys in the warm-up {100 * (1 - known.share):.0f} % of the captions look "
+                "wrong"
             )
             if not self.told_apart:
                 return f"Clean posterior: {why}, --clean-gate {self.config.clean_gate:g}: all have the same weight"
-            return f"Clean posterior: {why}; {100 * parts.share:.0f} % are drawn from ({found})"
+            return f"Clean posterior: {why}; {100 * parts.share:.0f} % of {self.known} samples are drawn from ({found})"
         means = f"mean z-scores of the parts in a ratio of {self.ratio:.2f}, --clean-ratio {self.config.clean_ratio:g}"
         if not self.told_apart:
             return f"Clean posterior: the two parts cannot be told apart ({means}): all samples have the same weight"
