@@ -204,10 +204,8 @@ class CleanPosterior(WarmingUp):
             f"{parts.low_mean:.2f} ± {parts.low_deviation:.2f}"
         )
         if known is not None:
-            why = (
-                f"beside {self.known_decoys} decoys in the warm-up {100 * (1 - known.share):.0f} % of the captions look "
-                "wrong"
-            )
+            wrong = f"{100 * (1 - known.share):.0f} % of the captions look wrong"
+            why = f"beside {self.known_decoys} decoys in the warm-up {wrong}"
             if not self.told_apart:
                 return f"Clean posterior: {why}, --clean-gate {self.config.clean_gate:g}: all have the same weight"
             return f"Clean posterior: {why}; {100 * parts.share:.0f} % of {self.known} samples are drawn from ({found})"
