@@ -248,19 +248,20 @@ def test_too_few_decoys_find_nothing():
     assert "too little is known" in strategy.finding
 
 
-def test_what_is_known_of_a_decoy_is_kept_apart():
-    strategy = make_strategy(clean_decoys=0.05, warmup_point=2)
+@pytest.mark.parametrize(("ensemble", "first", "later"), [("ema", 2.75, 3.375), ("mean", 7 / 3, 2.75)])
+def test_what_is_known_of_a_decoy_is_kept_apart(ensemble: str, first: float, later: float):
+    strategy = make_strategy(clean_decoys=0.05, warmup_point=3, clean_ensemble=ensemble)
     decoy = torch.tensor([True, False])
     memory = torch.full((2, 5), math.nan)
-    for epoch, value in enumerate((1.0, 2.0)):
+    for epoch, value in enumerate((1.0, 2.0, 4.0)):
         memory = strategy.remember(warming(memory, epoch, value, decoy))
-    assert memory[0, :4].isnan().all()
-    assert memory[1].tolist() == pytest.approx([1.5, memory[1, 1].item(), 2.0, 1.0, 1.5])
-    assert memory[0, 4].item() == 1.5
-    memory = strategy.remember(warming(memory, 2, 4.0, None))
-    assert memory[:, 4].tolist() == [1.5, 1.5]
-    assert memory[:, 0].tolist() == [4.0, 2.75]
-    assert memory[:, 2].tolist() == [1.0, 3.0]
+    assert memory[0, [0, 1, 3]].isnan().all()
+    assert memory[1, [0, 2, 3]].tolist() == pytest.approx([first, 3.0, 2.0])
+    assert memory[:, 4].tolist() == pytest.approx([first, first])
+    memory = strategy.remember(warming(memory, 3, 4.0, None))
+    assert memory[:, 4].tolist() == pytest.approx([first, first])
+    assert memory[:, 0].tolist() == pytest.approx([4.0, later])
+    assert memory[:, 2].tolist() == [1.0, 4.0]
 
 
 def warming(memory: Tensor, epoch: int, value: float, decoy: Tensor | None) -> Candidates:

@@ -108,14 +108,18 @@ class CleanPosterior(WarmingUp):
             return left + self.config.clean_ema**2 * (1 - left) / (1 - keep) if keep < 1 else torch.ones_like(visits)
         return torch.ones_like(visits)
 
+    def _visits(self, memory: Tensor) -> Tensor:
+        """Visits [N] with the sample's own caption; those of a decoy with its wrong one stand below 0."""
+        return memory[:, _VISITS].nan_to_num(0).clamp(min=0)
+
     def remember(self, candidates: Candidates) -> Tensor:
         memory, value = candidates.memory, self._statistic(candidates)
         decoy = candidates.decoy
-        visits = memory[:, _VISITS].nan_to_num(0)
+        visits = self._visits(memory)
         average, variance = memory[:, _AVERAGE], memory[:, _VARIANCE].nan_to_num(0)
         if decoy is not None:  # what is known of a decoy is of its wrong caption, and kept apart
             average = memory[:, _FIRST]
-            visits = visits.where(~decoy, average.isfinite().to(visits.dtype))
+            visits = memory[:, _VISITS].nan_to_num(0).abs()
         step = value - average
         if self.config.clean_drift == "removed" and not self.warms_up(candidates.epoch):
             # What is trained on rises, what is not stays behind: only how they differ among each other counts.
@@ -140,7 +144,9 @@ class CleanPosterior(WarmingUp):
         if self.decoys == 0:
             return columns
         if decoy is not None:
-            columns = columns.where(~decoy[:, None], torch.nan)
+            of_decoys = torch.full_like(columns, torch.nan)
+            of_decoys[:, _VISITS] = -columns[:, _VISITS]
+            columns = columns.where(~decoy[:, None], of_decoys)
         return torch.cat([columns, (average if self.warms_up(candidates.epoch) else memory[:, _FIRST])[:, None]], dim=1)
 
     # ---- what is known of all samples
@@ -153,7 +159,7 @@ class CleanPosterior(WarmingUp):
         return found
 
     def _survey_parts(self, memory: Tensor, epoch: int) -> list[float]:
-        rows = self._some(memory, memory[:, _VISITS].nan_to_num(0) > 0, epoch).double()
+        rows = self._some(memory, self._visits(memory) > 0, epoch).double()
         parts = fit_parts(self.config.clean_model, rows[:, _AVERAGE], self.config.clean_quantile)
         if parts is None:
             return [0.0] * (_SCALARS + 3)
@@ -162,7 +168,7 @@ class CleanPosterior(WarmingUp):
         low, high = (float((z * share).sum() / share.sum().clamp(min=_LEAST)) for share in (1 - clean, clean))
         ratio = low / high if high > 0 else 1.0
         noise = rows[:, _VARIANCE].nanmean().nan_to_num(0)
-        known = (memory[:, _VISITS].nan_to_num(0) > 0).sum()
+        known = (self._visits(memory) > 0).sum()
         return [*parts.numbers(), float(known), ratio, float(noise)]
 
     def _survey_decoys(self, memory: Tensor) -> list[float]:
@@ -260,7 +266,7 @@ class CleanPosterior(WarmingUp):
         trained with another.
         """
         place = _AVERAGE if self.decoys == 0 else _FIRST
-        average, visits = memory[:, place], memory[:, _VISITS].nan_to_num(0)
+        average, visits = memory[:, place], self._visits(memory)
         counted = visits if self.decoys == 0 else visits.clamp(max=self.first_epoch)
         variance = memory[:, _VARIANCE].where(visits > 1, self.noise)
         error = (variance * self._trust(counted.clamp(min=1))).sqrt()
