@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from dissect_clip.config import CLEAN_POSTERIOR, WITH_REFERENCE, Config, full_epochs, parse_strategy, warming_up
 
@@ -97,6 +98,8 @@ def contradictions(config: Config) -> Iterator[str]:
                 yield f"{flag} has no meaning with {strategy}, which scores nothing{way_out}"
     if config.select:
         yield from _rate_contradictions(config, strategies)
+    if config.select and strategies == (CLEAN_POSTERIOR,):
+        yield from _clean_contradictions(config, defaults)
     if config.select and config.select_negatives == "all":
         yield from _negatives_contradictions(config, strategies)
     if config.train_keep is not None and not config.trains:
@@ -181,6 +184,19 @@ def _negatives_contradictions(config: Config, strategies: Sequence[str]) -> Iter
         yield "--select-negatives all cannot be combined with --accum-freq above 1: give --accum-freq 1"
     if config.siglip or config.distill or "coca" in config.model.lower():
         yield "--select-negatives all works with the CLIP loss only: leave it out, or use another --model or loss"
+
+
+def _clean_contradictions(config: Config, defaults: Mapping[str, Any]) -> Iterator[str]:
+    needs = {
+        "clean_gate": (config.clean_decoys > 0, "decoys", "leave --clean-decoys 0 out"),
+        "clean_ratio": (config.clean_decoys == 0, "no decoys", "add --clean-decoys 0"),
+        "clean_quantile": (config.clean_model == "quantile", "that model", "add --clean-model quantile"),
+        "clean_ema": (config.clean_ensemble == "ema", "that ensemble", "add --clean-ensemble ema"),
+    }
+    for name, (has_meaning, what, way_out) in needs.items():
+        if getattr(config, name) != defaults[name] and not has_meaning:
+            flag = "--" + name.replace("_", "-")
+            yield f"{flag} needs {what} to have a meaning: {way_out}, or leave it out"
 
 
 def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:

@@ -479,6 +479,10 @@ def test_other_ways(words: list[str], refresh: float, before: bool):
         (["--select-strategy", "clean_posterior:1+clipscore:1"], "clean_posterior cannot be combined"),
         (["--select-strategy", "clipscore", "--clean-floor", "0.1"], "--clean-floor has no meaning"),
         (["--warmup-point", "0"], "--warmup-point 0 leaves no epoch for the decoys"),
+        (["--clean-decoys", "0", "--clean-gate", "0.2"], "--clean-gate needs decoys"),
+        (["--clean-ratio", "0.2"], "--clean-ratio needs no decoys to have a meaning: add --clean-decoys 0"),
+        (["--clean-quantile", "0.2"], "--clean-quantile needs that model"),
+        (["--clean-ema", "0.2", "--clean-ensemble", "last"], "--clean-ema needs that ensemble"),
     ],
 )
 def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
