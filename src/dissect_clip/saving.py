@@ -109,10 +109,10 @@ def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
     decoys = None if state.selector is None else state.selector.decoys_in(checkpoint.epoch)
     if decoys is None or checkpoint.state is None:
         return
-    captions = checkpoint.decoys
-    if captions is not None and checkpoint.state.seed == state.config.seed and len(captions) == len(decoys.ids):
-        decoys.load(captions)
-    elif checkpoint.epoch > 0 or checkpoint.state.epoch_step > 0:
+    captions, then = checkpoint.decoys, checkpoint.state
+    if captions is not None and then.seed == state.config.seed and decoys.load(captions, then.world_size):
+        return
+    if checkpoint.epoch > 0 or then.epoch_step > 0:
         log.warning(
             "The checkpoint has no captions for these decoys, it was trained with others or without: P(clean) needs "
             "some epochs until it can be relied upon. --seed and --clean-decoys say which they are"

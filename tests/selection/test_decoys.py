@@ -3,7 +3,6 @@
 import pytest
 import torch
 from distributed import run_on_ranks
-from torch import Tensor
 
 from dissect_clip.batch import Batch
 from dissect_clip.dist import World
@@ -42,15 +41,21 @@ def test_how_many_there_are(samples: int, share: float, count: int):
     assert len(decoy_ids(samples, share, seed=0)) == count
 
 
-def test_a_decoy_gets_its_neighbours_caption_and_keeps_it():
-    decoys = make_decoys(4, 7)
+def test_a_decoy_gets_the_caption_of_the_one_before_it_and_keeps_it():
+    decoys = make_decoys(4, 7, 8)
     assert decoys.captions is None
-    assert captions(decoys(make_batch([1, 4, 2, 3]))) == [1, 1, 2, 3]
-    assert decoys.captions is not None
-    assert decoys.captions[:, 0].tolist() == [1, -1]
-    assert captions(decoys(make_batch([7, 9, 4]))) == [4, 9, 1]  # the last one's own caption, not its wrong one
-    assert captions(decoys(make_batch([4, 8, 7, 6]))) == [1, 8, 4, 6]
-    assert decoys.captions.dtype == torch.int32
+    assert captions(decoys(make_batch([1, 4, 2, 3]))) == [1, 1, 2, 3]  # the first one its neighbour's
+    assert captions(decoys(make_batch([5, 7, 9, 4, 8]))) == [5, 4, 9, 1, 4]  # own captions are handed on
+    assert captions(decoys(make_batch([4, 8, 7, 6]))) == [1, 4, 4, 6]
+
+
+def test_captions_go_round_among_decoys():
+    ids = list(range(0, 40, 2))
+    decoys = make_decoys(*ids)
+    first = [captions(decoys(make_batch(list(range(start, start + 10))))) for start in range(0, 40, 10)]
+    wrong = [caption for batch in first for caption in batch[::2]]
+    assert wrong == [9, *ids[:-1]]
+    assert [caption for batch in first for caption in batch[1::2]] == list(range(1, 40, 2))
 
 
 def test_the_batch_is_left_as_it_was_and_a_decoy_that_comes_twice_gets_one_caption():
@@ -59,7 +64,8 @@ def test_the_batch_is_left_as_it_was_and_a_decoy_that_comes_twice_gets_one_capti
     once = captions(decoys(batch))
     assert captions(batch) == [4, 1, 4, 2]
     assert once[1::2] == [1, 2]
-    assert captions(decoys(make_batch([3, 4, 4])))[1:] == [1, 1]  # of the last occurrence
+    again = captions(decoys(make_batch([3, 4, 4])))
+    assert again[1] == again[2]
 
 
 def test_a_batch_without_decoys_stays_what_it_is():
@@ -69,13 +75,16 @@ def test_a_batch_without_decoys_stays_what_it_is():
 
 
 def test_captions_are_taken_over():
-    first, again = make_decoys(4, 7), make_decoys(4, 7)
-    first(make_batch([1, 4, 2, 3]))
+    first, again = make_decoys(4, 7, 9), make_decoys(4, 7, 9)
+    first(make_batch([1, 4, 2, 7]))
+    first.agree()
     assert first.captions is not None
-    again.load(first.captions)
-    assert captions(again(make_batch([4, 8, 7]))) == [1, 8, 8]
-    with pytest.raises(ValueError, match="2 captions are no captions of 1 decoys"):
-        make_decoys(4).load(first.captions)
+    assert first.captions.dtype == torch.int32
+    assert first.captions[:, 0].tolist() == [1, 4, -1, 7]  # the last row: the own caption to hand on
+    assert again.load(first.captions, ranks=1)
+    later = make_batch([4, 8, 9, 7])
+    assert captions(again(later)) == captions(first(later)) == [1, 8, 4, 4]
+    assert not make_decoys(4).load(first.captions, ranks=1)
 
 
 def on_ranks(world: World) -> tuple[list[int], list[int]]:
@@ -83,19 +92,18 @@ def on_ranks(world: World) -> tuple[list[int], list[int]]:
     decoys = make_decoys(10, 11, 12, 13, world=world)
     decoys.agree()
     decoys(make_batch([10 + world.rank, 12, 20 + world.rank], first=100 * world.rank))
-    before: Tensor | None = decoys.captions
-    assert before is not None
-    decoys.agree()
     decoys.agree()
     after = decoys.captions
     assert after is not None
     assert (after == after[:, :1]).all()
-    return before[:, 0].tolist(), after[:, 0].tolist()
+    again = make_decoys(10, 11, 12, 13, world=world)
+    assert again.load(after, ranks=2)
+    return after[:, 0].tolist(), captions(again(make_batch([1, 13])))
 
 
 @pytest.mark.dist
 def test_ranks_agree():
     first, second = run_on_ranks(2, on_ranks)
-    assert first[0] == [20, -1, 10, -1]
-    assert second[0] == [-1, 121, 111, -1]
-    assert first[1] == second[1] == [20, 121, 111, -1]
+    # Of 10, 11, 12 (rank 1 counts) and 13; then what each rank hands on.
+    assert first[0] == second[0] == [20, 121, 111, -1, 12, 112]
+    assert (first[1], second[1]) == ([1, 12], [1, 112])

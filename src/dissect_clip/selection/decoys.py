@@ -40,25 +40,42 @@ def decoy_ids(num_samples: int, share: float, seed: int) -> Tensor:
 class Decoys:
     """Gives the decoys among the samples of a batch their wrong captions.
 
-    A decoy gets the caption of its neighbour in the batch in which it first comes, and keeps it for as long as there
-    are decoys. In an epoch a sample comes on one rank alone: ranks need not know of each other's until it is over.
+    A decoy gets the own caption of the decoy that this rank met before it, and keeps it for as long as there are
+    decoys. So no image is seen with its own caption while a decoy has that, too: beside its true image a wrong caption
+    would be harder to learn by heart. The first decoy of a rank gets the caption of its neighbour in the batch.
+
+    In an epoch a sample comes on one rank alone: ranks need not know of each other's until it is over.
     """
 
     def __init__(self, ids: Tensor, world: World) -> None:
         self.ids = ids.to(world.device)  # [P] int64, rising
         self.world = world
         self._captions: Tensor | None = None  # [P + 1, L] int64; the last row is for those that are no decoys
+        self._last = torch.empty(0)  # [L] int64, the own caption of the decoy that this rank met last
+        self._lasts = torch.empty(0)  # [W, L] int64, the same of all ranks when they last agreed
 
     def __call__(self, batch: Batch) -> Batch:
         """A batch on the device with the decoys' captions in it. Not collective, no device sync."""
-        if self._captions is None or self._captions.shape[1] != batch.text.shape[1]:  # or those of another tokenizer
-            self._captions = batch.text.new_full((len(self.ids) + 1, batch.text.shape[1]), _UNSET)
+        text = batch.text
+        if self._captions is None or self._captions.shape[1] != text.shape[1]:  # or those of another tokenizer
+            self._captions = text.new_full((len(self.ids) + 1, text.shape[1]), _UNSET)
+            self._last = text.new_full((text.shape[1],), _UNSET)
         place, decoy = self._find(batch.sample_id)
         place = place.where(decoy, len(self.ids))
         known = self._captions[place]
-        wrong = torch.where(known[:, :1] == _UNSET, batch.text.roll(1, dims=0), known)
+        wrong = torch.where(known[:, :1] == _UNSET, self._captions_before(text, decoy), known)
         self._captions[place] = wrong.where(decoy[:, None], _UNSET)[last_occurrence(place)]
-        return dataclasses.replace(batch, text=torch.where(decoy[:, None], wrong, batch.text))
+        return dataclasses.replace(batch, text=torch.where(decoy[:, None], wrong, text))
+
+    def _captions_before(self, text: Tensor, decoy: Tensor) -> Tensor:
+        """For each pair the own caption [N, L] of the decoy before it; takes note of the last one."""
+        number = torch.arange(len(text), device=text.device).where(decoy, -1)
+        upto = number.cummax(0).values
+        before = torch.cat([number.new_full((1,), -1), upto[:-1]])
+        last = torch.where(self._last[0] == _UNSET, text.roll(1, dims=0), self._last)
+        found = torch.where((before >= 0)[:, None], text[before.clamp(min=0)], last)
+        self._last = torch.where(upto[-1] >= 0, text[upto[-1].clamp(min=0)], self._last)
+        return found
 
     def _find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         place = torch.searchsorted(self.ids, ids).clamp(max=len(self.ids) - 1)
@@ -69,8 +86,11 @@ class Decoys:
         return self._find(ids)[1]
 
     def agree(self) -> None:
-        """Let every rank know the captions of all. Collective: two all_reduces, of [P] and of [P, L]."""
-        if self._captions is None or self.world.size == 1:
+        """Let every rank know the captions of all. Collective: all_reduces of [P] and [P, L], an all_gather of [L]."""
+        if self._captions is None:
+            return
+        self._lasts = self.world.all_gather(self._last[None])
+        if self.world.size == 1:
             return
         captions = self._captions[:-1]
         mine = captions[:, 0] != _UNSET
@@ -81,16 +101,20 @@ class Decoys:
 
     @property
     def captions(self) -> Tensor | None:
-        """[P, L] int32, -1 in a row that has none yet; None before the first batch."""
-        return None if self._captions is None else self._captions[:-1].int()
+        """As the ranks last agreed on: [P + W, L] int32, -1 in a row that has none yet; None before the first batch.
 
-    def load(self, captions: Tensor) -> None:
-        """Take over the ``captions`` [P, L] of an earlier run.
-
-        Raises:
-            ValueError: they are those of other decoys.
+        Those of the decoys, then for each rank the own caption of the decoy that it met last.
         """
-        if len(captions) != len(self.ids):
-            raise ValueError(f"{len(captions)} captions are no captions of {len(self.ids)} decoys")
-        last = captions.new_full((1, captions.shape[1]), _UNSET)
-        self._captions = torch.cat([captions, last]).long().to(self.ids.device)
+        return None if self._captions is None else torch.cat([self._captions[:-1], self._lasts]).int()
+
+    def load(self, captions: Tensor, ranks: int) -> bool:
+        """Take over the ``captions`` [P + W, L] of a run with W ``ranks``; False where they are of other decoys."""
+        count = len(self.ids)
+        if len(captions) != count + ranks:
+            return False
+        captions = captions.long().to(self.ids.device)
+        nothing = captions.new_full((1, captions.shape[1]), _UNSET)
+        self._captions, self._lasts = torch.cat([captions[:count], nothing]), captions[count:]
+        # With another number of ranks the rest of the epoch is laid out anew.
+        self._last = self._lasts[self.world.rank] if len(self._lasts) == self.world.size else nothing[0]
+        return True
