@@ -401,7 +401,7 @@ class Config:
         within=Range(at_least=0, at_most=1),
     )
     clean_gate: float = setting(
-        0.1,
+        0.05,
         "clean_posterior: draw uniformly where less than this share of the pairs is wrong by what the decoys say",
         within=Range(at_least=0, at_most=1),
     )

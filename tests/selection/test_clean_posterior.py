@@ -209,7 +209,7 @@ def with_decoys(share_wrong: float, size: int = 4000, **changes: object) -> tupl
 @pytest.mark.parametrize("share", [0.1, 0.4, 0.8])
 def test_with_decoys_the_probability_is_that_of_the_truth(share: float):
     memory, wrong, strategy = with_decoys(share)
-    assert strategy.told_apart is (share > 0.1)  # 0.1 is the gate, and a little more than what is found
+    assert strategy.told_apart
     assert strategy.known == len(memory) == 3800
     assert strategy.known_decoys == 200
     assert strategy.by_decoys is not None
