@@ -174,7 +174,7 @@ class CleanPosterior(WarmingUp):
     def _survey_decoys(self, memory: Tensor) -> list[float]:
         """How many decoys are known, and what they say of the averages of all others in the warm-up."""
         first = memory[:, _FIRST]
-        ids = decoy_ids(len(memory), self.decoys, self.config.seed).to(memory.device)
+        ids = self._decoy_ids(len(memory)).to(memory.device)
         known = first[ids].isfinite()
         others = self._some(memory, first.isfinite().index_fill(0, ids, False), 0)[:, _FIRST]
         parts = fit_parts(DECOYS, others, decoys=first[ids[known]])
@@ -272,7 +272,7 @@ class CleanPosterior(WarmingUp):
         error = (variance * self._trust(counted.clamp(min=1))).sqrt()
         low, high = memory.clone(), memory.clone()
         low[:, place], high[:, place] = average - error, average + error
-        decoy = torch.isin(ids, decoy_ids(num_samples, self.decoys, self.config.seed).to(ids.device))
+        decoy = torch.isin(ids, self._decoy_ids(num_samples).to(ids.device))
         p_clean, p_low, p_high = (self.certainty(rows, epoch).where(~decoy, torch.nan) for rows in (memory, low, high))
         return {
             "p_clean": p_clean,
