@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from torch.utils.data import DataLoader
@@ -102,9 +103,12 @@ def test_a_loader_worker_survives_what_a_scheduler_sends_to_all(watch: Watch):
 
 def test_a_worker_ends_when_its_parent_says_so():
     """Also with the interpreter: a loader that is still there then leaves it to multiprocessing."""
-    worker = multiprocessing.get_context("fork").Process(target=_worker)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    worker = context.Process(target=_worker, args=(ready,))
     worker.start()
-    subprocess.run(["sh", "-c", f"sleep 0.5; kill -TERM {worker.pid}"], check=True)
+    assert ready.wait(60)
+    subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
     worker.join(0.5)
     assert worker.is_alive(), "another's signal"
     worker.terminate()
@@ -112,6 +116,7 @@ def test_a_worker_ends_when_its_parent_says_so():
     assert worker.exitcode == 0
 
 
-def _worker() -> None:
+def _worker(ready: Any) -> None:
     leave_to_the_parent(0)
+    ready.set()
     time.sleep(60)

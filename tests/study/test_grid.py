@@ -176,6 +176,7 @@ def test_there_are_grids():
         "paper/wall_clock.yaml", "paper/noise.yaml", "small/methods.yaml", "small/rates.yaml", "small/noise.yaml",
         "small/wall_clock.yaml", "small/warmups.yaml", "small/clean_posterior.yaml", "small/clean_ablation.yaml",
         "small/clean_noise.yaml", "small/clean_kinds.yaml", "small/clean_rates.yaml",
+        "small/clean_vit.yaml",
     }  # fmt: skip
 
 
