@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -22,4 +23,21 @@ def emoji() -> Path:
     folder = Path(os.environ.get("DISSECT_EMOJI", ROOT.parent / "shared" / "data" / "emoji"))
     if not (folder / "train-000000.tar").exists():
         pytest.skip(f"the emoji set is not at {folder}; DISSECT_EMOJI names its folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the first pairs of the real set: ``train-{0,1}.tar`` with 200 each, and ``val.tar`` with 100."""
+    folder = tmp_path_factory.mktemp("pairs")
+    for name, source, count in (
+        ("train-0", "train-000000", 200), ("train-1", "train-000001", 200), ("val", "val-000000", 100)
+    ):  # fmt: skip
+        with tarfile.open(emoji / f"{source}.tar") as whole, tarfile.open(folder / f"{name}.tar", "w") as part:
+            keys: set[str] = set()
+            for member in whole:
+                keys.add(member.name.split(".")[0])
+                if len(keys) > count:
+                    break
+                part.addfile(member, whole.extractfile(member))
     return folder

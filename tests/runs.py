@@ -19,7 +19,7 @@ def arguments(folder: Path, data: str, name: str = "run", **changes: Any) -> lis
     configs.mkdir(exist_ok=True)
     flags: dict[str, Any] = {
         "train_data": data, "model": "toy-vit", "model_config": write_configs(configs), "device": "cpu",
-        "precision": "fp32", "batch_size": 100, "epochs": 3, "warmup": 5, "lr": 1e-3, "workers": 0,
+        "precision": "fp32", "batch_size": 40, "epochs": 3, "warmup": 5, "lr": 1e-3, "workers": 0,
         "output_dir": folder / "logs", "name": name, "log_every_n_steps": 1,
     }  # fmt: skip
     words: list[str] = []

@@ -31,12 +31,11 @@ MODES = {strategy or "none": selection(strategy) for strategy in ALL} | {
     "refreshed": selection("small_loss", score_refresh=0.3),
     "random before loading": selection("random", select_before_load=True),
 }
-SMALL = "train-00000{0,1}.tar"  # 1,000 pairs: ten steps of a hundred
 
 
 @pytest.fixture
-def data(emoji: Path) -> str:
-    return str(emoji / SMALL)
+def data(pairs: Path) -> str:
+    return str(pairs / "train-{0,1}.tar")  # ten steps of forty
 
 
 def checkpoint(run: Path, epoch: int) -> dict[str, Any]:
@@ -49,15 +48,15 @@ def scores(run: Path, epoch: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("strategy", ALL)
-def test_trains_and_evaluates_and_repeats_itself(tmp_path: Path, emoji: Path, data: str, strategy: str | None):
-    flags = selection(strategy) | {"val_data": emoji / "val-000000.tar", "epochs": 2}
+def test_trains_and_evaluates_and_repeats_itself(tmp_path: Path, pairs: Path, data: str, strategy: str | None):
+    flags = selection(strategy) | {"val_data": pairs / "val.tar", "epochs": 2}
     flags |= {"record": True} if strategy else {}
     first, second = (train(tmp_path, data, name, **flags) for name in ("first", "second"))
     assert [line["epoch"] for line in results(first)] == [1, 2]
-    assert results(first)[-1]["seen"] == 2000
-    # SCAN: of the candidates, 700 of 1000, the second epoch leaves a quarter out.
-    trained = {None: 2000, "scan": 1000 + 820, "clean_posterior": 1000 + 300}
-    assert results(first)[-1]["trained"] == trained.get(strategy, 600)
+    assert results(first)[-1]["seen"] == 800
+    # SCAN: of the candidates, 280 of 400, the second epoch leaves a quarter out.
+    trained = {None: 800, "scan": 400 + 330, "clean_posterior": 400 + 120}
+    assert results(first)[-1]["trained"] == trained.get(strategy, 240)
     assert 0 < results(first)[-1]["rsum"] <= 600
     assert losses(first) == losses(second)
     assert results(first) == results(second)
@@ -86,8 +85,8 @@ def test_rate_one_equals_no_selection_bit_for_bit(tmp_path: Path, data: str):
 
 @pytest.mark.parametrize("strategy", ALL)
 @pytest.mark.parametrize("accum_freq", [1, 2])
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, emoji: Path, data: str, strategy, accum_freq):
-    flags = selection(strategy) | {"val_data": emoji / "val-000000.tar", "accum_freq": accum_freq}
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, pairs: Path, data: str, strategy, accum_freq):
+    flags = selection(strategy) | {"val_data": pairs / "val.tar", "accum_freq": accum_freq}
     flags |= {"force_patch_dropout": 0.3, "record": True if strategy else None}
     whole = train(tmp_path, data, "whole", **flags)
     stopped = shutil.copytree(whole, tmp_path / "logs" / "stopped")
@@ -159,16 +158,16 @@ def _all_modes(world: World, folder: str, data: str, validation: str) -> dict[st
     cli.train_epoch = compare  # type: ignore[attr-defined]
     for name, mode in MODES.items():
         shares[name] = []
-        flags = {"val_data": validation, "batch_size": 50, "workers": 1 if name in ("random", "fast") else 0}
+        flags = {"val_data": validation, "batch_size": 30, "workers": 1 if name in ("random", "fast") else 0}
         words = arguments(Path(folder), data, name, **flags, **mode)
         cli.run(parse_args(words, summaries()), world)
     return shares
 
 
 @pytest.mark.dist
-def test_every_mode_on_two_ranks(tmp_path: Path, emoji: Path):
+def test_every_mode_on_two_ranks(tmp_path: Path, pairs: Path):
     """On one shard: each rank reads a half of it."""
-    data, validation = emoji / "train-000012.tar", emoji / "val-000000.tar"  # 324 pairs
+    data, validation = pairs / "train-0.tar", pairs / "val.tar"
     answers = run_on_ranks(2, _all_modes, str(tmp_path), str(data), str(validation))
     assert answers[0] == answers[1]
     for name in ("historical_base_sampling", "warmup_base_sampling", "fast", "refreshed"):
@@ -176,7 +175,7 @@ def test_every_mode_on_two_ranks(tmp_path: Path, emoji: Path):
     for name in MODES:
         last = results(tmp_path / "logs" / name)[-1]
         assert last["epoch"] == 3
-        assert last["seen"] == 3 * 400  # 324 rounded up to whole batches of both ranks
+        assert last["seen"] == 3 * 240  # 200 rounded up to whole batches of both ranks
         assert last["rsum"] > 0
 
 

@@ -21,7 +21,7 @@ from dissect_clip.clock import PhaseClock
 from dissect_clip.selection import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = "train-00000{0,1}.tar"  # 1,000 pairs: ten steps of a hundred
+SMALL = "train-{0,1}.tar"  # 400 pairs: ten steps of forty
 
 
 class Killed(BaseException):
@@ -87,7 +87,7 @@ def assert_same(whole: Path, stopped: Path, epochs: int, strategy: str | None) -
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"accum_freq": 2},
-    {"dataset_resampled": True, "train_num_samples": 1000},
+    {"dataset_resampled": True, "train_num_samples": 400},
 ]
 
 
@@ -96,7 +96,7 @@ ONE_VARIANT: dict[str, dict[str, Any]] = {
     "scan": {"epochs": 3},
     "clean_posterior": {"clean_decoys": 0.2, "clean_gate": 0.0, "accum_freq": 2},
     "divbs": {"accum_freq": 2},
-    "learnability": {"dataset_resampled": True, "train_num_samples": 1000},
+    "learnability": {"dataset_resampled": True, "train_num_samples": 400},
     "jest": {},
     "negcliploss": {},
     "clipscore:1+warmup_base_sampling:2": {"warmup_point": 1, "select_rate_schedule": "linear", "accum_freq": 2},
@@ -107,11 +107,11 @@ ONE_VARIANT: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v) or "plain")
 @pytest.mark.parametrize("strategy", [None, *(name for name in STRATEGIES if name not in ONE_VARIANT)])
 def test_a_run_killed_inside_an_epoch_goes_on_exactly(
-    tmp_path: Path, emoji: Path, strategy: str | None, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pairs: Path, strategy: str | None, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     flags = selection(strategy) | {"epochs": 2, "save_every_n_steps": 2, "force_patch_dropout": 0.3, **variant}
-    flags |= {"val_data": emoji / "val-000000.tar", "record": True if strategy else None}
-    data = str(emoji / SMALL)
+    flags |= {"val_data": pairs / "val.tar", "record": True if strategy else None}
+    data = str(pairs / SMALL)
     epochs = flags["epochs"]
     whole = train(tmp_path, data, "whole", **flags)
     steps = checkpoint(whole, f"epoch_{epochs}")["dissect"]["step"]
@@ -126,15 +126,15 @@ def test_a_run_killed_inside_an_epoch_goes_on_exactly(
 
 @pytest.mark.parametrize(("strategy", "variant"), ONE_VARIANT.items(), ids=ONE_VARIANT)
 def test_the_same_with_other_strategies(
-    tmp_path: Path, emoji: Path, strategy: str, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pairs: Path, strategy: str, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
-    test_a_run_killed_inside_an_epoch_goes_on_exactly(tmp_path, emoji, strategy, variant, monkeypatch)
+    test_a_run_killed_inside_an_epoch_goes_on_exactly(tmp_path, pairs, strategy, variant, monkeypatch)
 
 
 REUSE: dict[str, dict[str, Any]] = {
     "small_loss": {"select_preset": "fast"},
     "random": {"select_preset": "fast"},
-    "historical_base_sampling": {"score_refresh": 0.2, "dataset_resampled": True, "train_num_samples": 1000},
+    "historical_base_sampling": {"score_refresh": 0.2, "dataset_resampled": True, "train_num_samples": 400},
     "warmup_base_sampling": {"score_refresh": 0.2, "select_before_load": True, "accum_freq": 2},
     "clean_posterior": {"score_refresh": 0.2, "clean_decoys": 0.0, "clean_ratio": 1.0, "clean_statistic": "loss"},
 }
@@ -142,11 +142,11 @@ REUSE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(("strategy", "variant"), REUSE.items(), ids=REUSE)
 def test_the_same_where_scores_are_used_again(
-    tmp_path: Path, emoji: Path, strategy: str, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pairs: Path, strategy: str, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ):
     flags = selection(strategy) | {"epochs": 2, "save_every_n_steps": 2, "force_patch_dropout": 0.3, **variant}
-    flags |= {"record": True, "val_data": emoji / "val-000000.tar", "val_frequency": 2}
-    data = break_some(emoji, tmp_path / "data")
+    flags |= {"record": True, "val_data": pairs / "val.tar", "val_frequency": 2}
+    data = break_some(pairs, tmp_path / "data")
     whole = train(tmp_path, data, "whole", **flags)
     steps = checkpoint(whole, "epoch_2")["dissect"]["step"]
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
@@ -157,14 +157,14 @@ def test_the_same_where_scores_are_used_again(
 
 
 @pytest.mark.parametrize("preset", ["exact", "fast"])
-def test_the_same_on_a_list_of_samples(tmp_path: Path, emoji: Path, preset: str, monkeypatch: pytest.MonkeyPatch):
-    data = break_some(emoji, tmp_path / "data")
-    kept = range(0, 1000, 3)  # 334 samples in nine steps of forty: some come twice
+def test_the_same_on_a_list_of_samples(tmp_path: Path, pairs: Path, preset: str, monkeypatch: pytest.MonkeyPatch):
+    data = break_some(pairs, tmp_path / "data")
+    kept = range(0, 400, 3)  # 134 samples in nine steps of sixteen: some come twice
     listed = tmp_path / "list.txt"
     listed.write_text("".join(f"{number}\n" for number in kept))
     flags = selection("warmup_base_sampling", select_preset=preset) | {"epochs": 2, "save_every_n_steps": 1}
-    flags |= {"record": True, "val_data": emoji / "val-000000.tar", "val_frequency": 2}
-    flags |= {"train_keep": listed, "batch_size": 40}
+    flags |= {"record": True, "val_data": pairs / "val.tar", "val_frequency": 2}
+    flags |= {"train_keep": listed, "batch_size": 16}
     whole = train(tmp_path, data, "whole", **flags)
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
     for step in (4, 12):
@@ -177,11 +177,11 @@ def test_the_same_on_a_list_of_samples(tmp_path: Path, emoji: Path, preset: str,
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_same_with_loader_workers_and_broken_samples(
-    tmp_path: Path, emoji: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pairs: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ):
-    data = break_some(emoji, tmp_path / "data")
+    data = break_some(pairs, tmp_path / "data")
     flags = selection("warmup_base_sampling") | {"epochs": 2, "save_every_n_steps": 3, "workers": workers}
-    flags |= {"record": True, "batch_size": 50, "val_data": emoji / "val-000000.tar"}
+    flags |= {"record": True, "batch_size": 20, "val_data": pairs / "val.tar"}
     whole = train(tmp_path, data, "whole", **flags)
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
     for step in (7, 25):
@@ -191,10 +191,10 @@ def test_the_same_with_loader_workers_and_broken_samples(
 
 
 def test_a_run_killed_while_it_evaluates_evaluates_when_it_goes_on(
-    tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    flags = {"epochs": 2, "val_data": emoji / "val-000000.tar"}
-    data = str(emoji / SMALL)
+    flags = {"epochs": 2, "val_data": pairs / "val.tar"}
+    data = str(pairs / SMALL)
     whole = train(tmp_path, data, "whole", **flags)
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
 
@@ -209,34 +209,34 @@ def test_a_run_killed_while_it_evaluates_evaluates_when_it_goes_on(
     assert results(tmp_path / "logs" / "stopped") == results(whole)
 
 
-def break_some(emoji: Path, folder: Path) -> str:
-    """Two shards in which ten images each have lost what tells a JPEG; returns their pattern."""
+def break_some(pairs: Path, folder: Path) -> str:
+    """Two shards in which four images each have lost what tells a JPEG; returns their pattern."""
     folder.mkdir()
     for number in range(2):
-        content = (emoji / f"train-00000{number}.tar").read_bytes()
-        (folder / f"train-{number}.tar").write_bytes(content.replace(b"\xff\xd8\xff", b"\0\0\0", 10))
+        content = (pairs / f"train-{number}.tar").read_bytes()
+        (folder / f"train-{number}.tar").write_bytes(content.replace(b"\xff\xd8\xff", b"\0\0\0", 4))
     return str(folder / "train-{0,1}.tar")
 
 
 def test_other_batches_after_a_stop_see_what_is_left_once(
-    tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     flags = selection("random") | {"epochs": 1, "save_every_n_steps": 2, "record": True}
-    data = break_some(emoji, tmp_path / "data")
+    data = break_some(pairs, tmp_path / "data")
     run_until(5, arguments(tmp_path, data, **flags), monkeypatch)
-    run = train(tmp_path, data, resume="latest", **flags | {"batch_size": 60, "workers": 2})
+    run = train(tmp_path, data, resume="latest", **flags | {"batch_size": 25, "workers": 2})
     ids = [row["sample_id"] for row in record(run, 0)]
-    assert len(ids) == 400 + 600  # 580 are left, rounded up to whole batches
-    assert len(set(ids)) == 980
+    assert len(ids) == 160 + 250  # 232 are left, rounded up to whole batches
+    assert len(set(ids)) == 392
     skipped = pq.read_table(run / "skipped.parquet").to_pylist()
-    assert sum(row["samples"] for row in skipped) == 20  # those met before the stop are met again, and told once
+    assert sum(row["samples"] for row in skipped) == 8  # those met before the stop are met again, and told once
     said = capsys.readouterr().err
-    assert "batch_size is 60, was 100" in said
-    assert "the 600 samples not yet seen are spread anew" in said
+    assert "batch_size is 25, was 40" in said
+    assert "the 240 samples not yet seen are spread anew" in said
 
 
-def test_checkpoints_by_the_clock(tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch):
-    words = arguments(tmp_path, str(emoji / SMALL), epochs=1, save_every_minutes=1e-9)
+def test_checkpoints_by_the_clock(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch):
+    words = arguments(tmp_path, str(pairs / SMALL), epochs=1, save_every_minutes=1e-9)
     run_until(6, words, monkeypatch)
     (saved,) = (tmp_path / "logs" / "run" / "checkpoints").glob("epoch_0_step_*.pt")
     assert saved.name == "epoch_0_step_6.pt"
@@ -261,9 +261,9 @@ def wait_for_steps(process: "subprocess.Popen[str]", run: Path, count: int) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGINT", 130)])
-def test_signals_save_and_stop_with_a_status(tmp_path: Path, emoji: Path, name: str, status: int):
+def test_signals_save_and_stop_with_a_status(tmp_path: Path, pairs: Path, name: str, status: int):
     flags = {"epochs": 60, "batch_size": 20}
-    words = arguments(tmp_path, str(emoji / SMALL), **flags)
+    words = arguments(tmp_path, str(pairs / SMALL), **flags)
     run = tmp_path / "logs" / "run"
     process = start(words)
     wait_for_steps(process, run, 60)
@@ -277,7 +277,7 @@ def test_signals_save_and_stop_with_a_status(tmp_path: Path, emoji: Path, name: 
     assert checkpoint(run, saved.stem)["dissect"]["step"] == done  # nothing is lost
 
 
-def test_losses_are_equal_whatever_is_saved(tmp_path: Path, emoji: Path):
-    data = str(emoji / SMALL)
+def test_losses_are_equal_whatever_is_saved(tmp_path: Path, pairs: Path):
+    data = str(pairs / SMALL)
     plain, often = (train(tmp_path, data, f"every{n}", epochs=1, save_every_n_steps=n) for n in (0, 1))
     assert losses(plain) == losses(often)
