@@ -1,4 +1,4 @@
-# make demo | test | coverage | lint | bench | bench-quality | reproduce: each sets up .venv by itself, from pyproject.toml.
+# make demo | test | lint | bench | bench-quality | reproduce: each sets up .venv by itself, from pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -12,14 +12,13 @@ REPRODUCE_FLAGS ?=
 # What tests compare evaluations with. Without its dependencies, of which dev has all but 100 MB of caption metrics.
 CLIP_BENCHMARK := 1.6.2
 
-.PHONY: demo test coverage lint bench bench-quality reproduce clean
+.PHONY: demo test lint bench bench-quality reproduce clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo "make demo   make a data set, train five small CLIP models on it, compare them (CPU, minutes)"
 	@echo "make test   run the tests"
-	@echo "make coverage  the tests, and how much of the code they run; fails below 90 %"
 	@echo "make lint   style and types"
 	@echo "make bench  run the benchmarks (CPU, some ten minutes)"
 	@echo "make bench-quality TRAIN_DATA='...tar' VAL_DATA='...tar'   time to quality (hours)"
@@ -39,10 +38,6 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(RUN) -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
-
-# Takes half as long again as the tests alone.
-coverage: $(VENV)/.installed
-	$(RUN) -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=90 $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check src tests scripts benchmarks

@@ -1,11 +1,11 @@
 """Fixtures for all tests."""
 
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from shards_util import make_shard, read_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,14 +30,7 @@ def emoji() -> Path:
 def pairs(emoji: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the first pairs of the real set: ``train-{0,1}.tar`` with 200 each, and ``val.tar`` with 100."""
     folder = tmp_path_factory.mktemp("pairs")
-    for name, source, count in (
-        ("train-0", "train-000000", 200), ("train-1", "train-000001", 200), ("val", "val-000000", 100)
-    ):  # fmt: skip
-        with tarfile.open(emoji / f"{source}.tar") as whole, tarfile.open(folder / f"{name}.tar", "w") as part:
-            keys: set[str] = set()
-            for member in whole:
-                keys.add(member.name.split(".")[0])
-                if len(keys) > count:
-                    break
-                part.addfile(member, whole.extractfile(member))
+    parts = {"train-0": ("train-000000", 200), "train-1": ("train-000001", 200), "val": ("val-000000", 100)}
+    for name, (source, count) in parts.items():
+        make_shard(folder / f"{name}.tar", dict(read_shard(emoji / f"{source}.tar")[:count]))
     return folder

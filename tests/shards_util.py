@@ -54,6 +54,18 @@ def make_shard(path: Path, samples: Mapping[str, Mapping[str, bytes]]) -> Path:
     )
 
 
+def read_shard(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """The keys of a shard in their order, each with its files by suffix."""
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, suffix = member.name.split(".")
+            content = tar.extractfile(member)
+            assert content is not None
+            samples.setdefault(key, {})[suffix] = content.read()
+    return list(samples.items())
+
+
 def make_shards(folder: Path, sizes: Sequence[int], bad: Mapping[int, Mapping[str, bytes | None]] | None = None) -> str:
     """Shards ``train-000.tar`` and on, of these sizes. Keys and captions are the expected ids; returns the pattern.
 

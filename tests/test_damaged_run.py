@@ -2,7 +2,6 @@
 
 import io
 import json
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from damage import WAYS, Content, Way, damaged, write_members
 from PIL import Image
 from runs import losses, results, train
+from shards_util import read_shard
 
 EVERY = 33
 """One sample in so many is damaged: 3 %."""
@@ -20,18 +20,11 @@ EVERY = 33
 Files = Mapping[str, bytes]
 
 
-def read_shard(path: Path) -> list[tuple[str, dict[str, bytes]]]:
-    """Keys with their files by suffix."""
-    samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, suffix = member.name.split(".")
-            content = tar.extractfile(member)
-            assert content is not None
-            samples.setdefault(key, {})[suffix] = content.read()
-    for files in samples.values():
-        files["json"] = json.dumps({"text": files["txt"].decode()}).encode()
-    return list(samples.items())
+def read_pairs(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """Keys with their files by suffix, and a json that has the caption, too."""
+    return [
+        (key, files | {"json": json.dumps({"text": files["txt"].decode()}).encode()}) for key, files in read_shard(path)
+    ]
 
 
 Treatment = Callable[[Way, str, Files], dict[str, Content]]
@@ -57,7 +50,7 @@ def write_set(folder: Path, shards: list[Path], ways: list[Way], treat: Treatmen
     number = 0
     for shard in shards:
         members: dict[str, Content] = {}
-        for key, files in read_shard(shard):
+        for key, files in read_pairs(shard):
             place, rest = divmod(number, EVERY)
             number += 1
             if rest == EVERY // 2:
@@ -88,7 +81,7 @@ def test_damaged_samples_change_nothing_for_the_others(tmp_path: Path, emoji: Pa
         flags |= {"json_caption_key": "text", "val_data": tmp_path / "gap" / shards[-1].name}
     patterns = [write_set(tmp_path / name, shards, ways, treat) for name, treat in TREATMENTS.items()]
     bad, gap = (train(tmp_path, data, name, **flags) for name, data in zip(TREATMENTS, patterns, strict=True))
-    num_damaged = (sum(len(read_shard(shard)) for shard in shards) + EVERY // 2) // EVERY
+    num_damaged = (sum(len(read_pairs(shard)) for shard in shards) + EVERY // 2) // EVERY
     expected = Counter(way.kind for way in (ways[place % len(ways)] for place in range(num_damaged)) if way.kind)
     for epoch in range(2):
         assert counted(bad, epoch) == expected
