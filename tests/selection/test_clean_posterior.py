@@ -157,6 +157,12 @@ def test_a_lower_part_far_above_chance_is_no_wrong_part(gate: float, apart: bool
     assert strategy.posterior(rows(averages), 6).isnan().all().item() is not apart
 
 
+def test_a_ratio_of_0_never_tells_them_apart():
+    averages, _ = two_parts(low=-1.0)  # below chance, as a vision transformer has them
+    assert not informed(rows(averages), clean_ratio=0.0).told_apart
+    assert informed(rows(averages), clean_ratio=0.01).told_apart
+
+
 def test_chance_is_that_of_the_z_scores_whatever_pairs_are_told_by():
     averages, _ = two_parts()
     drifting = rows(averages * 5 + 40, z=averages)

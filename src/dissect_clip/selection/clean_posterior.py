@@ -84,7 +84,7 @@ class CleanPosterior(WarmingUp):
             return False
         if self.decoys > 0:
             return self.by_decoys is not None and 1 - self.by_decoys.share >= self.config.clean_gate
-        return self.ratio < self.config.clean_ratio
+        return max(self.ratio, 0.0) < self.config.clean_ratio  # the lower part may lie below chance
 
     def _decoy_ids(self, num_samples: int) -> Tensor:
         return decoy_ids(num_samples, self.decoys, self.config.seed)
