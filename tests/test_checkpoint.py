@@ -23,7 +23,6 @@ from distributed import context
 from safetensors import safe_open
 from torch import Tensor
 
-from dissect_clip import checkpoint as module
 from dissect_clip.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -33,11 +32,15 @@ from dissect_clip.checkpoint import (
     changed_settings,
     check_fits,
     checkpoint_content,
+    files,
     find_latest,
     find_resume,
     load_checkpoint,
     save_checkpoint,
 )
+from dissect_clip.checkpoint import read as read_module
+from dissect_clip.checkpoint import writer as writer_module
+from dissect_clip.checkpoint.content import without_prefix
 from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError, TrainingError
@@ -167,7 +170,7 @@ def test_a_real_optimizer_goes_through(tmp_path: Path) -> None:
 
 def test_prefixes_of_ddp_and_compile_are_taken_off() -> None:
     state = {"module._orig_mod.visual.module.w": torch.ones(1), "_orig_mod.b": torch.ones(1)}
-    assert set(module.without_prefix(state)) == {"visual.module.w", "b"}
+    assert set(without_prefix(state)) == {"visual.module.w", "b"}
 
 
 def test_the_scores_name_their_columns(tmp_path: Path) -> None:
@@ -447,7 +450,7 @@ class Held:
             assert self.gate.wait(20)
             return save_checkpoint(*args, **settings)
 
-        monkeypatch.setattr(module, "save_checkpoint", save_later)
+        monkeypatch.setattr(writer_module, "save_checkpoint", save_later)
 
 
 @pytest.fixture
@@ -491,7 +494,7 @@ def test_a_save_waits_for_the_one_before(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     held, writer = Held(monkeypatch), make_writer()
-    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(writer_module, "_PATIENCE", 0.1)
     save_with(writer, 1)
     threading.Timer(0.2, held.gate.set).start()
     save_with(writer, 2, value=2.0)
@@ -502,7 +505,7 @@ def test_a_save_waits_for_the_one_before(
 
 def test_nothing_is_copied_where_nothing_is_to_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = CheckpointWriter(tmp_path, Config(epochs=10, save_frequency=0))
-    monkeypatch.setattr(module.HostCopies, "take", None)
+    monkeypatch.setattr(HostCopies, "take", None)
     save_with(writer, 1)
     writer.close()
     assert names(tmp_path) == []
@@ -601,7 +604,7 @@ def test_on_save_error_stop_the_next_call_raises(
 @pytest.mark.parametrize("rows", [0, 1, 10_001])
 def test_the_library_reads_the_scores_that_we_write(tmp_path: Path, rows: int) -> None:
     table = torch.arange(2 * rows, dtype=torch.float32).reshape(rows, 2)
-    module._write_scores(tmp_path / "x.safetensors", table, {"token": "t"})
+    files._write_scores(tmp_path / "x.safetensors", table, {"token": "t"})
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("scores"), table)
         assert file.metadata() == {"token": "t"}
@@ -862,8 +865,8 @@ def test_a_damaged_one_inside_an_epoch_is_passed_over_and_stays(tmp_path: Path) 
 def test_only_what_must_be_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for epoch in (1, 2, 3):
         save(tmp_path, epoch)
-    read, opened = module._read_file, []
-    monkeypatch.setattr(module, "_read_file", lambda path: (opened.append(path.name), read(path))[1])
+    read, opened = read_module._read_file, []
+    monkeypatch.setattr(read_module, "_read_file", lambda path: (opened.append(path.name), read(path))[1])
     find_latest(tmp_path)
     assert opened == ["epoch_3.pt"]
 

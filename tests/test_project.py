@@ -15,18 +15,18 @@ LAYERS: list[set[str]] = [
     | {"commands"},
     {"watch", "transfer", "data.decode", "contradictions"},
     {"dist", "signals", "schedule", "remote", "epochfile", "data.urls", "data.split", "data.pixels", "data.download"}
-    | {"arguments"},
+    | {"arguments", "checkpoint.content", "checkpoint.files"},
     {"data.tar", "data.sizes", "data.stream", "model", "loss", "optim", "runfolder", "skipped"}
-    | {"selection.base", "selection.store", "selection.mixture"},
+    | {"selection.base", "selection.store", "selection.mixture", "checkpoint.read", "checkpoint.fits"},
     {"data.shards", "data.evalstream", "data.keep", "selection.baselines", "selection.differential", "scorer", "logs"}
     | {"selection.combination", "selection.infobatch", "selection.scan", "selection.pairs", "selection.negcliploss"}
-    | {"selection.decoys"},
+    | {"selection.decoys", "checkpoint.writer", "checkpoint.latest"},
     {"data.table", "data.webdataset", "selection.selector", "selection.divbs", "selection.learnability", "reference"}
     | {"selection.clean_posterior"}
-    | {"launch", "commands.results"},
+    | {"checkpoint", "launch", "commands.results"},
     {"data.csv", "data.synthetic", "data.classification", "selection.reuse"},
     {"data", "data.benchmark", "record", "selection.chooser", "verdict"},
-    {"checkpoint", "evaluation.common", "selection"},
+    {"evaluation.common", "selection"},
     {"evaluation.retrieval", "evaluation.zeroshot", "evaluation.probe"},
     {"evaluation"},
     {"train", "commands.evaluate"},

@@ -1,0 +1,37 @@
+"""Checkpoints: what is in them, how they are written so that a crash leaves none half written, and how they are read.
+
+    checkpoints/epoch_7.pt                    OpenCLIP's keys, and "dissect" with what selection needs
+    checkpoints/epoch_7.scores.safetensors    the score store, which can be gigabytes; only with --select
+    checkpoints/epoch_7_step_1200.pt          in the middle of an epoch: 7 are complete, 1200 steps done in all
+    checkpoints/epoch_latest.pt               with --save-most-recent
+
+The scores are in place before the .pt that names their file, and both hold the same random token. No file is written
+over one that a complete .pt needs, so whatever moment a process dies at, every .pt has its scores. "epoch" counts
+complete epochs. Everything is read with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+from dissect_clip.checkpoint.content import Checkpoint, RunState, SavedReference, Shards, checkpoint_content
+from dissect_clip.checkpoint.files import save_checkpoint
+from dissect_clip.checkpoint.fits import changed_settings, check_fits, goes_on_with_reference
+from dissect_clip.checkpoint.latest import find_latest, find_resume
+from dissect_clip.checkpoint.read import load_checkpoint
+from dissect_clip.checkpoint.writer import CheckpointWriter, HostCopies
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointWriter",
+    "HostCopies",
+    "RunState",
+    "SavedReference",
+    "Shards",
+    "changed_settings",
+    "check_fits",
+    "checkpoint_content",
+    "find_latest",
+    "find_resume",
+    "goes_on_with_reference",
+    "load_checkpoint",
+    "save_checkpoint",
+]
