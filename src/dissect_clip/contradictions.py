@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from dissect_clip.config import CLEAN_POSTERIOR, WITH_REFERENCE, Config, full_epochs, parse_strategy, warming_up
 
@@ -49,17 +48,47 @@ _ALONE = ("random", "infobatch", "scan", CLEAN_POSTERIOR)
 _LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
 """How many numbers a setting may hold: one for all, or one for each channel or side."""
 
+_NEED_A_FOLDER = (
+    "save_most_recent", "save_every_n_steps", "save_every_minutes", "remote_sync", "record", "copy_codebase",
+)  # fmt: skip
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
+
 
 def contradictions(config: Config) -> Iterator[str]:
     """What cannot mean anything in a combination of settings, a line each; each names the flags and a way out."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     strategies = tuple(parse_strategy(config.select_strategy))
+    yield from _warmup_contradictions(config, strategies)
+    if config.select:
+        yield from _reference_contradictions(config, strategies)
+    yield from _scoring_contradictions(config, strategies)
+    if config.select:
+        yield from _rate_contradictions(config, strategies)
+        if strategies == (CLEAN_POSTERIOR,):
+            yield from _clean_contradictions(config)
+        if config.select_negatives == "all":
+            yield from _negatives_contradictions(config, strategies)
+    yield from _data_contradictions(config)
+    yield from _loss_contradictions(config)
+    yield from _optimizer_contradictions(config)
+    yield from _folder_contradictions(config)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _given(config: Config, names: Iterable[str]) -> list[str]:
+    """Those of the settings that are not what they are by default."""
+    return [name for name in names if getattr(config, name) != _DEFAULTS[name]]
+
+
+def _warmup_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
+    """Those of selection without ``--select``, and of a warm-up that leaves nothing to it, or too little."""
     warming = warming_up(config, strategies)
     if not config.select:
-        for name in _ONLY_WITH_SELECT:
-            if getattr(config, name) != defaults[name]:
-                flag = "--" + name.replace("_", "-")
-                yield f"{flag} needs --select (with --select-rate 1.0 every sample is trained on)"
+        for name in _given(config, _ONLY_WITH_SELECT):
+            yield f"{_flag(name)} needs --select (with --select-rate 1.0 every sample is trained on)"
     elif not config.trains:
         yield "--select needs training data: give --train-data"
     elif warming and 0 < config.epochs <= config.warmup_epochs:
@@ -73,8 +102,14 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "--warmup-point 0 leaves no epoch for the decoys: give at least 1, or --clean-decoys 0"
     elif warming and config.warmup_point == 0 and warming != (CLEAN_POSTERIOR,):
         yield f"--warmup-point 0 leaves {warming[0]} without a reference: give at least 1, or --select-reference"
-    if config.select:
-        yield from _reference_contradictions(config, strategies)
+    if config.warmup_select_rate is not None and strategies[0] not in warming:
+        given = "" if config.select_reference is None else " and --select-reference"
+        chosen = f"--select-strategy {config.select_strategy}{given}"
+        yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
+
+
+def _scoring_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
+    """Those of the scoring pass, and of choosing without one."""
     if config.score_keep_locked and not (config.lock_image or config.lock_text):
         yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
     if config.score_keep_locked and config.reuses_scores:
@@ -84,24 +119,15 @@ def contradictions(config: Config) -> Iterator[str]:
             "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
             "--select-preset fast, cannot choose ahead of time: leave one of them out (--score-refresh alone works)"
         )
-    if config.warmup_select_rate is not None and strategies[0] not in warming:
-        given = "" if config.select_reference is None else " and --select-reference"
-        chosen = f"--select-strategy {config.select_strategy}{given}"
-        yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
     clean_scores_nothing = strategies == (CLEAN_POSTERIOR,) and not config.score_refresh
     if config.select and (set(strategies) <= set(_SCORE_NOTHING) or clean_scores_nothing):
         way_out = ": give --score-refresh, too, or leave it out" if clean_scores_nothing else ""
-        for name in _SHORTCUTS:
-            if getattr(config, name) != defaults[name]:
-                flag = "--" + name.replace("_", "-")
-                strategy = f"--select-strategy {config.select_strategy}"
-                yield f"{flag} has no meaning with {strategy}, which scores nothing{way_out}"
-    if config.select:
-        yield from _rate_contradictions(config, strategies)
-    if config.select and strategies == (CLEAN_POSTERIOR,):
-        yield from _clean_contradictions(config, defaults)
-    if config.select and config.select_negatives == "all":
-        yield from _negatives_contradictions(config, strategies)
+        strategy = f"--select-strategy {config.select_strategy}"
+        for name in _given(config, _SHORTCUTS):
+            yield f"{_flag(name)} has no meaning with {strategy}, which scores nothing{way_out}"
+
+
+def _data_contradictions(config: Config) -> Iterator[str]:
     if config.train_keep is not None and not config.trains:
         yield "--train-keep needs training data: give --train-data"
     if not config.trains and config.val_data is None and not _zeroshot(config):
@@ -115,6 +141,14 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "--dataset-type synthetic needs --train-num-samples"
     if config.train_data_upsampling_factors is not None and not config.dataset_resampled:
         yield "--train-data-upsampling-factors needs --dataset-resampled"
+    for name, lengths in _LENGTHS.items():
+        numbers = getattr(config, name)
+        if numbers is not None and len(numbers) not in lengths:
+            allowed = " or ".join(map(str, lengths))
+            yield f"{_flag(name)} takes {allowed} numbers: {len(numbers)} given"
+
+
+def _loss_contradictions(config: Config) -> Iterator[str]:
     if (config.distill_model is None) != (config.distill_pretrained is None):
         yield "--distill-model and --distill-pretrained go together: give both or none"
     if config.distill and config.accum_freq > 1:
@@ -125,6 +159,9 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "--siglip cannot be combined with a CoCa model, whose loss is its own: leave it out"
     if config.loss_dist_impl is not None and not config.siglip:
         yield "--loss-dist-impl needs --siglip"
+
+
+def _optimizer_contradictions(config: Config) -> Iterator[str]:
     if config.lr_scheduler == "const-cooldown" and config.epochs_cooldown is None:
         yield "--lr-scheduler const-cooldown needs --epochs-cooldown"
     if config.opt != "adamw" and not config.opt.startswith("timm/"):
@@ -133,24 +170,16 @@ def contradictions(config: Config) -> Iterator[str]:
         yield "with a timm optimizer give both --beta1 and --beta2, or none"
     if config.precision == "fp16" and config.device == "cpu":
         yield "--precision fp16 does not train on a CPU: use amp, bf16 or fp32"
-    for name, lengths in _LENGTHS.items():
-        numbers = getattr(config, name)
-        if numbers is not None and len(numbers) not in lengths:
-            allowed = " or ".join(map(str, lengths))
-            yield f"--{name.replace('_', '-')} takes {allowed} numbers: {len(numbers)} given"
+
+
+def _folder_contradictions(config: Config) -> Iterator[str]:
+    """Those of what is written and reported."""
     for name in config.report_to.replace(",", " ").split():
         if name not in ("tensorboard", "wandb", "all"):
             yield f"--report-to {name} is unknown: give tensorboard, wandb or both with a comma"
-    for name in (
-        "save_most_recent",
-        "save_every_n_steps",
-        "save_every_minutes",
-        "remote_sync",
-        "record",
-        "copy_codebase",
-    ):
+    for name in _NEED_A_FOLDER:
         if getattr(config, name) and not config.writes_logs:
-            yield f"--{name.replace('_', '-')} needs a run folder: leave --logs none out"
+            yield f"{_flag(name)} needs a run folder: leave --logs none out"
 
 
 def _without_reuse(config: Config) -> str:
@@ -162,15 +191,13 @@ def _without_reuse(config: Config) -> str:
 
 def _reference_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
     """Those of the settings of strategies that look at features or at a reference model."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    for name, owners in _ONLY_WITH_STRATEGY.items():
-        if getattr(config, name) != defaults[name] and not set(owners) & set(strategies):
-            flag = "--" + name.replace("_", "-")
-            owner = " or ".join(owners)
-            yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
+    for name in _given(config, _ONLY_WITH_STRATEGY):
+        if not set(_ONLY_WITH_STRATEGY[name]) & set(strategies):
+            owner = " or ".join(_ONLY_WITH_STRATEGY[name])
+            yield f"{_flag(name)} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
     if config.select_reference_model is not None and config.select_reference is None:
         yield "--select-reference-model needs --select-reference: give the weights"
-    if config.jest_deterministic and config.jest_gain != defaults["jest_gain"]:
+    if config.jest_deterministic and _given(config, ("jest_gain",)):
         yield "--jest-gain has no meaning with --jest-deterministic, which draws nothing: leave it out"
 
 
@@ -186,39 +213,37 @@ def _negatives_contradictions(config: Config, strategies: Sequence[str]) -> Iter
         yield "--select-negatives all works with the CLIP loss only: leave it out, or use another --model or loss"
 
 
-def _clean_contradictions(config: Config, defaults: Mapping[str, Any]) -> Iterator[str]:
+def _clean_contradictions(config: Config) -> Iterator[str]:
     needs = {
         "clean_gate": (config.clean_decoys > 0, "decoys", "leave --clean-decoys 0 out"),
         "clean_ratio": (config.clean_decoys == 0, "no decoys", "add --clean-decoys 0"),
         "clean_quantile": (config.clean_model == "quantile", "that model", "add --clean-model quantile"),
         "clean_ema": (config.clean_ensemble == "ema", "that ensemble", "add --clean-ensemble ema"),
     }
-    for name, (has_meaning, what, way_out) in needs.items():
-        if getattr(config, name) != defaults[name] and not has_meaning:
-            flag = "--" + name.replace("_", "-")
-            yield f"{flag} needs {what} to have a meaning: {way_out}, or leave it out"
+    for name in _given(config, needs):
+        has_meaning, what, way_out = needs[name]
+        if not has_meaning:
+            yield f"{_flag(name)} needs {what} to have a meaning: {way_out}, or leave it out"
 
 
 def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
     """Those of the settings that say how much is trained on when; ``strategies`` are those that are combined."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
     if len(strategies) > 1:
         for name in sorted(set(strategies) & set(_ALONE)):
             yield f"--select-strategy {config.select_strategy}: {name} cannot be combined with others, leave it out"
-    for name in ("infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant"):
+    for name in _given(config, ("infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant")):
         owner = name.partition("_")[0]
-        if getattr(config, name) != defaults[name] and owner not in strategies:
-            flag = "--" + name.replace("_", "-")
-            yield f"{flag} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
-    if config.select and config.select_rescale != defaults["select_rescale"] and "infobatch" not in strategies:
+        if owner not in strategies:
+            yield f"{_flag(name)} has no meaning with --select-strategy {config.select_strategy}: it is for {owner}"
+    if _given(config, ("select_rescale",)) and "infobatch" not in strategies:
         yield f"--select-rescale has no meaning with --select-strategy {config.select_strategy}, which weights nothing"
-    if config.select_rate_start != defaults["select_rate_start"] and config.select_rate_schedule == "constant":
+    if _given(config, ("select_rate_start",)) and config.select_rate_schedule == "constant":
         yield "--select-rate-start needs --select-rate-schedule linear or cosine"
     if config.infobatch_prune_ratio is not None:
-        for name in ("select_rate", "select_rate_schedule"):
-            if getattr(config, name) != defaults[name]:
-                flag = "--" + name.replace("_", "-")
-                yield f"{flag} has no meaning with --infobatch-prune-ratio, which sets the rate: leave one of them out"
+        for name in _given(config, ("select_rate", "select_rate_schedule")):
+            yield (
+                f"{_flag(name)} has no meaning with --infobatch-prune-ratio, which sets the rate: leave one of them out"
+            )
     if config.epochs > 0:
         full = full_epochs(config.select_full_last or 0.0, config.epochs)
         if config.select_full_last and full == 0:
