@@ -272,10 +272,12 @@ def write_slurm(jobs: Sequence[Job], runs: Runs, options: argparse.Namespace) ->
         return 0
     grids = [str(file.resolve()) for file in options.grids]
     data = [word for name, value in options.data.items() for word in ("--data", f"{name}={value}")]
-    base = [sys.executable, str(Path(__file__).resolve()), *grids, "--runs", str(runs.folder)]
+    earlier = [word for folder in options.earlier for word in ("--from", str(folder.resolve()))]
+    base = [sys.executable, str(Path(__file__).resolve()), *grids, "--runs", str(runs.folder), *earlier]
     text = _SBATCH.format(
         grids=", ".join(str(file) for file in options.grids), file=options.slurm, name=options.grids[0].stem,
-        collect=shlex.join([*base, "--collect"]), last=len(left) - 1, runs=runs.folder,
+        collect=shlex.join([*base, "--collect", "--out", str(options.out.resolve())]),
+        last=len(left) - 1, runs=runs.folder,
         options="".join(f"#SBATCH {option}\n" for option in next(iter(asked))), cwd=shlex.quote(str(Path.cwd())),
         python=shlex.quote(str(Path(sys.executable).parent)),
         cells="\n".join(f"    {name}" for name in left), command=shlex.join([*base, *data]), stopped=EXIT_STOPPED,

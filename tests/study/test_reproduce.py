@@ -233,6 +233,23 @@ def test_a_job_array_holds_what_is_left(whole: Path, tmp_path: Path, capsys: pyt
     assert "0 tasks" in capsys.readouterr().out
 
 
+def test_a_job_array_knows_what_was_run_elsewhere(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    script, out = tmp_path / "array.sbatch", tmp_path / "tables"
+    results = whole / "runs" / "results"
+    kept = (results / "grid.jsonl").read_text().splitlines()[1:]
+    earlier = tmp_path / "earlier"
+    earlier.mkdir()
+    (earlier / "grid.jsonl").write_text("\n".join(kept) + "\n")
+    grid = whole / "grid.yaml"
+    words = ["--data", f"FOLDER={whole}", "--runs", str(tmp_path / "runs"), "--from", str(earlier), "--out", str(out)]
+    assert reproduce.main([str(grid), *words, "--slurm", str(script)], program=FAKE) == 0
+    assert "1 tasks" in capsys.readouterr().out
+    lines = script.read_text().splitlines()
+    collect = next(line for line in lines if "--collect" in line)
+    assert f"--from {earlier} --collect --out {out}" in collect
+    assert f"--from {earlier} " in next(line for line in lines if "--cell" in line)
+
+
 def test_grids_share_their_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     one, two = write_grid(tmp_path, "one", seeds=[0]), write_grid(tmp_path, "two", rates=[0.3, 0.5], seeds=[0])
     words = ["--data", f"FOLDER={tmp_path}", "--runs", str(tmp_path / "runs"), "--list"]

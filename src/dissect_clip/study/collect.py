@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dissect_clip.durable import put_in_place
 from dissect_clip.errors import SetupError
 from dissect_clip.study.cells import read_results
 from dissect_clip.study.grid import Grid
@@ -160,6 +161,8 @@ def collect(grid: Grid, runs_folder: Path, out: Path, earlier: Mapping[Point, Ru
         texts |= {f"{sheet.name}.{ending}": write(sheet) for ending, write in FORMATS.items()}
     pictures = draw(grid, runs, published, out)
     texts[f"{grid.file.stem}.md"] = page(grid, runs, published, pictures)
-    for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8")
+    for name, text in texts.items():  # runs are read back with --from, so what is there stays until the new is whole
+        partial = out / f"{name}.tmp"
+        partial.write_text(text, encoding="utf-8")
+        put_in_place(partial, out / name)
     return [*(out / name for name in texts), *pictures]
