@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 from PIL import Image
+from shards_util import read_shard
 
 sys.path.insert(0, str(ROOT / "scripts"))  # the scripts import each other, as they do when they are run
 
@@ -33,15 +34,7 @@ RATE = 0.4
 
 def read(folder: Path, split: str) -> dict[str, dict[str, bytes]]:
     """A split's samples: key -> extension -> bytes."""
-    samples: dict[str, dict[str, bytes]] = {}
-    for shard in sorted(folder.glob(f"{split}-*.tar")):
-        with tarfile.open(shard) as members:
-            for member in members:
-                key, extension = member.name.split(".")
-                file = members.extractfile(member)
-                assert file is not None
-                samples.setdefault(key, {})[extension] = file.read()
-    return samples
+    return dict(sample for shard in sorted(folder.glob(f"{split}-*.tar")) for sample in read_shard(shard))
 
 
 @pytest.fixture(scope="module")

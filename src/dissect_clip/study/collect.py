@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dissect_clip.durable import put_in_place
+from dissect_clip.commands.results import write_text
 from dissect_clip.errors import SetupError
 from dissect_clip.study.cells import read_results
 from dissect_clip.study.grid import Grid
@@ -150,7 +150,7 @@ def collect(grid: Grid, runs_folder: Path, out: Path, earlier: Mapping[Point, Ru
     The same runs give the same text files. Cells that have no finished run in the folder may be ``earlier`` ones.
 
     Raises:
-        SetupError: a published table cannot be read, or a finished run has no evaluation.
+        SetupError: a published table cannot be read, a finished run has no evaluation, or a file cannot be written.
     """
     published = published_figures(grid)
     found = {point: read_run(grid, point, runs_folder) or (earlier or {}).get(point) for point in grid.points()}
@@ -161,8 +161,6 @@ def collect(grid: Grid, runs_folder: Path, out: Path, earlier: Mapping[Point, Ru
         texts |= {f"{sheet.name}.{ending}": write(sheet) for ending, write in FORMATS.items()}
     pictures = draw(grid, runs, published, out)
     texts[f"{grid.file.stem}.md"] = page(grid, runs, published, pictures)
-    for name, text in texts.items():  # runs are read back with --from, so what is there stays until the new is whole
-        partial = out / f"{name}.tmp"
-        partial.write_text(text, encoding="utf-8")
-        put_in_place(partial, out / name)
+    for name, text in texts.items():
+        write_text(out / name, text)
     return [*(out / name for name in texts), *pictures]
