@@ -68,7 +68,7 @@ class Plan:
     def command(self, strategy: str, name: str) -> list[str]:
         """The command line of one rank."""
         chosen = ["--select", "--select-strategy", strategy, "--record"] if strategy != "none" else []
-        if strategy in ("warmup_base_sampling", "learnability", "jest"):
+        if strategy in ("warmup_base_sampling", "learnability", "jest", "clean_posterior"):
             chosen += ["--warmup-point", "1"]
         if strategy == "scan":
             chosen += ["--scan-warmup", "0"]
@@ -280,7 +280,7 @@ def compare(undisturbed: Path, killed: Path, epochs: int) -> list[str]:
         found += named_differences(f"epoch_{epoch}.pt", checkpoint(undisturbed, epoch), checkpoint(killed, epoch))
     for file, key in (("train.jsonl", "step"), ("checkpoints/results.jsonl", "epoch")):
         found += named_differences(file, last_lines(undisturbed / file, key), last_lines(killed / file, key))
-    for folder in ("record", "skipped.parquet"):
+    for folder in ("record", "skipped.parquet", "clean.parquet"):
         if (undisturbed / folder).exists() != (killed / folder).exists():
             found.append(f"{folder} is in one run only")
         elif (undisturbed / folder).exists() and not rows(undisturbed / folder).equals(rows(killed / folder)):

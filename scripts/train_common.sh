@@ -16,7 +16,8 @@ Set by environment variables, here with their defaults:
   GPUS=all visible                      processes, one for each GPU
   STRATEGY=warmup_base_sampling         how samples are ranked; none trains on every sample
   RATE=0.2                              share of every batch that is trained on
-  WARMUP_POINT=10                       epochs of uniform sampling before a strategy with a warm-up selects
+  WARMUP_POINT=10                       epochs before warmup_base_sampling, learnability and jest select; with
+                                        clean_posterior 5
   BATCH_SIZE=1280                       pairs per GPU and step, before selection
   EPOCHS=$DEFAULT_EPOCHS
   MODEL=RN50
@@ -79,7 +80,6 @@ VAL_DATA=${VAL_DATA:-}
 GPUS=${GPUS:-$(visible_gpus)}
 STRATEGY=${STRATEGY:-warmup_base_sampling}
 RATE=${RATE:-0.2}
-WARMUP_POINT=${WARMUP_POINT:-10}
 BATCH_SIZE=${BATCH_SIZE:-1280}
 EPOCHS=${EPOCHS:-$DEFAULT_EPOCHS}
 MODEL=${MODEL:-RN50}
@@ -115,7 +115,9 @@ if [[ "$STRATEGY" != none ]]; then
     flags+=(--select --select-strategy "$STRATEGY" --select-rate "$RATE")
 fi
 if [[ "$STRATEGY" =~ warmup_base_sampling|learnability|jest ]]; then
-    flags+=(--warmup-point "$WARMUP_POINT")
+    flags+=(--warmup-point "${WARMUP_POINT:-10}")
+elif [[ "$STRATEGY" == clean_posterior ]]; then
+    flags+=(--warmup-point "${WARMUP_POINT:-5}")
 fi
 
 echo "$DATASET: $GPUS processes x batch $BATCH_SIZE (published: 8 x 1280), $EPOCHS epochs, strategy $STRATEGY"

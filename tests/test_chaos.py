@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dissect_clip.arguments import parse_args
+from dissect_clip.selection import STRATEGIES, summaries
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -38,6 +41,7 @@ def make_run(folder: Path) -> Path:
         pa.table({"sample_id": [1, 2], "selected": [True, False]}), folder / "record" / "epoch_00000.parquet"
     )
     pq.write_table(pa.table({"key": ["a"], "samples": [1]}), folder / "skipped.parquet" / "epoch_00000.parquet")
+    pq.write_table(pa.table({"sample_id": [1, 2], "p_clean": [0.5, None]}), folder / "clean.parquet")
     return folder
 
 
@@ -66,6 +70,10 @@ def change_record(run: Path) -> None:
     pq.write_table(table, run / "record" / "epoch_00000.parquet")
 
 
+def change_verdict(run: Path) -> None:
+    pq.write_table(pa.table({"sample_id": [1, 2], "p_clean": [0.5, 0.25]}), run / "clean.parquet")
+
+
 def lose_skipped(run: Path) -> None:
     shutil.rmtree(run / "skipped.parquet")
 
@@ -84,6 +92,7 @@ def nothing(run: Path) -> None:
         (change_loss, ["train.jsonl 2"]),
         (change_result, ["checkpoints/results.jsonl 1"]),
         (change_record, ["record holds other rows"]),
+        (change_verdict, ["clean.parquet holds other rows"]),
         (lose_skipped, ["skipped.parquet is in one run only"]),
     ],
 )
@@ -91,6 +100,13 @@ def test_every_kind_of_difference_is_found(tmp_path: Path, change, expected):
     first, second = (make_run(tmp_path / name) for name in ("first", "second"))
     change(second)
     assert chaos.compare(first, second, epochs=1) == expected
+
+
+@pytest.mark.parametrize("strategy", ["none", *STRATEGIES])
+def test_every_strategy_can_be_run(tmp_path: Path, strategy: str):
+    plan = chaos.Plan(tmp_path, "train.tar", "val.tar", 1, 1, 3, 64, 1, 0, (strategy,), ())
+    config = parse_args(plan.command(strategy, "run")[2:], summaries())
+    assert config.select == (strategy != "none")
 
 
 @pytest.mark.slow

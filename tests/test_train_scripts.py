@@ -95,6 +95,12 @@ def test_every_strategy_may_be_chosen(place: Path, strategy: str) -> None:
     assert (config.select, config.select_strategy, config.select_rate) == (True, strategy, 0.2)
 
 
+@pytest.mark.parametrize(("strategy", "epochs"), [("learnability", 10), ("clean_posterior", 5)])
+def test_warm_ups_last_as_long_as_the_usage_says(place: Path, strategy: str, epochs: int) -> None:
+    assert called(place, "train_cc3m.sh", STRATEGY=strategy)[1].warmup_point == epochs
+    assert called(place, "train_cc3m.sh", STRATEGY=strategy, WARMUP_POINT="3")[1].warmup_point == 3
+
+
 def test_strategy_none_trains_on_everything(place: Path) -> None:
     assert not called(place, "train_cc3m.sh", STRATEGY="none")[1].select
 

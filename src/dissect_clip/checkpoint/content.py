@@ -78,7 +78,7 @@ class Checkpoint:
     shards: Shards | None = None
     scores: Tensor | None = None  # [num_samples, C] float32
     reference: SavedReference | None = None  # only with strategies that have a reference model
-    decoys: Tensor | None = None  # [P, L] int32, the captions of decoys, -1 in rows without; only with those
+    decoys: Tensor | None = None  # [P + W, L] int32, see Decoys.captions; only with those
 
 
 def without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def checkpoint_content(
 
     Args:
         loader: in the middle of an epoch, the loader's state: tensors and plain values.
-        decoys: [P, L] int32, the captions of the decoys.
+        decoys: [P + W, L] int32, the captions of the decoys, and of the last decoy of each rank.
     """
     content = {"name": name, "state_dict": without_prefix(model), "optimizer": _plain(optimizer)}
     if scaler is not None:
