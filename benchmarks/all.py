@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""The benchmarks of docs/performance.md but loader.py and time_to_quality.py, one after the other, at sizes for a CPU: `make bench`.
+"""The benchmarks of docs/performance.md one after the other, at sizes for a CPU: `make bench`.
+
+loader.py and time_to_quality.py are not among them.
 
     python benchmarks/all.py [--out bench] [--only step_cost epoch_cost store trainer scale gpu]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -430,6 +431,19 @@ def test_what_a_crash_left_is_deleted_at_the_next_save(tmp_path: Path) -> None:
     assert names(tmp_path) == [*kept, "epoch_5.scores.safetensors"]
 
 
+def test_a_checkpoint_in_place_keeps_its_scores_where_the_folder_is_not_put_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_for_checkpoint(folder: Path) -> None:
+        if (folder / "epoch_1.pt").exists():
+            raise OSError("died")
+
+    monkeypatch.setattr("dissect_clip.durable.sync_folder", fail_for_checkpoint)
+    with pytest.raises(TrainingError, match=r"epoch_1\.pt: died"):
+        save(tmp_path, 1)
+    assert score(load_checkpoint(tmp_path / "epoch_1.pt")) == 1.0
+
+
 def test_scores_that_cannot_be_written_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at(monkeypatch, lambda name: name.endswith(".safetensors"), OSError)
     with pytest.raises(TrainingError, match=r"epoch_1\.scores\.safetensors"):
@@ -585,6 +599,44 @@ def test_on_save_error_continue_it_is_said_and_tried_again(
     writer.wait()
     assert not writer.failed
     assert names(tmp_path) == ["epoch_1_step_12.pt", "epoch_1_step_12.scores.safetensors"]
+
+
+@pytest.mark.parametrize("choice", ["continue", "stop"])
+def test_a_folder_that_cannot_be_read_is_a_save_that_failed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_writer: Callable[..., CheckpointWriter],
+    caplog: pytest.LogCaptureFixture,
+    choice: str,
+) -> None:
+    def stale(self: Path, pattern: str) -> Iterator[Path]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    writer = make_writer(on_save_error=choice)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "glob", stale)
+        save_with(writer, 1)
+        if choice == "stop":
+            with pytest.raises(TrainingError, match="Stale file handle"):
+                writer.wait()
+        else:
+            writer.wait()
+            assert "CHECKPOINT NOT SAVED" in caplog.text
+    save_with(writer, 2)
+    writer.wait()
+    assert find_latest(tmp_path) == tmp_path / "epoch_2.pt"
+
+
+@pytest.mark.parametrize("settings", [{}, {"save_most_recent": True}, {"save_frequency": 1}])
+def test_a_run_that_stops_is_saved_whatever_the_settings(
+    tmp_path: Path, make_writer: Callable[..., CheckpointWriter], settings: dict[str, Any]
+) -> None:
+    writer = make_writer(**{"save_frequency": 0, **settings})
+    writer.save(epoch=3, content=make_content(), scores=make_store(), step=None, stopping=True)
+    writer.wait()
+    found = find_latest(tmp_path)
+    assert found is not None
+    assert load_checkpoint(found).epoch == 3
 
 
 @pytest.mark.parametrize("then", ["save", "wait", "close"])
@@ -747,6 +799,15 @@ def saved(tmp_path: Path) -> Checkpoint:
 def test_the_same_run_fits(saved: Checkpoint) -> None:
     fits(saved)
     fits(saved, model_state_dict={"module.weight": torch.zeros(2, 3), "module.bias": torch.zeros(2)})
+
+
+def test_scores_of_other_decoys_do_not_fit(tmp_path: Path) -> None:
+    state = dataclasses.replace(STATE, depends_on="--clean-decoys 0.02 --seed 0")
+    save_checkpoint(tmp_path, 1, make_content(1.0, state), make_store(1.0).state_dict(), config=CONFIG)
+    checkpoint = load_checkpoint(tmp_path / "epoch_1.pt")
+    fits(checkpoint, depends_on="--clean-decoys 0.02 --seed 0")
+    with pytest.raises(SetupError, match=r"taken with --clean-decoys 0\.02 --seed 0, this run has --clean-decoys"):
+        fits(checkpoint, depends_on="--clean-decoys 0.05 --seed 0")
 
 
 MISFITS: list[tuple[dict[str, Any], str]] = [

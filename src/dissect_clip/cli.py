@@ -111,7 +111,7 @@ def _run_in(folder: RunFolder | None, config: Config, world: World, sync: Remote
     classification = build_classification(config, world, model.preprocess_eval)
     with world.watch.patient():  # of a remote copy
         resume = find_resume(config, folder, world)
-    checkpoint = None if resume is None else load_checkpoint(resume)
+        checkpoint = None if resume is None else load_checkpoint(resume)
     reporter = make_reporter(config, folder, world)
     evaluator = Evaluator(config, world, model.tokenizer, retrieval, classification, reporter)
     try:
@@ -169,7 +169,7 @@ def _train(
     with Signals(world.watch, world.is_main), Saver(state, train_data, folder, sync) as save:
         while state.counters.epoch < config.epochs:
             signal = train_epoch(state, train_data, evaluator.reporter, save)
-            save()
+            save(stopping=signal is not None)
             if signal is not None:
                 raise Stopped(signal)
             evaluator.after_epoch(state.module, state.counters)
@@ -230,7 +230,7 @@ def build_state(
     autocast = autocast_for(config.precision, world.device)
     selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
     if selector is not None:
-        selector.decoys = build_decoys(config, selector, world)
+        selector.decoys = build_decoys(config, selector, world, train_data.num_kept, train_data.kept_ids)
     chooser = build_chooser(config, selector)
     scorer = build_scorer(config, module, autocast, model.tokenizer)
     if config.score_keep_locked and not scorer.reusable:
@@ -293,10 +293,10 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
             config.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
             "" if state.chooser is None else ", chosen before loading",
         )  # fmt: skip
-        _announce_decoys(state)
+        _announce_decoys(state, data)
 
 
-def _announce_decoys(state: TrainState) -> None:
+def _announce_decoys(state: TrainState, data: TrainData) -> None:
     assert state.selector is not None
     if state.selector.strategy.decoys == 0:
         return
@@ -305,7 +305,7 @@ def _announce_decoys(state: TrainState) -> None:
     if count < _USABLE_DECOYS:
         log.warning(
             "%d decoys are too few to tell wrong pairs by: raise --clean-decoys to %.2g, or give 0 to do without",
-            count, min(0.5, 2 * _USABLE_DECOYS / len(state.selector.store.scores)),
+            count, min(0.5, 2 * _USABLE_DECOYS / data.num_kept),
         )  # fmt: skip
 
 

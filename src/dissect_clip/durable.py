@@ -10,7 +10,8 @@ def put_in_place(partial: Path, target: Path) -> None:
     """Let a complete file take the place of ``target`` in the same file system, once all of it is on the disk.
 
     Raises:
-        OSError: if it cannot; ``target`` is then what it was.
+        OSError: if it cannot; ``target`` is then what it was, or complete where only its folder could not be put on
+            the disk.
     """
     with partial.open("rb") as file:
         os.fsync(file.fileno())

@@ -53,6 +53,8 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         score_refresh=config.score_refresh,
         select_before_load=config.select_before_load,
         survey=() if selector is None else selector.survey,
+        survey_of="" if selector is None else selector.strategy.survey_of,
+        depends_on="" if selector is None else selector.strategy.depends_on,
     )
 
 
@@ -67,6 +69,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         fingerprint=now.fingerprint,
         strategy=now.strategy,
         columns=now.columns,
+        depends_on=now.depends_on or "",
         shards=Shards(data.shard_names, data.shard_sizes),
         reference_after=None if state.reference is None else state.reference.after,
     )
@@ -79,7 +82,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
     if state.selector is not None and checkpoint.scores is not None:
         state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
         if checkpoint.state is not None and checkpoint.state.survey:
-            inform(state.selector, checkpoint.path, checkpoint.state.survey, checkpoint.loader is not None)
+            then = checkpoint.state
+            inform(state.selector, checkpoint.path, then.survey, then.survey_of, checkpoint.loader is not None)
     _resume_reference(state, checkpoint)
     _resume_decoys(state, checkpoint)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
@@ -119,7 +123,9 @@ def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
         )
 
 
-def inform(selector: Selector, path: str, survey: tuple[float, ...], inside: bool = True) -> None:
+def inform(
+    selector: Selector, path: str, survey: tuple[float, ...], survey_of: str | None = None, inside: bool = True
+) -> None:
     """Hand the strategy what it knew of the store; the checkpoint's scores are in place.
 
     Between two epochs numbers of another kind are let go: new ones are taken before the next.
@@ -127,13 +133,15 @@ def inform(selector: Selector, path: str, survey: tuple[float, ...], inside: boo
     Raises:
         SetupError: inside an epoch, if these are not the numbers that the strategy keeps.
     """
-    expected = len(selector.strategy.surveys)
-    if len(survey) == expected:
+    expected, kind = len(selector.strategy.surveys), selector.strategy.survey_of
+    if len(survey) == expected and survey_of in (None, kind):
         selector.inform(survey)
     elif inside:
+        was = f"{len(survey)} numbers" + (f" by {survey_of}" if survey_of else "")
+        now = f"{expected} by {kind}" if kind else f"{expected}"
         raise SetupError(
-            f"{path} holds {len(survey)} numbers about the whole data set, where {expected} are expected, and it was "
-            "saved inside an epoch: go on with the strategy's flags as they were, or from the end of an epoch"
+            f"{path} holds {was} about the whole data set, where {now} are expected, and it was saved inside an "
+            "epoch: go on with the strategy's flags as they were, or from the end of an epoch"
         )
 
 
@@ -186,8 +194,10 @@ class Saver:
                 "trained since the one before is lost. Make room, and go on with --resume latest"
             )
 
-    def __call__(self) -> None:
+    def __call__(self, stopping: bool = False) -> None:
         """Save where the run is: between two epochs, or inside one. Collective.
+
+        Where the run is ``stopping`` there is a checkpoint even if the settings ask for none at this moment.
 
         Raises:
             TrainingError: with --on-save-error stop, if the one before could not be written, or not be copied to
@@ -201,10 +211,10 @@ class Saver:
         inside = state.counters.epoch_step > 0
         loader = self.data.state_dict() if inside else None
         if state.decoys is not None:
-            state.decoys.agree()
-        world.on_main(lambda: self._save(loader))
+            state.decoys.agree(adopt=not inside)
+        world.on_main(lambda: self._save(loader, stopping))
 
-    def _save(self, loader: dict[str, Any] | None) -> None:
+    def _save(self, loader: dict[str, Any] | None, stopping: bool) -> None:
         assert self.writer is not None
         assert self.folder is not None
         state = self.state
@@ -226,4 +236,5 @@ class Saver:
             step=None if loader is None else state.counters.step,
             content=content,
             scores=None if state.selector is None else state.selector.store,
+            stopping=stopping,
         )

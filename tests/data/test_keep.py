@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from distributed import run_on_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,17 +18,20 @@ from runs import arguments, selection
 from shards_util import data_config, image_bytes, jittered, make_shard, make_shards, sample, tokenize, write_json
 
 from dissect_clip import cli
-from dissect_clip.data import build_train, csv, pixels, webdataset
+from dissect_clip.data import build_train, csv, pixels, position, webdataset
 from dissect_clip.data.keep import Names, as_recorded, list_digest, read_list
-from dissect_clip.data.position import Unmarked, count_marked, flipped, mark, no_bits, unmarked
+from dissect_clip.data.position import Unmarked, count_marked, flipped, mark, no_bits, nth_unmarked, unmarked
 from dissect_clip.data.split import Coverage, Kept, KeptPlan, Place, count_batches
 from dissect_clip.data.tar import ShardReader
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
+from dissect_clip.loss import SampleLoss
+from dissect_clip.selection import build_decoys, build_selector
 
 SIZES = [9, 5, 1, 8, 7]
 SAMPLES = sum(SIZES)
 LIST = [0, 3, 4, 9, 10, 12, 13, 15, 16, 22]  # none of the last shard
+CLEAN = {"select": True, "select_strategy": "clean_posterior", "warmup_point": 5, "clean_decoys": 0.5}
 BAD = {3: {"png": b"no"}, 7: {"txt": None}, 12: {"png": None}, 22: {"txt": b"\xff"}}
 
 
@@ -491,6 +495,28 @@ def test_unmarked_samples_are_a_sequence(ids, first, last, begin, end):
     assert (len(found), list(found), found[1:]) == (len(expected), expected, expected[1:])
     if expected:
         assert (found[0], found[-1]) == (expected[0], expected[-1])
+
+
+@given(st.sets(st.integers(0, 76)), st.data())
+def test_unmarked_samples_have_numbers(ids, data):
+    others = [i for i in range(77) if i not in ids]
+    numbers = sorted(data.draw(st.sets(st.sampled_from(range(len(others)))))) if others else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(position, "_PIECE", 3)
+        found = nth_unmarked(bits_of(ids, 77), np.array(numbers, np.int64))
+    assert found.tolist() == [others[number] for number in numbers]
+
+
+def test_decoys_are_drawn_among_the_samples_on_the_list(tmp_path, caplog):
+    listed = parquet(tmp_path, {"sample_id": LIST})
+    config = data_config(train_data=make_shards(tmp_path, SIZES), train_keep=listed, batch_size=2, **CLEAN)
+    data = webdataset.build_train(config, World(), jittered, tokenize, None)
+    selector = build_selector(config, data.num_samples, SampleLoss(World(), False), World())
+    decoys = build_decoys(config, selector, World(), data.num_kept, data.kept_ids)
+    assert len(decoys.ids) == len(LIST) // 2
+    assert set(decoys.ids.tolist()) < set(LIST)
+    verdict = selector.strategy.verdict(torch.zeros(SAMPLES, 5), torch.arange(SAMPLES), SAMPLES, 6)
+    assert verdict["is_decoy"].nonzero()[:, 0].equal(decoys.ids)
 
 
 def test_a_digest_is_of_the_samples_alone():

@@ -1,8 +1,10 @@
 """Training on shards: ids, epochs, skipped samples. Ranks are simulated in this process, but for collectives."""
 
 import dataclasses
+import gc
 import logging
 import pickle
+import weakref
 from collections import Counter
 from itertools import chain
 
@@ -26,7 +28,7 @@ from shards_util import (
     write_tar,
 )
 
-from dissect_clip.data import build_train
+from dissect_clip.data import build_train, stream
 from dissect_clip.data.shards import ShardIndex
 from dissect_clip.data.urls import expand
 from dissect_clip.data.webdataset import parse_factors, train_data
@@ -407,3 +409,18 @@ def test_the_emoji_set(emoji, tmp_path):
     assert data.num_samples == 6324
     assert [keys[i] for i in range(6324)] == (emoji / "train_keys.txt").read_text().split()
     assert nonzero(data.skipped()) == {}
+
+
+def test_a_finished_epoch_leaves_nothing_behind(tmp_path, monkeypatch):
+    config = data_config(train_data=make_shards(tmp_path, [8, 8]), batch_size=4, workers=0)
+    data = load(config)
+    readers = []
+    real = stream._Pairs
+    monkeypatch.setattr(stream, "_Pairs", lambda *args: (made := real(*args), readers.append(weakref.ref(made)))[0])
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(list(data.stream)) == 4
+        assert [reader() for reader in readers] == [None]
+    finally:
+        gc.enable()

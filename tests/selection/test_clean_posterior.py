@@ -277,6 +277,16 @@ def warming(memory: Tensor, epoch: int, value: float, decoy: Tensor | None) -> C
     )
 
 
+@pytest.mark.parametrize(("rate", "visits"), [(1.0, 5), (0.5, 2), (0.1, 1)])
+def test_the_error_is_that_of_the_visits_in_the_warm_up(rate: float, visits: int):
+    memory, _, strategy = with_decoys(0.4, warmup_point=5, warmup_select_rate=rate)
+    memory[:, 2] = 20
+    error = strategy.verdict(memory[:50], torch.arange(4000, 4050), 4000, 6)["standard_error"]
+    assert error.square().tolist() == pytest.approx(
+        (memory[:50, 1] * strategy._trust(torch.tensor(float(visits)))).tolist(), rel=1e-5
+    )
+
+
 def test_of_a_decoy_there_is_no_verdict():
     memory, _, strategy = with_decoys(0.4)
     ids = torch.arange(1000, 1100)

@@ -257,6 +257,14 @@ def test_a_checkpoint_with_other_numbers_is_refused():
         inform(make_selector(), "epoch_3_step_7.pt", (1.0, 2.0, 3.0))
 
 
+def test_numbers_of_another_kind_are_refused_inside_an_epoch():
+    selector, numbers = make_selector(), (1.0, 0.5)
+    with pytest.raises(SetupError, match=r"holds 2 numbers by --clean-model beta about .*, where 2 are expected"):
+        inform(selector, "epoch_3_step_7.pt", numbers, "--clean-model beta")
+    inform(selector, "epoch_3_step_7.pt", numbers, "")
+    assert selector.survey == numbers
+
+
 def test_between_epochs_other_numbers_are_let_go():
     selector = make_selector()
     before = selector.survey

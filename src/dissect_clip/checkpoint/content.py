@@ -46,6 +46,8 @@ class RunState:
     score_refresh: float | None = None
     select_before_load: bool | None = None
     survey: tuple[float, ...] = ()  # what the strategy knew of the whole store when the epoch began
+    survey_of: str | None = None  # flags that say what these numbers mean
+    depends_on: str | None = None  # flags without which the scores mean something else
 
 
 @dataclass(frozen=True, slots=True, eq=False)

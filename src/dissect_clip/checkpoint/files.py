@@ -47,7 +47,8 @@ def _in_place_when_complete(path: Path) -> Iterator[Path]:
     """A file to write beside ``path``, which takes its place when the block ends and all is on the disk.
 
     Raises:
-        TrainingError: if it cannot be written; ``path`` is then what it was.
+        TrainingError: if it cannot be written; ``path`` is then what it was, or complete where only its folder could
+            not be put on the disk.
     """
     partial = path.with_name(f"{path.name}.tmp")
     try:
@@ -57,11 +58,19 @@ def _in_place_when_complete(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         # torch raises a RuntimeError of its own after the one that says that the disk is full
-        reason = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise TrainingError(
-            f"cannot write the checkpoint {path}: {reason}. See that its folder is there, can be written to and has "
-            "room. Earlier checkpoints are whole: --resume latest goes on from the newest"
-        ) from error
+        raise _cannot_write(path, error.__context__ if isinstance(error.__context__, OSError) else error) from error
+
+
+def _cannot_write(path: Path, reason: BaseException) -> TrainingError:
+    return TrainingError(
+        f"cannot write the checkpoint {path}: {reason}. See that its folder is there, can be written to and has "
+        "room. Earlier checkpoints are whole: --resume latest goes on from the newest"
+    )
+
+
+def _identity(path: Path) -> int | None:
+    """Which file is at a path; None where there is none."""
+    return path.stat().st_ino if path.exists() else None
 
 
 def _write_scores(path: Path, scores: Tensor, metadata: Mapping[str, str]) -> None:
@@ -97,11 +106,12 @@ def _write(path: Path, content: Mapping[str, Any], scores: Mapping[str, Any] | N
         with _in_place_when_complete(scores_path) as partial:
             _write_scores(partial, scores["scores"], metadata)
     reference = {"token": token, "scores_file": None if scores is None else scores_path.name}
+    before = _identity(path)
     try:
         with _in_place_when_complete(path) as partial, partial.open("wb") as file:
             torch.save({**content, "dissect": {**content["dissect"], **reference}}, file)
     except TrainingError:
-        if scores is not None:
+        if scores is not None and _identity(path) == before:  # else it is in place, and needs them
             _delete(scores_path)
         raise
     for old in _scores_files(path):
@@ -151,12 +161,13 @@ def _delete_replaced(folder: Path, newest: Place, delete_previous: bool) -> None
         _delete_checkpoint(max(epochs)[1])
 
 
-def wanted_names(config: Config, epoch: int, step: int | None) -> list[str]:
-    """Names, without their ending, of the checkpoints that ``config`` asks for at this moment."""
+def wanted_names(config: Config, epoch: int, step: int | None, stopping: bool = False) -> list[str]:
+    """Names, without their ending, of the checkpoints that ``config`` asks for now; at least one in a stop."""
     if step is not None:
         return [f"epoch_{epoch}_step_{step}"]
     due = config.save_frequency > 0 and epoch % config.save_frequency == 0
-    names = [f"epoch_{epoch}"] if due or epoch == config.epochs else []
+    last = epoch == config.epochs or (stopping and not config.save_most_recent)
+    names = [f"epoch_{epoch}"] if due or last else []
     return [*names, LATEST] if config.save_most_recent else names
 
 
@@ -168,6 +179,7 @@ def save_checkpoint(
     *,
     config: Config,
     step: int | None = None,
+    stopping: bool = False,
 ) -> Path | None:
     """Save what ``config`` asks for after ``epoch`` complete epochs, here and now; on rank 0. Returns the file, if any.
 
@@ -179,17 +191,21 @@ def save_checkpoint(
         content: of :func:`checkpoint_content`, in main memory.
         scores: state dict of a store with columns, in main memory.
         step: in the middle of an epoch, the optimizer steps done in all.
+        stopping: the run ends with it, so that there has to be one.
 
     Raises:
-        TrainingError: if a file cannot be written; earlier checkpoints are then whole.
+        TrainingError: if a file cannot be written, or the folder not be read; earlier checkpoints are then whole.
     """
-    _delete_leftovers(folder)
     content = {"epoch": epoch, **content}
-    paths = [folder / f"{name}.pt" for name in wanted_names(config, epoch, step)]
-    for path in paths:
-        _write(path, content, scores)
-    if not paths:
-        return None
-    kept = paths[0].stem == f"epoch_{epoch}"
-    _delete_replaced(folder, (epoch, step or 0), config.delete_previous_checkpoint and kept)
+    paths = [folder / f"{name}.pt" for name in wanted_names(config, epoch, step, stopping)]
+    try:
+        _delete_leftovers(folder)
+        for path in paths:
+            _write(path, content, scores)
+        if not paths:
+            return None
+        kept = paths[0].stem == f"epoch_{epoch}"
+        _delete_replaced(folder, (epoch, step or 0), config.delete_previous_checkpoint and kept)
+    except OSError as error:  # of a file system that has gone
+        raise _cannot_write(folder, error) from error
     return paths[0]

@@ -83,7 +83,9 @@ def _data_misfits(checkpoint: Checkpoint, num_samples: int, fingerprint: str, sh
     yield misfit
 
 
-def _selection_misfits(checkpoint: Checkpoint, strategy: str | None, columns: tuple[str, ...]) -> Iterator[str]:
+def _selection_misfits(
+    checkpoint: Checkpoint, strategy: str | None, columns: tuple[str, ...], depends_on: str
+) -> Iterator[str]:
     state = checkpoint.state
     if state is None or (strategy is not None and state.strategy is None):
         if strategy is not None:
@@ -96,6 +98,8 @@ def _selection_misfits(checkpoint: Checkpoint, strategy: str | None, columns: tu
         yield f"its scores are {', '.join(state.columns)}; {wanted}"
     elif columns and checkpoint.scores is None:
         yield f"it has no scores for --select-strategy {strategy}"
+    elif state.depends_on not in (None, depends_on):
+        yield f"its scores were taken with {state.depends_on}, this run has {depends_on}"
 
 
 def goes_on_with_reference(checkpoint: Checkpoint, after: int | None) -> bool:
@@ -133,6 +137,7 @@ def check_fits(
     fingerprint: str | None,
     strategy: str | None,
     columns: tuple[str, ...],
+    depends_on: str = "",
     shards: Shards | None = None,
     reference_after: int | None = None,
 ) -> None:
@@ -143,6 +148,7 @@ def check_fits(
             matters.
         strategy: None without ``--select``.
         columns: what the strategy remembers.
+        depends_on: flags of the strategy without which that means something else.
         shards: of the training data, so that the message can say which differ.
         reference_after: complete epochs after which the run's own model is its reference; None where it never is.
 
@@ -152,7 +158,7 @@ def check_fits(
     misfits = list(_model_misfits(checkpoint, model_name, without_prefix(model_state_dict)))
     if num_samples is not None and fingerprint is not None:
         misfits += _data_misfits(checkpoint, num_samples, fingerprint, shards)
-        misfits += _selection_misfits(checkpoint, strategy, columns)
+        misfits += _selection_misfits(checkpoint, strategy, columns, depends_on)
         misfits += _loader_misfits(checkpoint)
         misfits += _reference_misfits(checkpoint, without_prefix(model_state_dict), reference_after)
     if misfits:

@@ -69,7 +69,15 @@ class CheckpointWriter:
         """Whether the last save that came to an end could not be written; with --on-save-error continue."""
         return self._failed
 
-    def save(self, *, epoch: int, content: Mapping[str, Any], scores: ScoreStore | None, step: int | None) -> None:
+    def save(
+        self,
+        *,
+        epoch: int,
+        content: Mapping[str, Any],
+        scores: ScoreStore | None,
+        step: int | None,
+        stopping: bool = False,
+    ) -> None:
         """Take a copy of all tensors, to be written as a checkpoint after ``epoch`` complete epochs. A device sync.
 
         Does nothing where the settings ask for none. Waits for the save before.
@@ -77,6 +85,7 @@ class CheckpointWriter:
         Args:
             content: of :func:`checkpoint_content`.
             step: in the middle of an epoch, the optimizer steps done in all.
+            stopping: the run ends with it, so that there has to be one.
 
         Raises:
             TrainingError: if the save before has failed, with ``--on-save-error stop``.
@@ -86,10 +95,10 @@ class CheckpointWriter:
         waited = time.monotonic() - began
         if waited > _PATIENCE:
             log.warning("Training waited %.0f s for the checkpoint before to be written: save less often", waited)
-        if wanted_names(self.config, epoch, step):
+        if wanted_names(self.config, epoch, step, stopping):
             state = None if scores is None or not scores.columns else scores.state_dict()
             content, state = self._copies.take((dict(content), state))
-            self._pending = self._thread.submit(self._write, epoch, step, content, state)
+            self._pending = self._thread.submit(self._write, epoch, step, content, state, stopping)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -109,10 +118,17 @@ class CheckpointWriter:
             self._thread.shutdown()
 
     def _write(
-        self, epoch: int, step: int | None, content: Mapping[str, Any], scores: Mapping[str, Any] | None
+        self,
+        epoch: int,
+        step: int | None,
+        content: Mapping[str, Any],
+        scores: Mapping[str, Any] | None,
+        stopping: bool,
     ) -> None:
         try:
-            self._last = save_checkpoint(self.folder, epoch, content, scores, config=self.config, step=step)
+            self._last = save_checkpoint(
+                self.folder, epoch, content, scores, config=self.config, step=step, stopping=stopping
+            )
         except TrainingError as error:
             if self.config.on_save_error == "stop":
                 raise

@@ -17,6 +17,9 @@ from torch import Tensor
 Bits = NDArray[np.uint8]
 """A flag for each sample, eight to a byte; that of sample i is bit i % 8 of byte i // 8."""
 
+_PIECE = 1 << 20
+"""Bytes of flags that are unpacked at a time."""
+
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.uint8)
 
 
@@ -88,6 +91,20 @@ def unmarked(bits: Bits, first: int, last: int) -> NDArray[np.int64]:
     begin = first // 8
     flags = np.unpackbits(bits[begin : -(-last // 8)], bitorder="little")[first - 8 * begin : last - 8 * begin]
     return np.flatnonzero(flags == 0)
+
+
+def nth_unmarked(bits: Bits, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The samples that have the ``numbers`` [n], rising, when those that are not marked are counted from 0; rising."""
+    found: list[NDArray[np.int64]] = []
+    before = 0
+    for first in range(0, len(bits), _PIECE):
+        last = min(first + _PIECE, len(bits))
+        after = before + 8 * (last - first) - count_marked(bits[first:last])
+        inside = numbers[np.searchsorted(numbers, before) : np.searchsorted(numbers, after)]
+        if len(inside):
+            found.append(8 * first + unmarked(bits, 8 * first, 8 * last)[inside - before])
+        before = after
+    return np.concatenate(found) if found else np.empty(0, np.int64)
 
 
 class Unmarked(Sequence[int]):

@@ -13,10 +13,11 @@ would have to go on to make the batches that it has not taken yet, however many 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -30,7 +31,7 @@ from dissect_clip.batch import Batch
 from dissect_clip.config import Config
 from dissect_clip.data.decode import RawSample, decode_captions
 from dissect_clip.data.pixels import ImageReader, Pixels, stack_pixels
-from dissect_clip.data.position import Bits, Progress, count_marked, mark, no_bits, pack_all, unpack_all
+from dissect_clip.data.position import Bits, Progress, count_marked, mark, no_bits, nth_unmarked, pack_all, unpack_all
 from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, SkipRow, counted_before, pack_rows
 from dissect_clip.data.split import Coverage, Place, count_batches, place_here, worker_batches
 from dissect_clip.dist import World
@@ -214,13 +215,14 @@ class TrainStream(IterableDataset[Batch]):
         if not left:  # nor need there be anything to read
             return
         pairs = _Pairs(self, current, place, epoch)
-        for number in left:
-            here = (epoch, place.rank, place.worker, current.first + number)
-            # Nothing is yielded inside, so the training process's generators are as before when it goes on.
-            with seeded(derive_seed(self.config.seed, Stream.AUGMENT, *here)):
-                chosen = pairs.take(self.config.batch_size, derive_seed(self.config.seed, Stream.SELECT, *here))
-                batch = self._collate(chosen, pairs, number + 1)
-            yield batch
+        with contextlib.closing(pairs):
+            for number in left:
+                here = (epoch, place.rank, place.worker, current.first + number)
+                # Nothing is yielded inside, so the training process's generators are as before when it goes on.
+                with seeded(derive_seed(self.config.seed, Stream.AUGMENT, *here)):
+                    chosen = pairs.take(self.config.batch_size, derive_seed(self.config.seed, Stream.SELECT, *here))
+                    batch = self._collate(chosen, pairs, number + 1)
+                yield batch
 
     def _collate(self, chosen: list[Pair], pairs: _Pairs, batches: int) -> Batch:
         return Batch(
@@ -280,6 +282,10 @@ class _Pairs:
         self._undecided = 0
         return pairs + self._decode_some(self._reading, choice.count - len(pairs))
 
+    def close(self) -> None:
+        """Let go of the shard that is open and of the samples that are shuffled: reading refers to this object."""
+        self._reading.close()
+
     def _decode_some(self, samples: Iterator[_Read], count: int) -> list[Pair]:
         """Pairs of the first ``count`` samples that can be used, or of fewer if there are no more."""
         pairs: list[Pair] = []
@@ -310,7 +316,7 @@ class _Pairs:
         self._skips = counted_before() if again else SkipCounter(self._counts, self._stream.warned, self._rows)
         return source.samples(self._place, self._epoch, self._attempt, self._skips, position)
 
-    def _read(self) -> Iterator[_Read]:
+    def _read(self) -> Generator[_Read, None, None]:
         """Samples that are not known to be bad.
 
         Raises:
@@ -416,6 +422,8 @@ class TrainData:
     find_shard: Callable[[NDArray[np.int64]], NDArray[np.int32]]
     num_kept: int
     """Samples of an epoch: those on the list of --train-keep, or all."""
+    left_out: Bits | None = None
+    """The samples that are not on the list of --train-keep; None without one."""
     _pass: Pass = field(init=False)
     _rows: list[Progress] = field(init=False)  # where the workers stand after the last taken batch
     _visited: Bits | None = field(init=False)
@@ -423,6 +431,12 @@ class TrainData:
 
     def __post_init__(self) -> None:
         self.set_epoch(0)
+
+    def kept_ids(self, numbers: Tensor) -> Tensor:
+        """The ids [n] int64 of the samples with these ``numbers`` [n], rising, among those that are trained on."""
+        if self.left_out is None:
+            return numbers
+        return torch.from_numpy(nth_unmarked(self.left_out, numbers.numpy()))
 
     @property
     def num_batches(self) -> int:

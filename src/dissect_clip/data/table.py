@@ -146,6 +146,7 @@ def table_train(
         shard_sizes=sizes,
         find_shard=all_in_first,
         num_kept=num_kept,
+        left_out=left_out,
     )
 
 

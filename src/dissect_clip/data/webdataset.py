@@ -418,6 +418,7 @@ def train_data(
         shard_sizes=None if index is None else index.sizes,
         find_shard=_no_ids if index is None else index.locate,
         num_kept=num_kept,
+        left_out=left_out,
     )
 
 

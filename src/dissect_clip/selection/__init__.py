@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from dissect_clip.config import Config, parse_strategy
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
@@ -133,9 +135,15 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
     )
 
 
-def build_decoys(config: Config, selector: Selector, world: World) -> Decoys | None:
-    """The decoys that the strategy asks for, none of them with a caption yet; None without any."""
-    if selector.strategy.decoys == 0:
+def build_decoys(
+    config: Config, selector: Selector, world: World, num_kept: int, kept_ids: Callable[[Tensor], Tensor]
+) -> Decoys | None:
+    """The decoys that the strategy asks for, none of them with a caption yet; None without any.
+
+    They are drawn among the ``num_kept`` samples that are trained on, whose ids [n] ``kept_ids`` gives by numbers [n].
+    """
+    strategy = selector.strategy
+    if strategy.decoys == 0:
         return None
-    ids = decoy_ids(len(selector.store.scores), selector.strategy.decoys, config.seed)
-    return Decoys(ids, world) if len(ids) > 0 else None
+    strategy.decoy_ids = kept_ids(decoy_ids(num_kept, strategy.decoys, config.seed))
+    return Decoys(strategy.decoy_ids, world) if len(strategy.decoy_ids) > 0 else None

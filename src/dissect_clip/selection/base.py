@@ -119,6 +119,9 @@ class Strategy:
     reuses: bool = False
     """Whether it goes by scores of earlier steps whatever ``--score-refresh`` is, and can do without any at first."""
 
+    decoy_ids: Tensor | None = None
+    """[P] int64, rising: the samples with wrong captions, as the run has drawn them."""
+
     def __init__(self, config: Config) -> None:
         self.config = config
 
@@ -130,6 +133,16 @@ class Strategy:
     def has_decoys(self, epoch: int) -> bool:
         """Whether these samples have their wrong captions in this epoch (0-based)."""
         return False
+
+    @property
+    def depends_on(self) -> str:
+        """Flags, with their values, without which what is remembered means something else; empty without any."""
+        return ""
+
+    @property
+    def survey_of(self) -> str:
+        """Flags, with their values, that say what the numbers of :meth:`survey` mean; empty without any."""
+        return ""
 
     @property
     def weighs(self) -> bool:

@@ -71,6 +71,16 @@ class CleanPosterior(WarmingUp):
         """See :attr:`Strategy.decoys`."""
         return self.config.clean_decoys
 
+    @property
+    def depends_on(self) -> str:
+        """See :attr:`Strategy.depends_on`: which samples are decoys."""
+        return f"--clean-decoys {self.decoys:g} --seed {self.config.seed}" if self.decoys > 0 else ""
+
+    @property
+    def survey_of(self) -> str:
+        """See :attr:`Strategy.survey_of`."""
+        return f"--clean-model {self.config.clean_model}"
+
     def has_decoys(self, epoch: int) -> bool:
         return self.decoys > 0 and self.warms_up(epoch)
 
@@ -87,7 +97,7 @@ class CleanPosterior(WarmingUp):
         return max(self.ratio, 0.0) < self.config.clean_ratio  # the lower part may lie below chance
 
     def _decoy_ids(self, num_samples: int) -> Tensor:
-        return decoy_ids(num_samples, self.decoys, self.config.seed)
+        return decoy_ids(num_samples, self.decoys, self.config.seed) if self.decoy_ids is None else self.decoy_ids
 
     # ---- what is known of a sample
 
@@ -267,7 +277,8 @@ class CleanPosterior(WarmingUp):
         """
         place = _AVERAGE if self.decoys == 0 else _FIRST
         average, visits = memory[:, place], self._visits(memory)
-        counted = visits if self.decoys == 0 else visits.clamp(max=self.first_epoch)
+        in_warmup = round(sum(self.rate(epoch) for epoch in range(self.first_epoch)))
+        counted = visits if self.decoys == 0 else visits.clamp(max=max(1, in_warmup))
         variance = memory[:, _VARIANCE].where(visits > 1, self.noise)
         error = (variance * self._trust(counted.clamp(min=1))).sqrt()
         low, high = memory.clone(), memory.clone()

@@ -27,7 +27,10 @@ _UNSET = -1
 
 
 def decoy_ids(num_samples: int, share: float, seed: int) -> Tensor:
-    """The ids [P] int64 of the decoys among so many samples, rising; the same wherever they are asked for."""
+    """The ids [P] int64 of the decoys among so many samples, rising; the same wherever they are asked for.
+
+    With a list of samples to train on these are their numbers on the list.
+    """
     count = min(MOST, round(share * num_samples))
     found: set[int] = set()
     number = 0
@@ -52,7 +55,7 @@ class Decoys:
         self.world = world
         self._captions: Tensor | None = None  # [P + 1, L] int64; the last row is for those that are no decoys
         self._last = torch.empty(0)  # [L] int64, the own caption of the decoy that this rank met last
-        self._lasts = torch.empty(0)  # [W, L] int64, the same of all ranks when they last agreed
+        self._of_all: Tensor | None = None  # [P + W, L] int64, the captions of all ranks, and what they met last
 
     def __call__(self, batch: Batch) -> Batch:
         """A batch on the device with the decoys' captions in it. Not collective, no device sync."""
@@ -63,18 +66,20 @@ class Decoys:
         place, decoy = self._find(batch.sample_id)
         place = place.where(decoy, len(self.ids))
         known = self._captions[place]
-        wrong = torch.where(known[:, :1] == _UNSET, self._captions_before(text, decoy), known)
+        wrong = torch.where(known[:, :1] == _UNSET, self._captions_before(text, place, decoy), known)
         self._captions[place] = wrong.where(decoy[:, None], _UNSET)[last_occurrence(place)]
         return dataclasses.replace(batch, text=torch.where(decoy[:, None], wrong, text))
 
-    def _captions_before(self, text: Tensor, decoy: Tensor) -> Tensor:
-        """For each pair the own caption [N, L] of the decoy before it; takes note of the last one."""
+    def _captions_before(self, text: Tensor, place: Tensor, decoy: Tensor) -> Tensor:
+        """For each pair the own caption [N, L] of the decoy before it, if that is another; takes note of the last."""
         number = torch.arange(len(text), device=text.device).where(decoy, -1)
         upto = number.cummax(0).values
         before = torch.cat([number.new_full((1,), -1), upto[:-1]])
+        other = (before >= 0) & (place[before.clamp(min=0)] != place)  # it may come twice
         last = torch.where(self._last[0] == _UNSET, text.roll(1, dims=0), self._last)
-        found = torch.where((before >= 0)[:, None], text[before.clamp(min=0)], last)
-        self._last = torch.where(upto[-1] >= 0, text[upto[-1].clamp(min=0)], self._last)
+        found = torch.where(other[:, None], text[before.clamp(min=0)], last)
+        # Indexing with a single number on the device would have the host wait for it.
+        self._last = torch.where(upto[-1] >= 0, text.index_select(0, upto[-1:].clamp(min=0))[0], self._last)
         return found
 
     def _find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,27 +90,36 @@ class Decoys:
         """Which of the samples ``ids`` [N] are decoys, [N] bool. Not collective, no device sync."""
         return self._find(ids)[1]
 
-    def agree(self) -> None:
-        """Let every rank know the captions of all. Collective: all_reduces of [P] and [P, L], an all_gather of [L]."""
+    def agree(self, adopt: bool = True) -> None:
+        """Bring the captions of all ranks together. Collective: all_reduces of [P] and [P, L], an all_gather of [L].
+
+        ``adopt``: go on with those of all. Inside an epoch that would make a difference to samples that come on two
+        ranks, and a run that is saved there would go on otherwise than one that is not.
+        """
         if self._captions is None:
             return
-        self._lasts = self.world.all_gather(self._last[None])
-        if self.world.size == 1:
-            return
+        lasts = self.world.all_gather(self._last[None])
         captions = self._captions[:-1]
+        if self.world.size > 1:
+            captions = self._union(captions)
+        self._of_all = torch.cat([captions, lasts])
+        if adopt:
+            self._captions[:-1] = captions
+
+    def _union(self, captions: Tensor) -> Tensor:
         mine = captions[:, 0] != _UNSET
         # Of several ranks that know one, the last counts.
         owner = self.world.max(torch.where(mine, self.world.rank, -1))
         shared = self.world.sum(torch.where((owner == self.world.rank)[:, None], captions, 0))
-        self._captions[:-1] = torch.where((owner >= 0)[:, None], shared, _UNSET)
+        return torch.where((owner >= 0)[:, None], shared, _UNSET)
 
     @property
     def captions(self) -> Tensor | None:
-        """As the ranks last agreed on: [P + W, L] int32, -1 in a row that has none yet; None before the first batch.
+        """Of all ranks, by the last :meth:`agree`: [P + W, L] int32, -1 in a row that has none yet; None without any.
 
         Those of the decoys, then for each rank the own caption of the decoy that it met last.
         """
-        return None if self._captions is None else torch.cat([self._captions[:-1], self._lasts]).int()
+        return None if self._of_all is None else self._of_all.int()
 
     def load(self, captions: Tensor, ranks: int) -> bool:
         """Take over the ``captions`` [P + W, L] of a run with W ``ranks``; False where they are of other decoys."""
@@ -114,7 +128,7 @@ class Decoys:
             return False
         captions = captions.long().to(self.ids.device)
         nothing = captions.new_full((1, captions.shape[1]), _UNSET)
-        self._captions, self._lasts = torch.cat([captions[:count], nothing]), captions[count:]
+        self._captions, lasts = torch.cat([captions[:count], nothing]), captions[count:]
         # With another number of ranks the rest of the epoch is laid out anew.
-        self._last = self._lasts[self.world.rank] if len(self._lasts) == self.world.size else nothing[0]
+        self._last = lasts[self.world.rank] if len(lasts) == self.world.size else nothing[0]
         return True
