@@ -107,6 +107,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, pairs: Path
         assert torch.equal(scores(whole, 3).nan_to_num(-1), scores(stopped, 3).nan_to_num(-1))
 
 
+def test_on_another_machine_a_run_goes_on_from_its_remote_copy(tmp_path: Path, data: str):
+    flags = {"remote_sync": tmp_path / "there", "remote_sync_protocol": "fsspec", "save_frequency": 1}
+    train(tmp_path, data, epochs=1, **flags)
+    (tmp_path / "logs").rename(tmp_path / "first machine")
+    run = train(tmp_path, data, epochs=2, resume="latest", **flags)
+    assert len(losses(run)) == 2 * len(losses(tmp_path / "first machine" / "run"))
+    for folder in (run, tmp_path / "there" / "run"):
+        assert losses(folder) == losses(run)
+        assert (folder / "out.log").read_text().count("Run run in") == 2
+    assert (tmp_path / "there" / "run" / "checkpoints" / "epoch_2.pt").exists()
+
+
 def test_resume_latest_finds_a_run_without_a_name(tmp_path: Path, data: str):
     flags = {"epochs": 2, "save_frequency": 1}
     assert cli.main(arguments(tmp_path, data, name=None, **flags)) == 0

@@ -279,6 +279,46 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         make(tmp_path / "file" / "record").begin(3)
 
 
+@pytest.mark.parametrize("call", ["begin", "write", "cut", "end"])
+def test_keeping_going_an_epoch_has_no_file_and_the_next_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("no space left")
+
+    file = EpochFile(tmp_path / "record", SCHEMA, keep_going=True, compression="zstd")
+    names_of_calls = {"begin": "_remove_leftovers", "write": "_open", "cut": "_close", "end": "_finished"}
+    if call != "begin":
+        file.begin(3)
+    if call in ("cut", "end"):
+        file.write(table(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(EpochFile, names_of_calls[call], full)
+        calls = {"begin": lambda: file.begin(3), "write": lambda: file.write(table(1)), "cut": lambda: file.cut(1)}
+        calls.get(call, file.end)()
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "epoch_00003.parquet: no space left" in message
+    file.write(table(2))
+    file.cut(2)
+    file.end()
+    assert names(tmp_path / "record") == []
+    file.begin(4)
+    file.write(table(5))
+    file.end()
+    assert rows(tmp_path / "record", 4) == [5]
+
+
+def test_rows_that_are_in_another_folder_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = make(tmp_path)
+    file.begin(3, 2)
+    assert f"rows of the first 2 steps of epoch 3 are not in {tmp_path}" in caplog.text
+    caplog.clear()
+    file.begin(3, 2)
+    file.end()
+    file.begin(3, 2)
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("call", ["cut", "end"])
 def test_a_folder_that_was_deleted_is_named(tmp_path: Path, call: str) -> None:
     file = make(tmp_path)

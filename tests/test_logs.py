@@ -226,6 +226,25 @@ def test_lines_are_on_the_disk_at_once_and_appended(run: RunFolder) -> None:
     reporter.close()
 
 
+@pytest.mark.parametrize("choice", ["continue", "stop"])
+def test_lines_that_cannot_be_written(run: RunFolder, caplog: pytest.LogCaptureFixture, choice: str) -> None:
+    reporter = make_reporter(Config(on_save_error=choice), run, World())
+    run.train_log.mkdir()
+    if choice == "stop":
+        with pytest.raises(TrainingError, match=r"cannot write .*train\.jsonl: .*Make room"):
+            reporter.train(1, {})
+        return
+    for step in (1, 2):
+        reporter.train(step, {})
+    run.train_log.rmdir()
+    reporter.train(3, {})
+    assert lines(run.train_log) == [{"step": 3}]
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "lines are lost until it can be written" in messages[0]
+    assert messages[1].endswith("can be written again; 2 lines are lost")
+
+
 @pytest.mark.parametrize("torn", [b'{"step": 2, "lo', b"\0\0\0\0"])
 def test_a_torn_line_does_not_spoil_the_next(run: RunFolder, torn: bytes) -> None:
     for path in (run.train_log, run.results):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dissect_clip.errors import SetupError
-from dissect_clip.remote import NoSync, RemoteSync, download, glob_remote, open_remote, superseded
+from dissect_clip.remote import NoSync, RemoteSync, download, fetch_logs, glob_remote, open_remote, superseded
 
 
 @pytest.fixture
@@ -76,6 +76,7 @@ def test_what_is_being_written_is_left_out(run: Path, tmp_path: Path) -> None:
 def test_what_was_copied_is_not_copied_again(run: Path, tmp_path: Path) -> None:
     make_sync(run, str(tmp_path / "there")).start()
     there = tmp_path / "there" / "checkpoints" / "epoch_1.pt"
+    os.utime(run / "checkpoints" / "epoch_1.pt", (1, 1))
     os.utime(there, (1, 1))
     sync = make_sync(run, str(tmp_path / "there"))  # as of a resumed run
     sync.start()
@@ -91,6 +92,25 @@ def test_a_checkpoint_saved_again_is_copied_again(run: Path, tmp_path: Path) -> 
     os.utime(path, (2, 2))
     sync.finish()
     assert (tmp_path / "there" / "checkpoints" / "epoch_1.pt").read_bytes() == b"WEIGHTS"
+
+
+def test_a_checkpoint_of_another_run_is_replaced_though_it_has_the_same_size(run: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there" / "checkpoints" / "epoch_1.pt"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"others!")
+    os.utime(there, (1, 1))
+    make_sync(run, str(tmp_path / "there")).start()
+    assert there.read_bytes() == b"weights"
+
+
+def test_a_checkpoint_that_was_fetched_is_not_copied_back(run: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there" / "checkpoints" / "epoch_2.pt"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(b"of another machine")
+    os.utime(there, (1, 1))
+    download(str(there), run / "checkpoints" / "epoch_2.pt")
+    make_sync(run, str(tmp_path / "there")).start()
+    assert there.stat().st_mtime == 1
 
 
 def test_scores_arrive_before_the_checkpoint(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +271,8 @@ echo "$@" >> "$BUCKET/../arguments"
 there() { echo "$BUCKET${1#s3://bucket}"; }
 case "$2" in
 sync) target=$(there "$4"); mkdir -p "$target"; cp -r "$3/." "$target" ;;
-ls) ls "$(there "$3")" 2>/dev/null | sed 's/^/2025-01-01 12:00:00       1234 /' | grep . ;;
+ls) ls "$(there "$3")" 2>/dev/null | sed 's|.*/||' | sed 's/^/2025-01-01 12:00:00       1234 /' | grep . ;;
+cp) cp "$(there "$3")" "$4" ;;
 rm) rm "$(there "$3")" ;;
 esac
 """
@@ -330,6 +351,38 @@ def test_aws_that_is_not_installed_is_an_error(run: Path, tmp_path: Path, monkey
         RemoteSync(run, "s3://bucket/run", "s3", 1000).start()
 
 
+# ---- logs of another machine
+
+
+LOGS = ("train.jsonl", "checkpoints/results.jsonl", "out.log")
+
+
+def logs_there(folder: Path) -> dict[str, bytes]:
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "train.jsonl").write_text("{}\n")
+    (folder / "out.log").write_text("of another machine\n")
+    return files(folder)
+
+
+@pytest.mark.parametrize("protocol", ["s3", "fsspec"])
+def test_logs_are_fetched_where_the_run_goes_on(tmp_path: Path, bucket: Path, protocol: str) -> None:
+    logged, here = logs_there(bucket / "run"), tmp_path / "here"
+    url = "s3://bucket/run" if protocol == "s3" else f"file://{bucket}/run"
+    (here / "checkpoints").mkdir(parents=True)
+    assert not fetch_logs(here, f"{url}2", protocol, LOGS, goes_on=True)
+    assert files(here) == {}
+    with pytest.raises(SetupError, match=f"{url} exists already: give another --name, or --resume latest"):
+        fetch_logs(here, url, protocol, LOGS, goes_on=False)
+    assert fetch_logs(here, url, protocol, LOGS, goes_on=True)
+    assert files(here) == logged
+
+
+def test_logs_that_cannot_be_fetched_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_aws(tmp_path, monkeypatch, "#!/bin/sh\necho no bucket >&2\nexit 2\n")
+    with pytest.raises(SetupError, match="cannot fetch what the run has logged there: aws s3 ls ended with status 2"):
+        fetch_logs(tmp_path, "s3://bucket/run", "s3", LOGS, goes_on=True)
+
+
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(SetupError, match="nowhere://bucket"):
         open_remote("nowhere://bucket")
@@ -338,6 +391,12 @@ def test_an_unknown_protocol_is_named() -> None:
 def test_listing_a_missing_folder_is_empty(run: Path, tmp_path: Path) -> None:
     assert glob_remote(f"file://{tmp_path}/missing", "*/out.log") == []
     assert glob_remote(f"file://{tmp_path}/", "*/out.log") == ["run/out.log"]
+
+
+def test_a_folder_with_the_signs_of_a_pattern_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a[b]*").mkdir()
+    (tmp_path / "a[b]*" / "epoch_1.pt").write_text("")
+    assert glob_remote(f"file://{tmp_path}/a[b]*", "epoch_*") == ["epoch_1.pt"]
 
 
 def test_a_download_is_whole_or_absent(run: Path, tmp_path: Path) -> None:

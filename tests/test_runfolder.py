@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from datetime import datetime
 from pathlib import Path
@@ -173,6 +174,24 @@ def test_resume_latest_looks_for_remote_runs_when_there_are_none_here(tmp_path: 
     assert newest_run(config) == names[1]
     add_checkpoint(tmp_path / "here" / names[0])
     assert newest_run(config) == names[0]
+
+
+def test_on_another_machine_a_run_goes_on_with_its_logs(tmp_path: Path) -> None:
+    there = tmp_path / "there" / "a"
+    there.mkdir(parents=True)
+    (there / "train.jsonl").write_text("{}\n")
+    config = Config(
+        logs=str(tmp_path / "here"), name="a", remote_sync=str(tmp_path / "there"), remote_sync_protocol="fsspec"
+    )
+    with pytest.raises(SetupError, match=r"there/a exists already: give another --name, or --resume latest"):
+        opened(config)
+    for resume in ("latest", f"{tmp_path}/there/a/checkpoints/epoch_1.pt"):
+        run = opened(dataclasses.replace(config, resume=resume))
+        assert run.train_log.read_text() == "{}\n"
+        run.train_log.write_text("{}\n{}\n")
+        opened(dataclasses.replace(config, resume=resume))
+        assert run.train_log.read_text() == "{}\n{}\n", "what is here counts"
+        run.train_log.unlink()
 
 
 def test_the_code_is_copied_where_asked_for(tmp_path: Path) -> None:

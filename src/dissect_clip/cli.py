@@ -252,6 +252,7 @@ def build_state(
             selector.strategy.remembers,
             config.accum_freq,
             reports=selector.strategy.reports,
+            keep_going=config.on_save_error == "continue",
         )
     return TrainState(
         config=config,
@@ -269,7 +270,7 @@ def build_state(
         scorer=scorer,
         buffers=RunningBuffers(module, world),
         recorder=recorder,
-        skip_log=SkipLog(folder.skipped if folder else None, world),
+        skip_log=SkipLog(folder.skipped if folder else None, world, config.on_save_error == "continue"),
         tally=Tally(world.device),
         chooser=chooser,
         reference=reference,

@@ -490,7 +490,7 @@ class Config:
     )
     on_save_error: str = setting(
         "continue",
-        "when a checkpoint cannot be written: warn and train on, trying again at the next one, or stop",
+        "when a checkpoint, a log or a record cannot be written: say so, train on and try again later, or stop",
         choices=("continue", "stop"),
     )
     delete_previous_checkpoint: bool = setting(False, "delete the checkpoint before after storing a new one")
@@ -586,7 +586,7 @@ ADDED: dict[str, str] = {
     "max_nonfinite_steps": "training that goes wrong",
     "save_every_n_steps": "checkpoints in the middle of an epoch",
     "save_every_minutes": "checkpoints in the middle of an epoch",
-    "on_save_error": "checkpoints that cannot be written",
+    "on_save_error": "disks that are full or gone",
     "rank_timeout": "ranks that die or stall",
     "select": "online sample selection",
     "select_strategy": "online sample selection",

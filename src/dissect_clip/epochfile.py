@@ -14,10 +14,11 @@ before are taken from the complete file.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ import pyarrow.parquet as pq
 from dissect_clip.durable import put_in_place, sync_folder
 from dissect_clip.errors import TrainingError
 
+log = logging.getLogger(__name__)
+
 _MARKS = b"dissect_clip.parts"
 """Metadata of a complete file: [step, row groups up to it] of its parts, rising, as JSON."""
 
@@ -34,19 +37,23 @@ _MARKS = b"dissect_clip.parts"
 class EpochFile:
     """The file of one epoch after the other. For one process; not collective.
 
-    All methods raise TrainingError, which names the file, where the disk does not do what it should.
+    Where the disk does not do what it should, all methods raise TrainingError, which names the file; with
+    ``keep_going`` they log an error instead, and there is no file of this epoch.
 
     Args:
         schema: of all tables that are written.
+        keep_going: as ``--on-save-error continue`` asks for.
         writer_options: of pyarrow's ParquetWriter.
     """
 
-    def __init__(self, folder: Path, schema: pa.Schema, **writer_options: Any) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, keep_going: bool = False, **writer_options: Any) -> None:
         self.folder = folder
         self.schema = schema
+        self.keep_going = keep_going
         self.writer_options = writer_options
         self._epoch = 0
         self._writer: pq.ParquetWriter | None = None
+        self._given_up = False
 
     @property
     def path(self) -> Path:
@@ -67,11 +74,16 @@ class EpochFile:
         Rows that were written up to a :meth:`cut` at or before ``step`` stay, later ones are gone, and so is what other
         epochs left unfinished. A complete file of this epoch from a longer run is replaced by :meth:`end` only.
         """
-        self._epoch, self._writer = epoch, None
-        with _naming(self.path):
+        self._epoch, self._writer, self._given_up = epoch, None, False
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             if not self._parts.exists():
+                if step > 0 and not self.path.exists():
+                    log.warning(
+                        "The rows of the first %d steps of epoch %d are not in %s, as where the run went on from "
+                        "another folder or machine: its file will lack them", step, epoch, self.folder,
+                    )  # fmt: skip
                 self._restore(step)
             for end, part in self._finished():
                 if end > step:
@@ -80,7 +92,9 @@ class EpochFile:
 
     def write(self, table: pa.Table) -> None:
         """Append rows."""
-        with _naming(self.path):
+        if self._given_up:
+            return
+        with self._writing():
             if self._writer is None:
                 self._writer = self._open(self._open_part, self.schema)
             self._writer.write_table(table)
@@ -93,7 +107,7 @@ class EpochFile:
         if self._writer is None:
             return
         part = self._parts / f"{step:08d}.parquet"
-        with _naming(self.path):
+        with self._writing():
             self._close()
             if part.exists():  # a second cut at the same step
                 self._copy(_row_groups([part, self._open_part]), self._whole, self.schema)
@@ -104,7 +118,9 @@ class EpochFile:
 
     def end(self) -> None:
         """Complete the epoch's file. With parts, their rows are copied, a row group at a time."""
-        with _naming(self.path):
+        if self._given_up:
+            return
+        with self._writing():
             finished = self._finished()
             if self._writer is None and not finished:
                 self._writer = self._open(self._open_part, self.schema)
@@ -118,6 +134,31 @@ class EpochFile:
             else:
                 put_in_place(self._open_part, self.path)
             self._discard_parts()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a failure to write into a TrainingError that names the file, or give the epoch's file up."""
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            if not self.keep_going:
+                raise TrainingError(
+                    f"cannot write {self.path}: {error}. Make room for it; --resume latest then goes on from the last "
+                    "checkpoint"
+                ) from error
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Leave nothing of the epoch, since a part of its rows would be taken for all."""
+        log.error(
+            "cannot write %s: %s. Training goes on (--on-save-error continue), and this epoch has no such file; that "
+            "of the next is tried again", self.path, error,
+        )  # fmt: skip
+        self._given_up = True
+        with suppress(OSError, pa.ArrowException):
+            self._close()
+        self._writer = None
+        shutil.rmtree(self._parts, ignore_errors=True)
 
     @property
     def _whole(self) -> Path:
@@ -169,17 +210,6 @@ class EpochFile:
         os.replace(self._parts, self._aside)  # at once, so that no half of them is taken for the whole
         sync_folder(self.folder)
         shutil.rmtree(self._aside)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn a failure to write into a TrainingError that names the file."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise TrainingError(
-            f"cannot write {path}: {error}. Make room for it; --resume latest then goes on from the last checkpoint"
-        ) from error
 
 
 def _row_groups(files: Iterable[Path], count: int | None = None) -> Iterator[pa.Table]:

@@ -6,6 +6,7 @@ Messages quote names and captions of the data, so nothing in them may move a cur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -24,8 +25,10 @@ from tqdm import tqdm
 
 from dissect_clip.config import Config
 from dissect_clip.dist import World
-from dissect_clip.errors import SetupError, printable
+from dissect_clip.errors import SetupError, TrainingError, printable
 from dissect_clip.runfolder import RunFolder, automatic_name
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
 _TIME = "%Y-%m-%d,%H:%M:%S"
@@ -163,12 +166,15 @@ class JsonLines:
     """One JSON object a line: training to ``train``, evaluations to ``results`` as OpenCLIP writes them.
 
     The files are opened for each line, which is then out of this process's hands. What an earlier process of the run
-    left torn is cut off.
+    left torn is cut off. A line that cannot be written is a TrainingError; with ``keep_going`` it is lost, and the log
+    says so.
     """
 
-    def __init__(self, train: Path, results: Path) -> None:
+    def __init__(self, train: Path, results: Path, keep_going: bool = False) -> None:
         self._train = train
         self._results = results
+        self._keep_going = keep_going
+        self._lost = 0  # lines in a row
         for path in (train, results):
             _cut_torn_line(path)
 
@@ -180,11 +186,32 @@ class JsonLines:
         """Append the metrics with their ``epoch``."""
         self._append(self._results, {**metrics, "epoch": epoch})
 
-    @staticmethod
-    def _append(path: Path, metrics: Mapping[str, float]) -> None:
+    def _append(self, path: Path, metrics: Mapping[str, float]) -> None:
         plain = {name: _json_number(value) for name, value in metrics.items()}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain, allow_nan=False) + "\n")
+        except OSError as error:
+            if not self._keep_going:
+                raise TrainingError(
+                    f"cannot write {path}: {error}. Make room for it; --resume latest then goes on from the last "
+                    "checkpoint"
+                ) from error
+            self._lose(path, error)
+        else:
+            if self._lost:
+                log.warning("%s can be written again; %d lines are lost", path, self._lost)
+            self._lost = 0
+
+    def _lose(self, path: Path, error: OSError) -> None:
+        if self._lost == 0:
+            log.error(
+                "cannot write %s: %s. Training goes on (--on-save-error continue); lines are lost until it can be "
+                "written", path, error,
+            )  # fmt: skip
+        self._lost += 1
+        with contextlib.suppress(OSError):
+            _cut_torn_line(path)
 
     def close(self) -> None:
         """Nothing is waiting."""
@@ -278,7 +305,7 @@ def _wanted(config: Config, run: RunFolder | None) -> list[Reporter]:
     asked |= {"tensorboard", "wandb"} if "all" in asked else set()
     reporters: list[Reporter] = []
     if run is not None:
-        reporters.append(JsonLines(run.train_log, run.results))
+        reporters.append(JsonLines(run.train_log, run.results, config.on_save_error == "continue"))
     if "tensorboard" in asked:
         if run is None:
             raise SetupError("--report-to tensorboard writes to the run folder: leave --logs none out")

@@ -81,6 +81,7 @@ class Recorder:
         reports: names of what it reports.
         accum_freq: batches that an optimizer step takes.
         flush_every: batches between two flushes, the same on all ranks.
+        keep_going: where a file cannot be written, log an error in place of raising one.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Recorder:
         accum_freq: int = 1,
         flush_every: int = 64,
         reports: Sequence[str] = (),
+        keep_going: bool = False,
     ) -> None:
         self.world = world
         self.locate = locate
@@ -103,7 +105,7 @@ class Recorder:
         self._schema = _schema(self.columns)
         self._file: EpochFile | None = None
         if world.is_main:
-            self._file = EpochFile(folder, self._schema, compression="zstd", use_dictionary=["shard"])
+            self._file = EpochFile(folder, self._schema, keep_going, compression="zstd", use_dictionary=["shard"])
         self._batch = 0  # the batch of the epoch that is the first to wait
         self._waiting: list[_Batch] = []
 

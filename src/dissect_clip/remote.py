@@ -7,13 +7,15 @@ ending. The meaning of the flags is the same.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import posixpath
 import re
 import subprocess
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 # checkpoint, whose two files may change in the middle of a copy.
 _LEFT_OUT = (".tmp", ".parts", "epoch_latest")
 _CHECKPOINT = re.compile(r"epoch_(\d+)(?:_step_(\d+))?(?:\.pt|(?:-[0-9a-f]+)?\.scores\.safetensors)")
+_CLOCK = 1.0
+"""Seconds by which a storage may round down when a file was written."""
 _TRIES = 3
 """Times that aws is started for one copy, where it fails because files vanish under it."""
 
@@ -51,7 +55,7 @@ def glob_remote(url: str, pattern: str) -> list[str]:
     """
     system, root = open_remote(url)
     try:
-        found = system.glob(f"{root.rstrip('/')}/{pattern}")
+        found = system.glob(f"{glob.escape(root.rstrip('/'))}/{pattern}")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -67,14 +71,33 @@ def download(url: str, target: Path) -> None:
         SetupError: if it cannot be copied.
     """
     system, path = open_remote(url)
-    partial = target.with_name(f"{target.name}.tmp")
     try:
-        system.get_file(path, str(partial))
-        os.replace(partial, target)
+        _get(system, path, target)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise SetupError(f"cannot copy {url}: {error}") from error
+
+
+def _get(system: Any, path: str, target: Path) -> None:
+    """Copy a remote file to ``target``, which appears when it is complete and is as old as the remote one."""
+    partial = target.with_name(f"{target.name}.tmp")
+    system.get_file(path, str(partial))
+    changed = _changed(system, path)
+    if changed is not None:
+        os.utime(partial, (changed, changed))
+    os.replace(partial, target)
+
+
+def _changed(system: Any, path: str) -> float | None:
+    """When a remote file was written last, in seconds since 1970; None where the storage does not tell."""
+    try:
+        moment = system.modified(path)
+    except NotImplementedError:
+        return None
+    if not isinstance(moment, datetime):
+        return None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -118,6 +141,12 @@ class _Copier(Protocol):
     def delete(self, name: str) -> None:
         """Delete one of them."""
 
+    def has(self, name: str) -> bool:
+        """Whether the remote folder has this file."""
+
+    def fetch(self, name: str) -> None:
+        """Copy a file of the remote folder to the run folder."""
+
 
 class _FsspecCopier:
     """Copies what is new or changed since the last call, file by file, through fsspec."""
@@ -133,29 +162,45 @@ class _FsspecCopier:
                 facts = path.stat()
                 state = (facts.st_size, facts.st_mtime_ns)
                 if self.copied.get(path) != state:
-                    self._copy(path, facts.st_size)
+                    self._copy(path, facts)
                     self.copied[path] = state
             except FileNotFoundError:
                 if path.exists():  # else it was deleted meanwhile, as old checkpoints are
                     raise
 
-    def _copy(self, path: Path, size: int) -> None:
-        target = posixpath.join(self.root, path.relative_to(self.folder).as_posix())
+    def _copy(self, path: Path, facts: os.stat_result) -> None:
+        target = self._there(path.relative_to(self.folder).as_posix())
         # A checkpoint that an earlier process of this run has copied; other files may change and keep their size.
         is_checkpoint = path.parent.name == "checkpoints" and path.suffix in (".pt", ".safetensors")
-        if path not in self.copied and is_checkpoint and self._remote_size(target) == size:
+        if path not in self.copied and is_checkpoint and self._is_there(target, facts):
             return
         self.system.makedirs(posixpath.dirname(target), exist_ok=True)
         self.system.put_file(str(path), target)
 
-    def _remote_size(self, target: str) -> int | None:
+    def _is_there(self, target: str, facts: os.stat_result) -> bool:
+        """Whether there is a file of this size that was not written before this one.
+
+        The size alone says nothing: all checkpoints of a model have the same.
+        """
         try:
-            return int(self.system.size(target))
+            if int(self.system.size(target)) != facts.st_size:
+                return False
+            changed = _changed(self.system, target)
         except FileNotFoundError:
-            return None
+            return False
+        return changed is not None and changed + _CLOCK > facts.st_mtime
+
+    def _there(self, name: str) -> str:
+        return posixpath.join(self.root, name)
+
+    def has(self, name: str) -> bool:
+        return bool(self.system.exists(self._there(name)))
+
+    def fetch(self, name: str) -> None:
+        _get(self.system, self._there(name), self.folder / name)
 
     def checkpoints(self) -> list[str]:
-        folder = posixpath.join(self.root, "checkpoints")
+        folder = self._there("checkpoints")
         self.system.invalidate_cache(folder)
         try:
             return [posixpath.basename(path) for path in self.system.ls(folder, detail=False)]
@@ -163,7 +208,7 @@ class _FsspecCopier:
             return []
 
     def delete(self, name: str) -> None:
-        self.system.rm_file(posixpath.join(self.root, "checkpoints", name))
+        self.system.rm_file(self._there(f"checkpoints/{name}"))
 
 
 class _S3Copier:
@@ -183,11 +228,24 @@ class _S3Copier:
         _check(done)
 
     def checkpoints(self) -> list[str]:
-        done = _aws("ls", f"{self.url}/checkpoints/")
-        if done.returncode == 1 and not done.stderr.strip():  # there are none
+        return self._list("checkpoints/")
+
+    def _list(self, prefix: str) -> list[str]:
+        """Names of what begins with a prefix."""
+        done = _aws("ls", f"{self.url}/{prefix}")
+        if done.returncode == 1 and not done.stderr.strip():  # there is nothing
             return []
         _check(done)
         return [line.split()[-1] for line in done.stdout.splitlines() if line.strip()]
+
+    def has(self, name: str) -> bool:
+        return posixpath.basename(name) in self._list(name)
+
+    def fetch(self, name: str) -> None:
+        target = self.folder / name
+        partial = target.with_name(f"{target.name}.tmp")
+        _check(_aws("cp", f"{self.url}/{name}", str(partial)))
+        os.replace(partial, target)
 
     def delete(self, name: str) -> None:
         _check(_aws("rm", f"{self.url}/checkpoints/{name}"))
@@ -203,6 +261,41 @@ def _check(done: subprocess.CompletedProcess[str]) -> None:
         raise OSError(f"{command} ended with status {done.returncode}: {done.stderr.strip()}")
 
 
+def _make_copier(folder: Path, url: str, protocol: str) -> _Copier:
+    return _S3Copier(folder, url) if protocol == "s3" else _FsspecCopier(folder, url)
+
+
+def fetch_logs(folder: Path, url: str, protocol: str, names: Sequence[str], goes_on: bool) -> bool:
+    """Bring what a run has logged on another machine into its folder, which has no log yet; whether there was any.
+
+    Else the first copy of the new, empty folder would take the place of what is there.
+
+    Args:
+        names: files of the folder; the first tells whether the run has logged anything.
+        goes_on: whether this run continues the one in the remote folder.
+
+    Raises:
+        SetupError: if there is such a run and this one does not continue it, or it cannot be fetched.
+    """
+    try:
+        copier = _make_copier(folder, url, protocol)
+        if not copier.has(names[0]):
+            return False
+        if goes_on:
+            for name in names:
+                if copier.has(name):
+                    copier.fetch(name)
+    except SetupError:
+        raise
+    except Exception as error:  # every file system of fsspec has errors of its own
+        raise SetupError(f"--remote-sync {url}: cannot fetch what the run has logged there: {error}") from error
+    if not goes_on:
+        raise SetupError(
+            f"the run folder {url} exists already: give another --name, or --resume latest to continue that run"
+        )
+    return True
+
+
 class RemoteSync:
     """Copies a run folder to ``url`` every ``frequency`` seconds, in a thread of this process. For rank 0.
 
@@ -214,7 +307,7 @@ class RemoteSync:
         self.url = url
         self.frequency = frequency
         self.folder = folder
-        self._copier: _Copier = _S3Copier(folder, url) if protocol == "s3" else _FsspecCopier(folder, url)
+        self._copier = _make_copier(folder, url, protocol)
         self._failure: str | None = None
         self._ended = threading.Event()
         # A daemon thread does not keep a run that fails from ending.

@@ -24,7 +24,7 @@ import torch
 from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
-from dissect_clip.remote import NoSync, RemoteSync, glob_remote
+from dissect_clip.remote import NoSync, RemoteSync, fetch_logs, glob_remote
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,22 @@ def _prepare(config: Config) -> tuple[Path, str]:
         _try_to_write(path)
         (path / "checkpoints").mkdir(exist_ok=True)
         _describe(config, path, name)
+        if config.remote_sync is not None and not (path / "train.jsonl").exists():
+            _fetch_logs(config, path, name)
     return path, name
+
+
+def _remote_url(config: Config, name: str) -> str:
+    assert config.remote_sync is not None
+    return f"{config.remote_sync.rstrip('/')}/{name}"
+
+
+def _fetch_logs(config: Config, path: Path, name: str) -> None:
+    """Go on with the logs of a run that has run on another machine; it may have been copied from there."""
+    url = _remote_url(config, name)
+    goes_on = config.resume is not None and (config.resume == "latest" or config.resume.startswith(f"{url}/"))
+    logs = ("train.jsonl", "checkpoints/results.jsonl", "out-0.log" if config.log_local else "out.log", "sizes.json")
+    fetch_logs(path, url, config.remote_sync_protocol, logs, goes_on)
 
 
 def _prepare_on_nodes(config: Config, path: Path, world: World) -> None:
@@ -190,14 +205,17 @@ def open_run(config: Config, world: World) -> RunFolder | None:
     With ``--resume latest`` the folder is that of ``--name``, or of the newest run with the same main settings, and
     may exist. None with ``--logs none``.
 
+    Where the folder has no logs yet, those that the run has left in the ``--remote-sync`` folder are fetched.
+
     Raises:
-        SetupError: if the folder belongs to another run, or cannot be written to.
+        SetupError: if the folder, here or there, belongs to another run, or cannot be written to or fetched.
     """
     if not config.writes_logs:
         if config.resume == "latest":
             raise SetupError("--resume latest looks into the run folder, and --logs none has none: name the checkpoint")
         return None
-    path, name = world.on_main(lambda: _prepare(config))
+    with world.watch.patient():  # of a remote copy
+        path, name = world.on_main(lambda: _prepare(config))
     if config.log_local:
         _prepare_on_nodes(config, path, world)
         log_file = path / f"out-{world.rank}.log" if world.local_rank == 0 else None
@@ -210,5 +228,5 @@ def make_sync(config: Config, run: RunFolder | None, world: World) -> RemoteSync
     """What copies the run folder to ``--remote-sync``; a null object where nothing is to be copied. Not collective."""
     if config.remote_sync is None or run is None or not world.is_main:
         return NoSync()
-    url = f"{config.remote_sync.rstrip('/')}/{run.name}"
+    url = _remote_url(config, run.name)
     return RemoteSync(run.path, url, config.remote_sync_protocol, config.remote_sync_frequency)

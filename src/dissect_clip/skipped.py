@@ -54,12 +54,15 @@ class SkipLog:
 
     Args:
         folder: which Parquet readers take as one data set; None writes nothing.
+        keep_going: where a file cannot be written, log an error in place of raising one.
     """
 
-    def __init__(self, folder: Path | None, world: World) -> None:
+    def __init__(self, folder: Path | None, world: World, keep_going: bool = False) -> None:
         self.folder = folder
         self.world = world
-        self._file = EpochFile(folder, _SCHEMA, compression="zstd") if folder is not None and world.is_main else None
+        self._file: EpochFile | None = None
+        if folder is not None and world.is_main:
+            self._file = EpochFile(folder, _SCHEMA, keep_going, compression="zstd")
         self._start(0, 0)
 
     def _start(self, epoch: int, step: int) -> None:
