@@ -93,6 +93,16 @@ def test_an_unreadable_shard_stops_the_run(tmp_path):
         index_shards([f"{tmp_path}/0.tar"], {}, World(), None)
 
 
+def test_what_was_counted_before_a_shard_that_cannot_be_read_is_kept(tmp_path):
+    urls = [*expand(make_shards(tmp_path, [2] * 40))[0], f"{tmp_path}/bad.tar"]
+    (tmp_path / "bad.tar").write_text("no tar" * 200)
+    with pytest.raises(SetupError, match=r"bad\.tar"):
+        index_shards(urls, {}, World(), None)
+    kept = json.loads((tmp_path / SIZES_FILE).read_text())
+    assert 0 < len(kept) <= 40
+    assert set(kept.values()) == {2}
+
+
 def test_a_cut_off_shard_counts_up_to_there(tmp_path, caplog):
     make_shards(tmp_path, [4])
     path = tmp_path / "train-000.tar"

@@ -63,6 +63,11 @@ def test_files_beside_remote_shards_are_asked_for(tmp_path):
     assert known_sizes(urls, None, ask_remote=False) == {}
 
 
+def test_a_server_that_does_not_answer_is_no_missing_file():
+    with pytest.raises(SetupError, match=r"_info\.json, where the shards' sizes may be, sent nothing for 0\.2 s"):
+        known_sizes(["pipe:sleep 20 # 0.tar"], None, ask_remote=True, timeout=0.2)
+
+
 def test_a_page_instead_of_a_remote_file_is_no_file():
     assert known_sizes(["pipe:echo 'Entry not found' # 0.tar"], None, ask_remote=True) == {}
 

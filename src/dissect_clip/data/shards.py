@@ -160,10 +160,18 @@ def _announce(urls: Sequence[str]) -> None:
         )
 
 
-def count_shards(urls: Sequence[str], world: World, timeout: float = Config.data_timeout) -> dict[str, int]:
+def count_shards(
+    urls: Sequence[str],
+    world: World,
+    timeout: float = Config.data_timeout,
+    keep: Callable[[dict[str, int]], object] = lambda sizes: None,
+) -> dict[str, int]:
     """Samples by URL, counted on rank 0; collective.
 
-    Every shard counted is a sign of life, so that a long count does not run into ``--rank-timeout``.
+    It may take longer than ``--rank-timeout``: a shard that sends nothing is given up by itself.
+
+    Args:
+        keep: gets what was counted where a shard cannot be read, so that the next run need not count it again.
 
     Raises:
         SetupError: a shard cannot be read, or holds no sample.
@@ -175,10 +183,15 @@ def count_shards(urls: Sequence[str], world: World, timeout: float = Config.data
 
     def go_on() -> bool:
         assert scan is not None
-        return scan.wait(_SCAN_PATIENCE)
+        try:
+            return scan.wait(_SCAN_PATIENCE)
+        except SetupError:
+            keep(scan.sizes)
+            raise
 
-    while not world.on_main(go_on):
-        pass
+    with world.watch.patient():
+        while not world.on_main(go_on):
+            pass
     sizes = world.broadcast(None if scan is None else scan.sizes)
     assert sizes is not None
     empty = [url for url in urls if sizes[url] == 0]
@@ -206,7 +219,7 @@ def index_shards(
     """
     unknown = [url for url in dict.fromkeys(urls) if url not in known]
     if unknown:
-        counted = count_shards(unknown, world, timeout)
+        counted = count_shards(unknown, world, timeout, lambda sizes: keep_sizes(sizes, run_folder))
         if world.is_main and (unkept := keep_sizes(counted, run_folder)):
             _log.warning(
                 "nowhere to keep the sizes of %d shards (%s), the next run will count them again: write them to a file "

@@ -42,6 +42,11 @@ def _read_remote(url: str, timeout: float) -> str | None:
     try:
         with open_remote(url, timeout) as stream:
             text = stream.read(_MAX_REMOTE).decode("utf-8")
+    except TimeoutError as error:  # to take it for missing would have the whole data set read
+        raise SetupError(
+            f"{url}, where the shards' sizes may be, sent nothing for {timeout:g} s: try again, or with a longer "
+            "--data-timeout"
+        ) from error
     except (OSError, ValueError):
         return None
     return text if text.lstrip().startswith("{") else None
@@ -146,7 +151,7 @@ def known_sizes(
     after ``timeout`` seconds without an answer.
 
     Raises:
-        SetupError: a file is not of its form.
+        SetupError: a file is not of its form, or a server does not answer.
     """
     known: dict[str, int] = {}
     for folder, members in _by_folder(urls).items():
