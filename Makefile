@@ -58,5 +58,6 @@ reproduce: $(VENV)/.installed
 	@test -n "$(GRID)" || { echo "error: give GRID, as in GRID=configs/small/rates.yaml" >&2; exit 1; }
 	$(RUN) scripts/reproduce.py $(GRID) $(REPRODUCE_FLAGS)
 
+# Not logs and bench, which may hold days of training.
 clean:
-	rm -rf $(VENV) demo bench logs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache

@@ -139,8 +139,10 @@ def after_warmup(state: TrainState, size: int) -> Steps:
     """The run when every sample of the batch has been scored once."""
     Steps(state, size)(1)
     state.counters.epoch = 1
+    if state.selector is not None:
+        state.selector.begin_epoch(1)
     if state.chooser is not None and state.selector is not None:
-        state.chooser.publish(state.selector.store.scores)
+        state.chooser.publish(state.selector.store.scores, state.selector.survey)
     return Steps(state, size)
 
 

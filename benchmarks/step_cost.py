@@ -71,7 +71,11 @@ class MemoryData:
     """As much of TrainData as a state is built from."""
 
     def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+        self.num_samples = self.num_kept = num_samples
+
+    def kept_ids(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The ids of samples by their numbers: all are trained on."""
+        return numbers
 
 
 def make_config(options: argparse.Namespace, mode: str, rate: float, **changes: Any) -> Config:

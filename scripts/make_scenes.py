@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -255,11 +256,14 @@ def add_file(shard: tarfile.TarFile, name: str, content: bytes) -> None:
     shard.addfile(entry, io.BytesIO(content))
 
 
+def _shard_names(split: str, pairs: int, per_shard: int) -> list[str]:
+    return [f"{split}-{number:06d}.tar" for number in range(-(-pairs // per_shard))]
+
+
 def write_shards(folder: Path, split: str, pairs: list[Pair], image_size: int, per_shard: int) -> dict[str, int]:
     """Write a split's shards; returns the number of samples of each."""
     sizes: dict[str, int] = {}
-    for start in range(0, len(pairs), per_shard):
-        name = f"{split}-{start // per_shard:06d}.tar"
+    for name, start in zip(_shard_names(split, len(pairs), per_shard), range(0, len(pairs), per_shard), strict=True):
         chunk = pairs[start : start + per_shard]
         with tarfile.open(folder / name, "w", format=tarfile.USTAR_FORMAT) as shard:
             for place, pair in enumerate(chunk, start):
@@ -277,9 +281,13 @@ def make_dataset(
     folder: Path, train: int, val: int, mismatched: float, image_size: int, per_shard: int, seed: int
 ) -> None:
     """Write the whole data set; see the module's description."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {*_shard_names("train", train, per_shard), *_shard_names("val", val, per_shard)}
+    found = {path.name for split in ("train", "val") for path in folder.glob(f"{split}-*.tar")}
+    if left := sorted(found - written):
+        sys.exit(f"error: {folder} holds shards of another data set, as {left[0]}: delete them or give another folder")
     rng = np.random.default_rng(seed)
     pairs = make_pairs(train + val, rng)
-    folder.mkdir(parents=True, exist_ok=True)
     sizes = write_shards(folder, "train", mismatch(pairs[:train], mismatched, rng), image_size, per_shard)
     sizes |= write_shards(folder, "val", pairs[train:], image_size, per_shard)
     (folder / "sizes.json").write_text(json.dumps(sizes, indent=2) + "\n")

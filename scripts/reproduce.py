@@ -225,12 +225,12 @@ _SBATCH = """\
 # file's name are passed on: --retry-failed runs cells again that have failed. When all is done:
 #   {collect}
 
-#SBATCH --job-name={name}
+#SBATCH --job-name="{name}"
 #SBATCH --array=0-{last}
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@300
 #SBATCH --open-mode=append
-#SBATCH --output={runs}/slurm-%A_%a.out
+#SBATCH --output="{runs}/slurm-%A_%a.out"
 {options}
 set -euo pipefail
 cd {cwd}
@@ -258,6 +258,12 @@ exit "$status"
 """
 
 
+def _quoted(option: str) -> str:
+    """An option of sbatch with its value in the quotes that sbatch takes, where it has blanks."""
+    name, equals, value = option.partition("=")
+    return f'{name}{equals}"{value}"' if any(map(str.isspace, value)) else option
+
+
 def write_slurm(jobs: Sequence[Job], runs: Runs, options: argparse.Namespace) -> int:
     """Write a job array of what is not finished; the number of its tasks.
 
@@ -277,8 +283,9 @@ def write_slurm(jobs: Sequence[Job], runs: Runs, options: argparse.Namespace) ->
     text = _SBATCH.format(
         grids=", ".join(str(file) for file in options.grids), file=options.slurm, name=options.grids[0].stem,
         collect=shlex.join([*base, "--collect", "--out", str(options.out.resolve())]),
-        last=len(left) - 1, runs=runs.folder,
-        options="".join(f"#SBATCH {option}\n" for option in next(iter(asked))), cwd=shlex.quote(str(Path.cwd())),
+        last=len(left) - 1, runs=str(runs.folder).replace("%", "%%"),
+        options="".join(f"#SBATCH {_quoted(option)}\n" for option in next(iter(asked))),
+        cwd=shlex.quote(str(Path.cwd())),
         python=shlex.quote(str(Path(sys.executable).parent)),
         cells="\n".join(f"    {name}" for name in left), command=shlex.join([*base, *data]), stopped=EXIT_STOPPED,
     )  # fmt: skip
@@ -387,7 +394,8 @@ def work(options: argparse.Namespace, program: tuple[str, ...]) -> int:
     left = 0
     earlier = read_earlier(options.earlier)
     for grid in grids:
-        rest = [point for point in grid.points() if runs.state(grid.cell(point, runs.folder)) != "done"]
+        known = [point for point in grid.points() if point in earlier]
+        rest = [point for point in known if runs.state(grid.cell(point, runs.folder)) != "done"]
         check_earlier(grid, rest, earlier)
     if not options.collect:
         jobs = make_jobs(grids, options)

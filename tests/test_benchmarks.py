@@ -192,8 +192,11 @@ def test_captions_are_swapped_as_listed(bench: Any, tmp_path: Path):
     assert captions_of(tmp_path / "shards" / "00000.tar") == {"k1": "three", "k2": "two"}
     assert captions_of(tmp_path / "shards" / "00001.tar") == {"k3": "one"}
     listed.write_text("key,donor\nk1,k9\n")
-    with pytest.raises(SystemExit, match="k9"):
+    with pytest.raises(SystemExit, match=r"shards was made of .* another list of wrong captions"):
         study.noisy(f"{tmp_path}/?.tar", listed, tmp_path)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(SystemExit, match="k9"):
+        study.noisy(f"{tmp_path}/?.tar", listed, tmp_path / "other")
 
 
 def a_run(study: Any, mode: str, seed: int, rsum: list[float], seconds: list[float]) -> Any:

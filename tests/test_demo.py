@@ -54,6 +54,14 @@ def test_the_same_settings_give_the_same_bytes(scenes: Path, tmp_path: Path) -> 
     assert [name for name in names if (tmp_path / name).read_bytes() != (scenes / name).read_bytes()] == []
 
 
+def test_shards_of_another_set_are_not_left_among_those_of_this(tmp_path: Path) -> None:
+    settings = {"val": 40, "mismatched": RATE, "image_size": 32, "per_shard": 50, "seed": 3}
+    make_scenes.make_dataset(tmp_path, train=120, **settings)
+    make_scenes.make_dataset(tmp_path, train=101, **settings)
+    with pytest.raises(SystemExit, match=r"holds shards of another data set, as train-000002\.tar"):
+        make_scenes.make_dataset(tmp_path, train=100, **settings)
+
+
 def test_another_seed_gives_another_set(scenes: Path, tmp_path: Path) -> None:
     make_scenes.make_dataset(tmp_path, train=120, val=40, mismatched=RATE, image_size=32, per_shard=50, seed=4)
     assert (tmp_path / "val-000000.tar").read_bytes() != (scenes / "val-000000.tar").read_bytes()

@@ -139,6 +139,14 @@ def test_a_checkpoint_of_ours_evaluates_alike_in_both(tmp_path):
     )
 
 
+def test_a_run_with_siglip_is_evaluated_with_siglip(tmp_path):
+    run = train(tmp_path, make_shards(tmp_path / "data", [40]), epochs=1, siglip=True)
+    random_weights(tmp_path)  # whose configuration is then known
+    words = command(tmp_path, retrieval_set(tmp_path / "pairs"), pretrained=str(run / "checkpoints" / "epoch_1.pt"))
+    assert main([*words, "--siglip"]) == 0
+    assert "image_retrieval_recall@5" in metrics(tmp_path, "pairs", "zeroshot_retrieval")
+
+
 def test_classification_by_an_independent_formula(tmp_path):
     assert main(command(tmp_path, labelled_set(tmp_path / "set", 40))) == 0
     model, _, transform = open_clip.create_model_and_transforms(MODEL, str(tmp_path / "weights.pt"))
@@ -222,6 +230,7 @@ def test_the_result_of_another_checkpoint_is_not_taken_for_ones_own(tmp_path, ca
     words[words.index("--pretrained") + 1] = str(tmp_path / "other" / "weights.pt")
     assert main(words) == EXIT_TRAINING
     assert f"has the result of pretrained {tmp_path}/weights.pt" in caplog.text
+    assert "Failed" not in (tmp_path / "results" / "table.md").read_text(), "nor is its table replaced"
 
 
 # ---- data sets that fail

@@ -171,6 +171,17 @@ def test_loss_against_all_by_hand():
     torch.testing.assert_close(torch.tensor(found), torch.tensor(gradient)[:, :2])
 
 
+def test_loss_against_all_gives_every_parameter_a_gradient():
+    image, text = features(4)
+    bias = torch.zeros((), requires_grad=True)
+    others = torch.cat(features(6), dim=1)[4:]
+    losses = loss_against_all(
+        World(), others, image_features=image, text_features=text, logit_scale=SCALE, logit_bias=bias
+    )
+    losses["contrastive_loss"].backward()
+    assert bias.grad == 0
+
+
 @pytest.mark.dist
 def test_loss_against_all_is_that_of_all_ranks_together():
     results = run_on_ranks(2, _against_all_on_rank)

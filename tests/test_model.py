@@ -100,6 +100,16 @@ def test_locked_towers_have_no_gradient(tmp_path: Path):
     assert not any(p.requires_grad for p in module.transformer.parameters())
 
 
+def test_the_text_tower_of_a_custom_clip_can_be_locked(tmp_path: Path):
+    module = make_module(tmp_path, lock_text=True, force_custom_text=True)
+    assert not any(p.requires_grad for p in module.text.transformer.parameters())
+
+
+def test_weights_that_would_be_ignored_are_refused(tmp_path: Path):
+    with pytest.raises(SetupError, match=r"--pretrained w\.pt has no effect with --model local-dir:x"):
+        make_module(tmp_path, model="local-dir:x", pretrained="w.pt")
+
+
 def test_locking_what_cannot_be_locked_says_so(tmp_path: Path):
     with pytest.raises(SetupError, match="--lock-image"):
         make_module(tmp_path, model="toy-coca", lock_image=True)
@@ -156,19 +166,22 @@ def test_running_statistics_stay_finite(tmp_path: Path):
     buffers = RunningBuffers(module, World())
     norm = next(part for part in module.modules() if isinstance(part, nn.BatchNorm2d))
     norm.running_mean += 1
-    buffers.settle()
+    buffers.settle(torch.tensor(True))
     assert norm.running_mean.mean() == 1
     norm.running_mean[0] = torch.nan
     norm.running_var += 1
-    buffers.settle()
+    buffers.settle(torch.tensor(True))
     assert norm.running_mean.mean() == 1
     assert norm.running_var.mean() == 1
+    norm.running_var += 1
+    buffers.settle(torch.tensor(False))
+    assert norm.running_var.mean() == 1, "of a step that was not finite for another reason"
 
 
 def test_models_without_running_statistics_have_nothing_to_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     buffers = RunningBuffers(make_module(tmp_path), World())
     monkeypatch.setattr(World, "copy_from_main", None)
-    buffers.settle()
+    buffers.settle(torch.tensor(True))
 
 
 def _settle(world: World, folder: str) -> list[float]:
@@ -176,7 +189,7 @@ def _settle(world: World, folder: str) -> list[float]:
     buffers = RunningBuffers(module, world)
     for buffer in module.buffers():
         buffer += world.rank
-    buffers.settle()
+    buffers.settle(torch.tensor(True))
     return [buffer.double().sum().item() for name, buffer in module.named_buffers() if "running" in name]
 
 

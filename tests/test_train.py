@@ -21,6 +21,7 @@ from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.model import build_model
+from dissect_clip.saving import _for_the_same_kernel
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.train import TrainState, train_epoch, train_step
 
@@ -83,7 +84,7 @@ def make_state(folder: Path, world: World | None = None, **changes: Any) -> Trai
             | changes
         ),
     )
-    data: Any = SimpleNamespace(num_samples=SAMPLES)
+    data: Any = SimpleNamespace(num_samples=SAMPLES, num_kept=SAMPLES, kept_ids=lambda numbers: numbers)
     return build_state(config, world, build_model(config, world), data, None, STEPS)
 
 
@@ -412,6 +413,7 @@ RANK_VARIANTS: list[dict[str, Any]] = [
     {"select_strategy": "historical_base_sampling", "model": "toy-coca"},
     {"select_strategy": "warmup_base_sampling", "warmup_point": 1, "precision": "amp"},
     {"select_strategy": "random", "ddp_static_graph": True},
+    {"select_strategy": "random", "ddp_static_graph": True, "accum_freq": 3},
     {"select_strategy": "clipscore", "model": "toy-rn"},
     {"select_strategy": "jest", "warmup_point": 1, "siglip": True},
     {"select": False, "accum_freq": 3},
@@ -466,3 +468,17 @@ def test_a_tower_that_is_not_locked_as_a_whole_cannot_be_kept(tmp_path: Path):
     flags = {"select": True, "lock_image": True, "lock_image_unlocked_groups": 1, "score_keep_locked": True}
     with pytest.raises(SetupError, match="--score-keep-locked: no tower of --model toy-vit is locked as a whole"):
         make_state(tmp_path, **flags)
+
+
+@pytest.mark.parametrize("saved", [None, False])
+def test_an_optimizer_that_was_not_fused_goes_on_fused(tmp_path: Path, saved: bool | None):
+    """As OpenCLIP's checkpoints have it: torch takes every option of a group from the file."""
+    state = make_state(tmp_path, select=False)
+    train(state)
+    content = state.optimizer.state_dict()
+    for group in content["param_groups"]:
+        group["fused"] = saved
+    again = make_state(tmp_path, select=False)
+    again.optimizer.load_state_dict(_for_the_same_kernel(content, again.optimizer))
+    assert all(group["fused"] for group in again.optimizer.param_groups)
+    train(again)

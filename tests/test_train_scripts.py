@@ -212,8 +212,8 @@ def test_slurm_saves_and_requeues_before_the_time_limit(place: Path) -> None:
         "time.sleep(60)\n"
     )
     python = shlex.quote(sys.executable)
-    executable(place / "bin" / "torchrun", f'{python} -u "$1" || exit 1')
-    executable(place / "train.sh", f"torchrun {place}/src/main.py")
+    executable(place / "bin" / "torchrun", f'{python} -u "$@" || exit 1')
+    executable(place / "train.sh", f'torchrun "{place}/src/main.py" --name "$NAME"')
     job = {"SLURM_SUBMIT_DIR": str(place), "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n", "SLURM_JOB_NUM_NODES": "1"}
     environment = {"PATH": f"{place}/bin:/usr/bin:/bin", "SCRIPT": "train.sh", **job}
     with subprocess.Popen(["bash", str(ROOT / SBATCH)], cwd=place, env=environment) as batch:

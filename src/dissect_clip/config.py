@@ -237,7 +237,8 @@ class Config:
     )
     max_nonfinite_steps: int = setting(
         10,
-        "stop after so many steps in a row with a loss or gradient that is not finite; such steps change no weights",
+        "stop after so many steps in a row with a loss or gradient that is not finite; such steps are left out, or "
+        "with --opt timm/... taken with a gradient of 0",
         within=COUNT,
     )
     local_loss: bool = setting(False, "compute each rank's rows of the loss only")

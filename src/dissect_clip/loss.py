@@ -121,7 +121,9 @@ def loss_against_all(
     all_image, all_text = every.split(image_features.shape[1], dim=1)  # type: ignore[no-untyped-call]
     offset = world.rank * (len(chosen) + len(others))
     by_pair = infonce_by_sample(image_features, text_features, all_image, all_text, offset, logit_scale)
-    return {"contrastive_loss": by_pair.mean()}
+    loss = by_pair.mean()
+    # A bias has no gradient here, but DDP waits for one.
+    return {"contrastive_loss": loss if logit_bias is None else loss + 0 * logit_bias.sum()}
 
 
 class SampleLoss:

@@ -24,6 +24,7 @@ import open_clip
 import torch
 from open_clip.factory import parse_model_name
 from open_clip.pretrained import download_pretrained_from_hf
+from open_clip.transformer import TextTransformer
 from open_clip_train.precision import get_autocast
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -144,6 +145,11 @@ def _siglip(config: Config) -> dict[str, Any]:
     return {"init_logit_scale": math.log(10), "init_logit_bias": -10} if config.siglip else {}
 
 
+def has_own_weights(name: str) -> bool:
+    """Whether a model of this name, as ``hf-hub:org/model``, comes with weights, whatever ``--pretrained`` is."""
+    return parse_model_name(name)[0] is not None
+
+
 def build_model(config: Config, world: World) -> Model:
     """The model that the settings ask for, with the same random weights on every rank and locked where asked.
 
@@ -152,6 +158,11 @@ def build_model(config: Config, world: World) -> Model:
     """
     register_model_configs(config.model_config)
     seed_everything(config.seed)
+    if config.pretrained and has_own_weights(config.model):  # open_clip would ignore it
+        raise SetupError(
+            f"--pretrained {config.pretrained} has no effect with --model {config.model}, which brings its own "
+            "weights: leave it out, or go on from a checkpoint with --resume"
+        )
     module, preprocess_train, preprocess_eval = _create(
         config.model,
         config.pretrained or None,
@@ -176,7 +187,7 @@ def build_model(config: Config, world: World) -> Model:
     )
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         tokenizer.cache = KnownWords(tokenizer.cache)
-    if isinstance(module, open_clip.CoCa) and not config.pretrained:
+    if isinstance(module, open_clip.CoCa) and not config.pretrained and not has_own_weights(config.model):
         _initialise_decoder(module)
     _lock(module, config)
     if config.grad_checkpointing:
@@ -239,7 +250,8 @@ def _lock(module: OpenClip, config: Config) -> None:
             )
         if config.lock_text:
             # The text towers of CLIP itself know no other way than to lock LayerNorm with the layers it belongs to.
-            freeze = config.lock_text_freeze_layer_norm or isinstance(module, open_clip.CLIP)
+            own_tower = isinstance(module, open_clip.CLIP) or isinstance(module.text, TextTransformer)
+            freeze = config.lock_text_freeze_layer_norm or own_tower
             module.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers, freeze_layer_norm=freeze)
     except (AttributeError, AssertionError, NotImplementedError) as error:
         raise SetupError(f"--lock-image or --lock-text is not possible with --model {config.model}: {error}") from error
@@ -368,16 +380,21 @@ class RunningBuffers:
             self._last = self._flat()
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Rank 0's values on all ranks, or the last ones where those are not finite; after each step. No device sync.
+    def settle(self, good: Tensor) -> None:
+        """Rank 0's values on all ranks after each step; the last ones where those are not finite, or the step is not.
 
-        Collective where the module has such buffers: one broadcast.
+        Args:
+            good: scalar bool on the device, whether the step was finite; that of rank 0 counts.
+
+        Collective where the module has such buffers: one broadcast. No device sync.
         """
         if not self._buffers:
             return
         flat = self._flat()
-        self._world.copy_from_main(flat)
-        self._last = flat.where(flat.isfinite().all(), self._last)
+        sent = torch.cat([flat, good.to(flat.dtype)[None]])
+        self._world.copy_from_main(sent)
+        flat = sent[:-1]
+        self._last = flat.where(flat.isfinite().all() & (sent[-1] > 0), self._last)
         parts = self._last.split([buffer.numel() for buffer in self._buffers])  # type: ignore[no-untyped-call]
         for buffer, part in zip(self._buffers, parts, strict=True):
             buffer.copy_(part.view_as(buffer))

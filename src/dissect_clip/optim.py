@@ -85,8 +85,8 @@ def optimizer_step(
     """Clip if asked, and step; through the scaler where there is one. No device sync of its own.
 
     Where the gradient's norm is not finite the weights stay as they are; Adam squares the gradient, and has no use for
-    one whose square overflows. The fused AdamW and the scaler leave the step out, other optimizers take it with a
-    gradient of 0. The gradient is the same on all ranks, and so is what is done.
+    one whose square overflows. The fused AdamW and the scaler leave the step out. Other optimizers take it with a
+    gradient of 0: momentum and weight decay go on. The gradient is the same on all ranks, and so is what is done.
 
     Returns a scalar bool on the device: whether the gradient was finite. Gradients of a scaler that looks for its
     scale are told from broken ones by their loss, so they count as finite here.

@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from dissect_clip.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -76,7 +78,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
     state.module.load_state_dict(checkpoint.state_dict)
     state.buffers.remember()
     if checkpoint.optimizer is not None:
-        state.optimizer.load_state_dict(checkpoint.optimizer)
+        state.optimizer.load_state_dict(_for_the_same_kernel(checkpoint.optimizer, state.optimizer))
     if state.scaler is not None and checkpoint.scaler is not None:
         state.scaler.load_state_dict(checkpoint.scaler)
     if state.selector is not None and checkpoint.scores is not None:
@@ -95,6 +97,14 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
             log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
     inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
     log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
+
+
+def _for_the_same_kernel(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A saved state whose groups do not say otherwise than ``optimizer`` whether it is fused, as OpenCLIP's do."""
+    if "fused" not in optimizer.defaults:
+        return saved
+    fused = optimizer.defaults["fused"]
+    return {**saved, "param_groups": [{**group, "fused": fused} for group in saved["param_groups"]]}
 
 
 def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:

@@ -145,8 +145,9 @@ def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -
     finite = optimizer_step(state.optimizer, state.scaler, state.module.parameters(), config.grad_clip_norm)
     with torch.no_grad():
         state.module.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
-    state.buffers.settle()
-    state.tally.add_step(finite & outputs["loss"].isfinite())
+    finite = finite & outputs["loss"].isfinite()
+    state.buffers.settle(finite)
+    state.tally.add_step(finite)
     clock.lap("optimizer")
     counters.step += 1
     counters.epoch_step += 1
@@ -264,7 +265,8 @@ def _accumulate(state: TrainState, chosen: Sequence[Chosen]) -> dict[str, Tensor
 def _sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
     """Let DDP reduce the gradients over the ranks in this backward pass, or hold them back for a later one."""
     inner = model._orig_mod if hasattr(model, "_orig_mod") else model
-    if now or not isinstance(inner, DistributedDataParallel):
+    # A static graph is made in the first backward pass, which has to reduce; reducing in each gives the same sum.
+    if now or not isinstance(inner, DistributedDataParallel) or inner.static_graph:
         return contextlib.nullcontext()
     return inner.no_sync()
 
@@ -343,6 +345,7 @@ def train_epoch(
             orders = state.world.watch.poll(_minutes_are_over(state))
             signal = orders.stop
             if done < steps and save is not None and (orders.save or signal is not None or _step_is_due(state)):
+                window.count_seconds()
                 save_inside(state, data, save)
                 clock.start()
             if done < steps and signal is not None:
@@ -412,6 +415,11 @@ class Window:
         skipped = torch.tensor([sum(self.data.skipped().values())], device=device)
         return state.world.all_gather(torch.cat([state.tally.read(), scores[None], skipped])[None]).cpu()
 
+    def count_seconds(self) -> None:
+        """Bring the seconds of the run up to date, for a checkpoint. Waits for the device."""
+        totals = self.clock.totals()
+        self.state.counters.seconds = {phase: self.base[phase] + totals[phase] for phase in PHASES}
+
     def close(self, outputs: dict[str, Tensor], batches: Sequence[Batch]) -> dict[str, float]:
         """Metrics of the steps since the last close, with the losses of the last step, and a line in the log.
 
@@ -423,8 +431,7 @@ class Window:
         counters = self.state.counters
         values = {name: value.item() for name, value in outputs.items()}
         counts = self._counts()
-        totals = self.clock.totals()
-        counters.seconds = {phase: self.base[phase] + totals[phase] for phase in PHASES}
+        self.count_seconds()
         self._check_finite(counts, values, batches)
         skipped = int(counts[:, 4].sum())
         self._check_skipped(skipped)

@@ -14,7 +14,7 @@ from dissect_clip.metrics import Accuracy
 
 @pytest.fixture
 def sklearn():
-    return pytest.importorskip("sklearn", reason="scikit-learn, of the extra probe, is not installed")
+    return pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
 
 def clusters(count, noise, num_classes=4, seed=0):
@@ -132,6 +132,9 @@ def test_too_little_to_learn_from_is_refused(sklearn):
         split_off(clusters(1, 0.1), 0.2, 0)
     with pytest.raises(TrainingError, match="all of one class"):
         fit(clusters(5, 0.1, num_classes=1), 1.0)
+    one, two = clusters(5, 0.1, num_classes=1), clusters(5, 0.1)
+    with pytest.raises(TrainingError, match="all of one class"):
+        linear_probe(one, two, two, 2, World(rank=3, size=8))
 
 
 def test_features_that_are_not_finite_are_refused():

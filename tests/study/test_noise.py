@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))  # the script is imported, as it is ru
 import noise_list
 
 from dissect_clip.errors import SetupError
-from dissect_clip.study.noise import Wrong, read_list, replace_captions, swap_captions, write_noisy
+from dissect_clip.study.noise import Wrong, noisy_shards, read_list, replace_captions, swap_captions, write_noisy
 
 COUNT = 60
 
@@ -137,3 +137,22 @@ def test_a_list_of_another_form_is_an_error(tmp_path: Path, text: str, message: 
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(SetupError, match=message):
         read_list(tmp_path / "list.csv")
+
+
+def test_shards_are_never_written_anew_from_something_else(shards: list[str], tmp_path: Path):
+    listed, folder = tmp_path / "wrong.csv", tmp_path / "noisy"
+    listed.write_text("key,caption\nk00,wrong\n")
+    pattern = noisy_shards("::".join(shards), listed, folder)
+    before = (folder / "00000.tar").stat()
+    assert noisy_shards("::".join(shards), listed, folder) == pattern
+    listed.write_text("key,caption\nk01,wrong\n")
+    with pytest.raises(SetupError, match=r"noisy was made of .* another list .* than .*wrong\.csv now is"):
+        noisy_shards("::".join(shards), listed, folder)
+    assert (folder / "00000.tar").stat() == before
+
+
+def test_a_shard_that_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "bad.tar").write_text("no tar" * 200)
+    (tmp_path / "wrong.csv").write_text("key,caption\nk00,wrong\n")
+    with pytest.raises(SetupError, match=r"--train-data: cannot write .*noisy with the captions of"):
+        noisy_shards(f"{tmp_path}/bad.tar", tmp_path / "wrong.csv", tmp_path / "noisy")

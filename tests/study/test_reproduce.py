@@ -164,6 +164,22 @@ def test_a_new_evaluation_is_made_up_for_without_training(tmp_path: Path):
     assert set(row["final"]) == {"one", "three"}
 
 
+def test_figures_of_other_flags_are_not_collected(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert run(tmp_path, file=write_grid(tmp_path, rows=["Random"], seeds=[0])) == 0
+    changed = write_grid(tmp_path, rows=["Random"], seeds=[0], flags="--epochs 5 --batch-size 8")
+    capsys.readouterr()
+    assert run(tmp_path, "--collect", file=changed) == 2
+    assert "was `--epochs 4`, now `--epochs 5`" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_run_does_not_keep_others_from_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    methods = {"Random": {"strategy": "random"}, "Mine": {"strategy": "not_there"}}
+    file = write_grid(tmp_path, methods=methods, rows=None, seeds=[0])
+    assert run(tmp_path, file=file) == 2
+    assert "--rows runs other rows without this one" in capsys.readouterr().err
+    assert run(tmp_path, "--rows", "Random", file=file) == 0
+
+
 def test_rows_and_cells_can_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(tmp_path, "--list", "--rows", "Random", "DISSect") == 0
     assert "6 cells" in capsys.readouterr().out
@@ -401,9 +417,6 @@ def test_a_cell_from_elsewhere_with_other_figures_or_with_less_is_an_error(
 
 
 def test_collected_runs_carry_the_flags_they_were_run_with(tmp_path: Path):
-    """And not those that the grid has by now."""
     assert run(tmp_path) == 0
-    changed = write_grid(tmp_path, flags="--epochs 5 --batch-size 8")
-    assert run(tmp_path, "--collect", file=changed) == 0
     lines = (tmp_path / "runs" / "results" / "grid.jsonl").read_text().splitlines()
     assert all(json.loads(line)["flags"].startswith("--epochs 4 ") for line in lines)

@@ -43,13 +43,13 @@ from dissect_clip.evaluation.zeroshot import build_classifier, classify, mean_av
 from dissect_clip.launch import EXIT_TRAINING, launch, only_first_speaks
 from dissect_clip.logs import setup_logging
 from dissect_clip.metrics import RECALL_AT
-from dissect_clip.model import Model, autocast_for, build_model
+from dissect_clip.model import Model, autocast_for, build_model, has_own_weights
 
 log = logging.getLogger(__name__)
 
 SHARED = (
     "model", "model_config", "pretrained", "cache_dir", "image_mean", "image_std", "image_interpolation",
-    "image_resize_mode", "force_context_length", "force_image_size", "force_quick_gelu", "force_custom_text",
+    "image_resize_mode", "siglip", "force_context_length", "force_image_size", "force_quick_gelu", "force_custom_text",
     "batch_size", "precision", "seed", "workers", "data_timeout",
     "device", "dist_url", "dist_backend", "no_set_device_rank", "rank_timeout", "debug",
 )  # fmt: skip
@@ -396,9 +396,10 @@ def load_model(config: Config, world: World) -> Model:
     Raises:
         SetupError: there is no such model or there are no such weights, or they do not fit.
     """
-    if not config.pretrained and not config.model.startswith("hf-hub:"):
+    if not config.pretrained and not has_own_weights(config.model):
         log.warning("Evaluating random weights: give --pretrained or --checkpoint to load some")
-    if "://" not in config.pretrained:
+    own = has_own_weights(config.model) and Path(config.pretrained).is_file()  # open_clip would keep the model's
+    if "://" not in config.pretrained and not own:
         return build_model(config, world)
     model = build_model(dataclasses.replace(config, pretrained=""), world)
     with world.watch.patient():
@@ -447,10 +448,13 @@ def run(settings: Settings, config: Config, world: World) -> int:
                     results[name] = evaluation.evaluate(name, plan)
     ordered = [results[job.name] for job in jobs if job.name in results]
     text = summary(config.model, config.pretrained, ordered, failed)
-    world.on_main(lambda: write_text(table, text))
+    written = bool(ordered) or world.on_main(lambda: not Path(table).exists())  # it may be that of another checkpoint
+    if written:
+        world.on_main(lambda: write_text(table, text))
     if world.is_main:
         print(text)
-    log.info("%d of %d data sets have results; the table is in %s", len(results), len(jobs), table)
+    where = f"; the table is in {table}" if written else ""
+    log.info("%d of %d data sets have results%s", len(results), len(jobs), where)
     return EXIT_TRAINING if failed else 0
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from dissect_clip.commands.results import write_text
 from dissect_clip.errors import SetupError
-from dissect_clip.study.cells import read_results
+from dissect_clip.study.cells import difference, read_results
 from dissect_clip.study.grid import Grid
 from dissect_clip.study.metrics import RECALLS, Published, Run, make_run, read_published
 from dissect_clip.study.plots import draw
@@ -29,7 +29,7 @@ def read_run(grid: Grid, point: Point, runs: Path) -> Run | None:
     """A finished cell, with its evaluations; None for any other.
 
     Raises:
-        SetupError: it has no evaluation.
+        SetupError: it has no evaluation, or was run with other flags than the grid has now.
     """
     file = runs / f"{point.name}.json"
     note = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
@@ -44,8 +44,13 @@ def read_run(grid: Grid, point: Point, runs: Path) -> Run | None:
     found = {name: _evaluations(runs / point.name / "evaluation" / name) for name in others}
     last = {name: lines[-1] for name, lines in found.items() if lines}
     words = note["command"]
-    flags = shlex.join(words[words.index("--val-data") + 2 :])  # as it was run; data come before them
-    return make_run(point, rows, last, first, clean_share(grid, point, runs), flags)
+    flags, now = words[words.index("--val-data") + 2 :], grid.training_flags(point)  # data come before them
+    if flags != now:
+        raise SetupError(
+            f"{file} is of other flags than {grid.file} has now: {difference(flags, now)}. Put them back, collect from "
+            "another folder, or delete this file to run the cell anew"
+        )
+    return make_run(point, rows, last, first, clean_share(grid, point, runs), shlex.join(flags))
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -57,11 +62,12 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 def clean_share(grid: Grid, point: Point, runs: Path) -> float | None:
     """Percent of the pairs trained on after the warm-up that have their own caption, from ``--record``.
 
-    A run on all data has the share of the data. None where nothing was recorded, or all captions are right.
+    A run on all data has the share of the data. None where nothing was recorded, all captions are right, or the shards
+    with the wrong ones are not there any more.
     """
-    if not point.noise:
-        return None
     shards = grid.shards(point, runs)
+    if not point.noise or not shards.exists() or not shards.with_name(f"{shards.name}.json").exists():
+        return None
     swapped = _swapped(shards)
     if point.rate is None:
         return round(100 * (1 - len(swapped) / _captions(shards)), 3)

@@ -169,24 +169,34 @@ def write_noisy(shards: Sequence[str], wrong: Wrong, out: Path) -> str:
 
 
 def noisy_shards(train_data: str, noise_list: Path, folder: Path, flag: str = "--train-data") -> str:
-    """The pattern of the shards in ``folder``, written anew where the list or the shards are others.
+    """The pattern of the shards in ``folder``, written where they are not there.
 
-    ``folder.json`` beside it says what they were made of.
+    ``folder.json`` beside it says what they were made of. They are never written anew from something else: runs that
+    were trained on them, or are in the middle of it, would not be what their names say.
 
     Raises:
-        SetupError: a pattern matches nothing, or a key of the list is in none of the shards.
+        SetupError: a pattern matches nothing, a shard cannot be read, a key of the list is in none of the shards, or
+            the folder holds shards of other shards or of another list.
     """
     shards = [url for source in expand(train_data, flag) for url in source]
     wanted = json.dumps([shards, noise_list.read_text(encoding="utf-8")])
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may begin a study together
-        return _up_to_date(shards, wanted, noise_list, folder)
+        try:
+            return _written(shards, wanted, noise_list, folder)
+        except (OSError, tarfile.TarError) as error:
+            raise SetupError(f"{flag}: cannot write {folder} with the captions of {noise_list}: {error}") from error
 
 
-def _up_to_date(shards: Sequence[str], wanted: str, noise_list: Path, folder: Path) -> str:
+def _written(shards: Sequence[str], wanted: str, noise_list: Path, folder: Path) -> str:
     note = folder.with_name(f"{folder.name}.json")
-    if folder.exists() and note.exists() and note.read_text(encoding="utf-8") == wanted:
-        return _pattern(folder, len(shards))
+    if folder.exists() and note.exists():
+        if note.read_text(encoding="utf-8") == wanted:
+            return _pattern(folder, len(shards))
+        raise SetupError(
+            f"{folder} was made of other shards, or of another list of wrong captions, than {noise_list} now is: work "
+            "in another folder, or delete it and the runs that were trained on it"
+        )
     pattern = write_noisy(shards, read_list(noise_list), folder)
     note.write_text(wanted, encoding="utf-8")
     return pattern
