@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +173,11 @@ def test_differences_of_nothing_have_no_minus(tmp_path: Path):
 # ---- run folders
 
 
-def write_run(folder: Path, name: str, rows: list[dict[str, Any]], status: int = 0) -> None:
+def write_run(folder: Path, name: str, rows: list[dict[str, Any]], status: int = 0, flags: Sequence[str] = ()) -> None:
     (folder / name / "checkpoints").mkdir(parents=True)
     (folder / name / "checkpoints" / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / f"{name}.json").write_text(json.dumps({"command": ["--val-data", "v.tar"], "status": status}))
+    note = {"command": ["--val-data", "v.tar", *flags], "status": status}
+    (folder / f"{name}.json").write_text(json.dumps(note))
 
 
 def test_only_finished_runs_with_evaluations_count(tmp_path: Path):
@@ -235,7 +237,7 @@ def test_collecting_twice_writes_the_same(tmp_path: Path):
             | {f"{phase}_seconds": float(epoch) for phase in ("load", "score", "train", "optimizer")}
             for epoch in (1, 2)
         ]
-        write_run(tmp_path / "runs", point.name, rows)
+        write_run(tmp_path / "runs", point.name, rows, flags=grid.training_flags(point))
     first, second = (collect(grid, tmp_path / "runs", tmp_path / name) for name in "ab")
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
     assert {file.name for file in first if file.suffix == ".png"} == {
