@@ -39,7 +39,7 @@ RECALLS = tuple(f"{way}_R@{k}" for way in ("image_to_text", "text_to_image") for
 
 @dataclass(frozen=True)
 class Plan:
-    """What is trained, and for how long. The lengths are as short as shows the effect on two cores in nine minutes."""
+    """What is trained, and for how long. The lengths are as short as shows the effect on two cores in minutes."""
 
     train: int = 2560
     val: int = 1000
