@@ -109,9 +109,7 @@ class Scan:
         urls: Sequence[str],
         threads: int = _SCAN_THREADS,
         timeout: float = Config.data_timeout,
-        counted: Callable[[], None] = lambda: None,
     ) -> None:
-        self._counted = counted  # called after every shard
         self._left = len(urls)
         self._done: SimpleQueue[tuple[str, Future[int]]] = SimpleQueue()
         self._bar = tqdm(total=len(urls), desc="counting samples", unit="shard", disable=None)
@@ -137,7 +135,6 @@ class Scan:
                 self.sizes[url] = future.result()
                 self._left -= 1
                 self._bar.update()
-                self._counted()
         except Empty:
             return False
         except SetupError:
@@ -179,7 +176,7 @@ def count_shards(
     scan = None
     if world.is_main:
         _announce(urls)
-        scan = Scan(urls, timeout=timeout, counted=world.watch.alive)
+        scan = Scan(urls, timeout=timeout)
 
     def go_on() -> bool:
         assert scan is not None
