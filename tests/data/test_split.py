@@ -119,6 +119,13 @@ def test_draws_follow_the_factors_of_the_sources():
     assert set(drawn) == set(range(20))
 
 
+def test_a_shard_without_samples_is_never_drawn():
+    plan = DrawPlan([1.0, 1.0, 1.0], np.array([3, 0, 2]), seed=0)
+    place = Place(0, 1, 0, 1)
+    drawn = {(part.shard, len(part.ordinals)) for epoch in range(30) for part in plan.parts(place, epoch, 0)}
+    assert drawn == {(0, 3), (2, 2)}  # else an attempt of nothing but such shards would end the run
+
+
 def test_draws_differ_by_place_epoch_and_attempt():
     plan = DrawPlan([1.0] * 50, None, seed=0)
     drawn = [

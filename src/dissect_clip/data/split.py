@@ -261,7 +261,7 @@ def draw_shards(weights: list[float], count: int, seed: int) -> list[int]:
 class DrawPlan:
     """Shards drawn with replacement, by weight."""
 
-    weights: list[float]  # [S]; a shard of which all samples are left out is never drawn
+    weights: list[float]  # [S]; a shard that is known to have no sample, or none that is kept, is never drawn
     sizes: Ints | None  # [S], or None where they are unknown
     seed: int
     kept: Kept | None = None  # where some samples are left out
@@ -270,16 +270,13 @@ class DrawPlan:
     def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
         """As many draws as there are shards, other ones in every attempt."""
         seed = derive_seed(self.seed, Stream.RESAMPLE, epoch, *place, attempt)
-        if self.kept is None:
-            shards = draw_shards(self.weights, len(self.weights), seed)
-            return [
-                Part(shard, range(sys.maxsize if self.sizes is None else int(self.sizes[shard]))) for shard in shards
-            ]
-        counts = self.kept.counts
+        counts = self.sizes if self.kept is None else self.kept.counts
+        if counts is None:
+            return [Part(shard, range(sys.maxsize)) for shard in draw_shards(self.weights, len(self.weights), seed)]
         weights = [weight * (count > 0) for weight, count in zip(self.weights, counts.tolist(), strict=True)]
         shards = draw_shards(weights, len(weights), seed)
-        ordinals = self.kept.ordinals(shards, [range(int(counts[shard])) for shard in shards])
-        return list(map(Part, shards, ordinals))
+        spans = [range(int(counts[shard])) for shard in shards]
+        return list(map(Part, shards, spans if self.kept is None else self.kept.ordinals(shards, spans)))
 
 
 def span_rows(
