@@ -130,6 +130,28 @@ def test_rows_of_other_widths_are_reported(tmp_path):
         load(data_config(train_data=f"{tmp_path}/a.csv"))
 
 
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path, end):
+    path = tmp_path / "a.csv"
+    path.write_text('filepath\ttitle\nx\t"a\nb"\nx\t5" screen\nx\t"open\ny\tz' + end)
+    with pytest.raises(SetupError, match=r"a\.csv: the quote before open.* is never closed"):
+        load(data_config(train_data=str(path)))
+    path.write_text('filepath\ttitle\nx\t"open\n' + "y\tz\n" * 600_000)
+    with pytest.raises(SetupError, match="more than 1 MiB, as where a quote is not closed"):
+        load(data_config(train_data=str(path)))
+
+
+@pytest.mark.parametrize("last", ['"a\nb"', '"a\nb ""c"""', '"\n"', '"a\n"\n\n', '5" a', '"a\rb"', '"a\nb"\r'])
+def test_line_breaks_in_the_last_caption_are_no_open_quote(tmp_path, last):
+    assert load(data_config(train_data=write_table(tmp_path, 4, captions={3: last}))).num_samples == 4
+
+
+def test_a_header_that_is_not_utf_8_is_reported(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"filepath\ttitle\tn\xe9\nx\ty\tz\n")
+    with pytest.raises(SetupError, match=r"cannot read .*can't decode byte 0xe9"):
+        load(data_config(train_data=f"{tmp_path}/a.csv"))
+
+
 @pytest.mark.parametrize(("world_size", "count"), [(1, 10), (3, 10), (3, 2)])
 def test_validation_rows_are_read_once(tmp_path, world_size, count):
     config = data_config(val_data=write_table(tmp_path, count, captions={1: '"two\nlines 1"'}), json_caption_key="x")

@@ -15,10 +15,16 @@ import pyarrow.csv
 from dissect_clip.config import Config
 from dissect_clip.data.decode import RawSample, read_file
 from dissect_clip.data.evalstream import RetrievalData
+from dissect_clip.data.skips import printable
 from dissect_clip.data.stream import Tokenizer, TrainData, Transform
 from dissect_clip.data.table import table_retrieval, table_train
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
+
+_TAIL = 4096
+_SHOWN = 40
+_QUOTED = 'its value: a value that begins with a quote is to be written in quotes, its own doubled, as """so"" it goes"'
+_LONG_ROW = f"a row has more than 1 MiB, as where a quote is not closed and the rows behind it are part of {_QUOTED}"
 
 
 def _separator(config: Config) -> str:
@@ -45,6 +51,22 @@ def _header(path: str, separator: str) -> list[str]:
     with pyarrow.csv.open_csv(path, parse_options=options) as reader:
         names: list[str] = reader.schema.names
     return names
+
+
+def _check_quotes(what: str, path: str, last: bytes) -> None:
+    """Stop where a value of the last row, which may hold line breaks, goes on to the end of the file.
+
+    Raises:
+        SetupError: its quote is not closed, so that it swallowed the rows behind it.
+    """
+    if b"\n" not in last and b"\r" not in last:
+        return
+    with open(path, "rb") as file:
+        file.seek(-min(os.path.getsize(path), _TAIL), os.SEEK_END)
+        tail = file.read().rstrip(b"\r\n")
+    if not tail.endswith(b'"') and tail.endswith(last.rstrip(b"\r\n")[-_TAIL // 2 :]):
+        shown = printable(last.decode("utf-8", "replace"), _SHOWN)
+        raise SetupError(f"{what}: the quote before {shown} is never closed: the rows behind it are part of {_QUOTED}")
 
 
 class RowFiles(Mapping[str, bytes]):
@@ -89,11 +111,14 @@ class CsvTable:
                     "give another --csv-separator"
                 )
             table = _read(path, separator, columns)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise SetupError(f"{flag}: cannot read {path} with --csv-separator {separator!r}: {error}") from error
+        except (pyarrow.ArrowInvalid, UnicodeDecodeError, OSError) as error:
+            why = _LONG_ROW if "straddling" in str(error) else error
+            raise SetupError(f"{flag}: cannot read {path} with --csv-separator {separator!r}: {why}") from error
         if len(table) == 0:
             raise SetupError(f"{flag}: {path} has no rows")
         self._paths, self._captions = (table[column].combine_chunks() for column in columns)
+        for column in (self._paths, self._captions):
+            _check_quotes(f"{flag}: {path}", path, column[-1].as_py())
 
     def __len__(self) -> int:
         return len(self._paths)
