@@ -402,11 +402,34 @@ def test_draws_go_on_with_other_draws(tmp_path):
     assert min(row.attempt for row in rows) >= begun.pop() > 0
 
 
+def test_counts_of_bad_samples_go_on_with_other_draws(tmp_path):
+    flags, sizes = plan("draws", tmp_path)
+    stopped, ranks = ([load(data_config(**flags), world, sizes) for world in worlds(count)] for count in (3, 2))
+    for data in stopped:
+        take(data, 0, 5)
+    before = Counter()
+    for data in stopped:
+        before.update(data.skipped())
+    state = states(stopped)[0]
+    for data in ranks:
+        data.resume(state, 0)
+        assert not data.meets_again
+    assert before.total() > 0
+    assert Counter(ranks[0].skipped()) == before
+    assert not any(ranks[1].skipped().values())
+    take(ranks[0], 0)
+    new = Counter(row.kind for row in unpack_rows(ranks[0].skipped_rows()))
+    assert sum(ranks[0].skipped().values()) == before.total() + new.total()
+
+
 def test_an_epoch_of_unknown_sizes_begins_again(tmp_path):
     (data,), told, seen = resumed(tmp_path, "unknown sizes", 4)
     assert f"begins again and repeats {len(seen)} samples" in told
     assert "world size is 1, was 2" in told
     assert data.batches_left == data.num_batches == len(take(data, 0))
+    assert data.meets_again  # else skipped.parquet would name those twice that were met before
+    take(whole := load(data.stream.config, sizes=[]), 0)
+    assert data.skipped() == whole.skipped()
 
 
 def test_samples_that_were_drawn_are_not_told_apart_later(tmp_path):

@@ -558,12 +558,15 @@ class TrainData:
             left = (state["batches"] * then["world size"] - taken) * then["--batch-size"]
             # Draws of an attempt that no worker has begun.
             begin = _beginnings(self.stream.workers, 1 + max(row.attempt for row in rows))
+            if self.world.is_main:  # goes on with the counts of all
+                counts = map(sum, itertools.zip_longest(*(row.counts for row in rows), fillvalue=0))
+                begin = (dataclasses.replace(begin[0], counts=tuple(counts)), *begin[1:])
             told = f"its last {left} samples are other draws than they would have been"
             return Pass(whole.source, self._batches(left), begin, first), told
         if state["visited"] is None or whole.visited is None:
             seen = taken * then["--batch-size"]
             told = f"which samples were seen is not known, so the epoch begins again and repeats {seen} samples"
-            return dataclasses.replace(whole, first=first), told
+            return dataclasses.replace(whole, first=first, meets_again=True), told
         visited: Bits = state["visited"].numpy()
         left = self.num_samples - count_marked(visited)
         num_batches = self._batches(left)
