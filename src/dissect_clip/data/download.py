@@ -26,7 +26,7 @@ def _start(url: str) -> Pipe:
     try:
         return gopen(url, "rb", bufsize=0)
     except ValueError as error:
-        raise OSError(str(error)) from error
+        raise OSError(f"{error}; give a command that writes the file, as pipe:aws s3 cp s3://... -") from error
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
