@@ -49,8 +49,8 @@ visible_gpus() {
 
 # The first shard of a pattern: the first word of every brace, then the first match of a glob.
 first_shard() {
-    local pattern=$1 shorter
-    while shorter=$(sed -E 's/\{([^{},.]*)(,|\.\.)[^{}]*\}/\1/' <<<"$pattern") && [[ "$shorter" != "$pattern" ]]; do
+    local pattern=$1 shorter first='s/\{([^{},]*),[^{}]*\}/\1/; t; s/\{([^{},.]*)\.\.[^{}]*\}/\1/'
+    while shorter=$(sed -E "$first" <<<"$pattern") && [[ "$shorter" != "$pattern" ]]; do
         pattern=$shorter
     done
     compgen -G "$pattern" | head -n 1 || true

@@ -147,6 +147,7 @@ def test_missing_validation_shards_stop_too(place: Path) -> None:
         "https://somewhere/{00..99}.tar",
         "pipe:aws s3 cp s3://bucket/{00..99}.tar -",
         "shards/{000,001}.tar::shards/00[01].tar",
+        "shards/{000.tar,00{1..9}.tar}",
         "./shards/00?.tar",
     ],
 )
