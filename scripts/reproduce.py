@@ -428,7 +428,7 @@ def main(argv: Sequence[str] | None = None, program: tuple[str, ...] = PROGRAM) 
     options = parse(argv)
     try:
         return work(options, program)
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_SETUP
     except (Interrupted, KeyboardInterrupt):

@@ -139,6 +139,11 @@ def test_a_list_of_another_form_is_an_error(tmp_path: Path, text: str, message: 
         read_list(tmp_path / "list.csv")
 
 
+def test_a_list_that_is_not_there_is_an_error(shards: list[str], tmp_path: Path):
+    with pytest.raises(SetupError, match=r"missing\.csv"):
+        noisy_shards("::".join(shards), tmp_path / "missing.csv", tmp_path / "noisy")
+
+
 def test_shards_are_never_written_anew_from_something_else(shards: list[str], tmp_path: Path):
     listed, folder = tmp_path / "wrong.csv", tmp_path / "noisy"
     listed.write_text("key,caption\nk00,wrong\n")

@@ -208,6 +208,17 @@ def test_data_that_was_not_given_is_an_error(tmp_path: Path, capsys: pytest.Capt
     assert "data set set needs --data FOLDER=..." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--collect", "--out"], ["--slurm"], ["--runs"]])
+def test_a_place_that_cannot_be_written_is_an_error(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    assert run(tmp_path, *words, str(tmp_path / "file" / "inside")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert str(tmp_path / "file") in told
+
+
 def test_a_launcher_that_is_not_there_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(tmp_path, file=write_grid(tmp_path, launcher="no-such-launcher --now")) == 2
     assert "no-such-launcher is not on the PATH" in capsys.readouterr().err

@@ -179,10 +179,10 @@ def noisy_shards(train_data: str, noise_list: Path, folder: Path, flag: str = "-
             the folder holds shards of other shards or of another list.
     """
     shards = [url for source in expand(train_data, flag) for url in source]
-    wanted = json.dumps([shards, noise_list.read_text(encoding="utf-8")])
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several processes may begin a study together
         try:
+            wanted = json.dumps([shards, noise_list.read_text(encoding="utf-8")])
             return _written(shards, wanted, noise_list, folder)
         except (OSError, tarfile.TarError) as error:
             raise SetupError(f"{flag}: cannot write {folder} with the captions of {noise_list}: {error}") from error
