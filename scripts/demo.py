@@ -266,7 +266,8 @@ def doubt(ours: Sequence[Point], theirs: Sequence[Point], queries: int) -> float
     p = np.mean([point.recalls for point in ours], axis=0)
     spread = 100 * np.sqrt(p * (1 - p) / queries)
     choice = 2 * (spread[:3].sum() ** 2 + spread[3:].sum() ** 2)
-    scatter = sum(np.var([point.rsum for point in points]) / len(points) for points in (ours, theirs))
+    several = (points for points in (ours, theirs) if len(points) > 1)
+    scatter = sum(np.var([point.rsum for point in points], ddof=1) / len(points) for points in several)
     return float(1.96 * np.sqrt(choice + scatter))
 
 

@@ -55,6 +55,8 @@ PLACES = {
     "bottom left corner": (0.28, 0.72),
     "bottom right corner": (0.72, 0.72),
 }
+THINGS = len(SHAPES) * len(COLOURS) * len(SIZES) * len(TEXTURES)
+SCENES = len(BACKGROUNDS) * (len(PLACES) * THINGS + 2 * THINGS**2)  # one thing in a place, or two in a row or column
 DRAWN_LARGER = 4  # shapes are drawn this many times larger, then reduced: smooth edges
 
 
@@ -313,6 +315,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) < least:
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} {getattr(args, name)} is out of range: it must be at least {least}")
+    if args.train + args.val > SCENES:
+        parser.error(f"--train {args.train} and --val {args.val} are too many: there are {SCENES:,} scenes")
     return args
 
 

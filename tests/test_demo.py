@@ -203,6 +203,15 @@ def test_the_command_refuses_what_is_out_of_range(
     assert f"{flag} {value} is out of range" in capsys.readouterr().err
 
 
+def test_more_scenes_than_there_are_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scenes = 6 * (5 * 256 + 2 * 256**2)  # backgrounds; places of one thing, or arrangements of two
+    rest = ["--out", str(tmp_path), "--val", "12"]
+    assert make_scenes.parse_args([*rest, "--train", str(scenes - 12)]).train == scenes - 12
+    with pytest.raises(SystemExit):
+        make_scenes.parse_args([*rest, "--train", str(scenes - 11)])
+    assert "there are 794,112 scenes" in capsys.readouterr().err
+
+
 def test_the_command_makes_a_set(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "make_scenes.py"), "--out", str(tmp_path / "new")]
     subprocess.run([*command, "--train", "5", "--val", "3", "--image-size", "16"], check=True, capture_output=True)
@@ -395,7 +404,9 @@ def test_doubt_shrinks_with_the_number_of_queries() -> None:
 def test_doubt_grows_with_the_scatter_of_the_evaluations() -> None:
     points, scattered = steady("", 150).points, make_result("", [100, 200, 100, 200], 50, 5.0, 1.0, 0.6).points
     assert demo.doubt(points, points, 10**9) == pytest.approx(0, abs=0.1)
-    assert demo.doubt(points, scattered, 10**9) == pytest.approx(1.96 * 50 / 2, abs=0.1)
+    deviation = 100 / 3**0.5  # of a sample: four evaluations, 50 from their mean each
+    assert demo.doubt(points, scattered, 10**9) == pytest.approx(1.96 * deviation / 2, abs=0.1)
+    assert demo.doubt(points, scattered[:1], 10**9) == pytest.approx(0, abs=0.1), "one alone has no scatter"
 
 
 def test_the_curves_are_drawn(tmp_path: Path) -> None:
