@@ -188,8 +188,8 @@ def read_run(study: Study, mode: str, seed: int) -> Run | None:
 
 def mean_and_deviation(values: Sequence[float]) -> dict[str, float | None]:
     """The deviation is that of a sample, and None for a single value."""
-    deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
-    return {"mean": round(statistics.mean(values), 2), "deviation": deviation}
+    deviation = round(statistics.stdev(values), 4) if len(values) > 1 else None
+    return {"mean": round(statistics.mean(values), 4), "deviation": deviation}
 
 
 def targets_of(runs: Sequence[Run]) -> dict[int, float]:

@@ -221,12 +221,14 @@ def test_times_to_the_target(bench: Any):
     assert fast["seconds_to_target"] == 1.5
     assert fast["speedup"] == 2
     assert fast["speedup_to_first"] == round(1 / ((1.5 / 3 + 1.5 / 2) / 2), 2)
-    assert fast["rsum"] == {"mean": 47.5, "deviation": 3.54}
+    assert fast["rsum"] == {"mean": 47.5, "deviation": 3.5355}
     slow = study.summarise(runs, "slow", [])
     assert (slow["reached"], slow["seconds_to_target"], slow["speedup"]) == (0, None, None)
     text = study.table([fast, slow, study.summarise(runs, "none", [0])], study.targets_of(runs))
     assert "R@Sum 41.0 with seed 0, 39.0 with seed 1" in text
     assert "| fast | 2, 1 failed | 47.5 ± 3.5 |" in text
+    three = [a_run(study, "full", seed, [rsum], [1]) for seed, rsum in enumerate((76.6, 54.9, 65.3))]
+    assert "65.6 ± 10.9 |" in study.table([study.summarise(three, "full", [])], {}), "10.853 is rounded once"
     assert "| none | 0, 1 failed | - |" in text
 
 
