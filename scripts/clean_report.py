@@ -231,12 +231,12 @@ def main(argv: Sequence[str]) -> int:
                 partial = args.output.with_name(f"{args.output.name}.tmp")
                 pq.write_table(table.add_column(2, "key", keys), partial, compression="zstd", use_dictionary=["shard"])
                 put_in_place(partial, args.output)
+        print(as_text(report))
+        if args.json is not None:
+            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     except (SetupError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(as_text(report))
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

@@ -138,6 +138,7 @@ def test_keys_are_those_of_the_shards(run_with_truth: tuple[Path, str, Path], em
         (["--train-data", "one"], "the table has 1000 samples"),
         (["--train-data", "both", "--wrong", "other.csv"], "none of its 1 keys is in the shards"),
         (["--train-data", "both", "--wrong", "missing.csv"], "cannot be read"),
+        (["--json", "nowhere/report.json"], "nowhere/report.json"),
     ],
 )
 def test_what_does_not_fit_is_an_error(
