@@ -37,6 +37,7 @@ def complaint(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"select": True, "select_strategy": "smal_loss"}, ["smal_loss", "small_loss"]),
         ({"select": True, "select_rate": 0}, ["--select-rate", "above 0 and at most 1"]),
         ({"select": True, "select_rate": 1.5}, ["--select-rate", "1.5", "above 0 and at most 1"]),
+        ({"device": "gpu"}, ["--device gpu", "cuda or cpu"]),
         ({"selekt": True}, ["--selekt", "--select"]),
         ({"model": "ViT-B-23"}, ["ViT-B-23", "ViT-B-32"]),
         ({"train_num_samples": 900}, ["900", "200", "--train-num-samples"]),

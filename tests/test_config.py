@@ -263,6 +263,9 @@ def test_a_word_is_no_number(flag: str, capsys: pytest.CaptureFixture[str]) -> N
         ("--grad-clip-norm", "0", "above 0"),
         ("--force-image-size", "0", "at least 1"),
         ("--seed", "-1", "at least 0"),
+        ("--seed", str(2**64), "at least 0 and below 1.84467e+19"),  # more than torch's generators take
+        ("--beta1", "1", "at least 0 and below 1"),
+        ("--beta2", "1.0", "at least 0 and below 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(
@@ -286,6 +289,7 @@ def test_every_default_is_allowed(field: dataclasses.Field[Any]) -> None:
     [
         (Range(above=0, at_most=1), (1e-9, 1.0), (0.0, 1.1, float("nan"))),
         (Range(at_least=0), (0.0, 5.0), (-0.1, float("nan"))),
+        (Range(at_least=0, below=2**64), (0, 2**64 - 1), (-1, 2**64)),
         (Range(), (-1.0, 1.0), ()),
     ],
 )

@@ -24,6 +24,7 @@ class Range:
     above: float | None = None
     at_least: float | None = None
     at_most: float | None = None
+    below: float | None = None
 
     def __contains__(self, value: float) -> bool:
         return (
@@ -31,10 +32,11 @@ class Range:
             and (self.above is None or value > self.above)
             and (self.at_least is None or value >= self.at_least)
             and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
         )
 
     def __str__(self) -> str:
-        ends = [("above", self.above), ("at least", self.at_least), ("at most", self.at_most)]
+        ends = [("above", self.above), ("at least", self.at_least), ("at most", self.at_most), ("below", self.below)]
         return " and ".join(f"{name} {end:g}" for name, end in ends if end is not None) or "finite"
 
 
@@ -213,9 +215,9 @@ class Config:
     lr: float | None = setting(
         None, "learning rate (default 5e-4, or the optimizer's own with timm/...)", within=NOT_NEGATIVE
     )
-    beta1: float | None = setting(None, "Adam's beta 1 (default 0.9)", within=Range(at_least=0, at_most=1))
+    beta1: float | None = setting(None, "Adam's beta 1 (default 0.9)", within=Range(at_least=0, below=1))
     beta2: float | None = setting(
-        None, "Adam's beta 2 (default 0.98 for ViT, 0.999 otherwise)", within=Range(at_least=0, at_most=1)
+        None, "Adam's beta 2 (default 0.98 for ViT, 0.999 otherwise)", within=Range(at_least=0, below=1)
     )
     eps: float | None = setting(None, "Adam's epsilon (default 1e-6 for ViT, 1e-8 otherwise)", within=NOT_NEGATIVE)
     wd: float = setting(0.2, "weight decay", within=NOT_NEGATIVE)
@@ -250,7 +252,7 @@ class Config:
         "towers; other kernels, which round otherwise",
     )
     torchcompile: bool = setting(False, "compile the model with torch.compile")
-    seed: int = setting(0, "seed of every random choice", within=NOT_NEGATIVE)
+    seed: int = setting(0, "seed of every random choice", within=Range(at_least=0, below=2**64))
 
     # ---- selection
     select: bool = section("online sample selection", False, "train on the best part of every batch only")

@@ -135,7 +135,15 @@ _BACKENDS = {"cuda": "nccl", "npu": "hccl", "hpu": "hccl", "xpu": "ccl"}  # as i
 
 
 def _available(device: str) -> str:
-    """The device asked for, or the CPU with a warning, as OpenCLIP does."""
+    """The device asked for, or the CPU with a warning, as OpenCLIP does.
+
+    Raises:
+        SetupError: torch knows no such device.
+    """
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise SetupError(f"--device {device} is no device of torch: give cuda or cpu, for instance") from error
     is_available, is_known = is_device_available(device)
     if not is_known:
         warnings.warn(f"Device {device} was not known and checked for availability, trying anyways.", stacklevel=2)
@@ -158,7 +166,7 @@ def init_world(
     progress it ends the run.
 
     Raises:
-        SetupError: the processes do not find each other.
+        SetupError: there is no such device, or the processes do not find each other.
     """
     device = _available(device)
     if not is_using_distributed():
