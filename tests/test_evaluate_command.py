@@ -139,12 +139,18 @@ def test_a_checkpoint_of_ours_evaluates_alike_in_both(tmp_path):
     )
 
 
-def test_a_run_with_siglip_is_evaluated_with_siglip(tmp_path):
+def test_a_run_with_siglip_is_evaluated_with_siglip(tmp_path, capfd):
     run = train(tmp_path, make_shards(tmp_path / "data", [40]), epochs=1, siglip=True)
     random_weights(tmp_path)  # whose configuration is then known
     words = command(tmp_path, retrieval_set(tmp_path / "pairs"), pretrained=str(run / "checkpoints" / "epoch_1.pt"))
     assert main([*words, "--siglip"]) == 0
     assert "image_retrieval_recall@5" in metrics(tmp_path, "pairs", "zeroshot_retrieval")
+    for prefix in ("", "file://"):
+        words[words.index("--pretrained") + 1] = f"{prefix}{run}/checkpoints/epoch_1.pt"
+        assert main([*words, "--overwrite"]) == EXIT_SETUP
+        said = capfd.readouterr().err
+        assert "flags that shape it such as --siglip, as in the training of these weights" in said
+        assert "resume" not in said.lower()
 
 
 def test_classification_by_an_independent_formula(tmp_path):
@@ -396,6 +402,13 @@ def test_weights_behind_a_url(tmp_path):
     words[words.index("--pretrained") + 1] = f"file://{tmp_path}/weights.pt"
     assert main([*words, "--overwrite"]) == 0
     assert metrics(tmp_path, "pets", "zeroshot_classification") == here
+
+
+def test_weights_that_are_not_behind_a_url_are_no_matter_of_resuming(tmp_path, capfd):
+    random_weights(tmp_path)
+    words = command(tmp_path, labelled_set(tmp_path / "pets"), pretrained=f"file://{tmp_path}/nowhere.pt")
+    assert main(words) == EXIT_SETUP
+    assert "nowhere.pt does not exist: give another checkpoint\n" in capfd.readouterr().err
 
 
 # ---- processes

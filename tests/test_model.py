@@ -1,6 +1,7 @@
 """Models from settings, and the scoring pass."""
 
 import copy
+import dataclasses
 import pickle
 import warnings
 from pathlib import Path
@@ -138,6 +139,20 @@ def test_model_config_that_is_broken_says_so(tmp_path: Path):
             build_model(config, World())
     finally:
         (tmp_path / "broken.json").write_text("{}")  # open_clip reads all folders that it was ever given
+
+
+@pytest.mark.parametrize(("source", "name"), [("toy-coca", "toy-captioner"), ("toy-vit", "toy-vit-cocoa-and-coca")])
+def test_a_name_that_stands_for_another_loss_is_refused_in_training(tmp_path: Path, source: str, name: str):
+    config = make_config(tmp_path, model=name)
+    (tmp_path / f"{name}.json").write_text((tmp_path / f"{source}.json").read_text())
+    build_model(config, World())  # to be evaluated
+    with pytest.raises(SetupError, match=f"--model {name} is .* rename its configuration"):
+        build_model(dataclasses.replace(config, train_data="x.tar"), World())
+
+
+def test_a_teacher_that_is_not_known_is_not_taken_for_the_model(tmp_path: Path):
+    with pytest.raises(SetupError, match="--distill-model toy-vitt is unknown: did you mean one of toy-vit"):
+        make_module(tmp_path, distill_model="toy-vitt", distill_pretrained="x.pt")
 
 
 def test_distillation_brings_a_teacher_that_does_not_learn(tmp_path: Path):

@@ -135,7 +135,12 @@ def _create(
             "is not loaded because it could run code. Where you trust the file, save its state dict as .safetensors"
         ) from error
     except Exception as error:  # of whatever library builds the towers, or reads a damaged file
-        raise SetupError(f"{flag} {name} (weights {pretrained or 'random'}) cannot be built: {error}") from error
+        hint = (
+            ". Give the model, and flags that shape it such as --siglip, as in the training of these weights"
+            if pretrained and os.path.isfile(pretrained)
+            else ""
+        )
+        raise SetupError(f"{flag} {name} (weights {pretrained or 'random'}) cannot be built: {error}{hint}") from error
     finally:
         logging.getLogger().removeFilter(expected)
     return created
@@ -182,12 +187,18 @@ def build_model(config: Config, world: World) -> Model:
         **_siglip(config),
     )
     _refuse_code(config)
+    is_coca = isinstance(module, open_clip.CoCa)
+    if config.trains and is_coca != ("coca" in config.model.lower()):
+        raise SetupError(
+            f"--model {config.model} is {'a' if is_coca else 'no'} CoCa model, and CoCa's loss goes by a name with "
+            "coca in it: rename its configuration"
+        )
     tokenizer = open_clip.get_tokenizer(
         config.model, cache_dir=config.cache_dir, context_length=config.force_context_length
     )
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         tokenizer.cache = KnownWords(tokenizer.cache)
-    if isinstance(module, open_clip.CoCa) and not config.pretrained and not has_own_weights(config.model):
+    if is_coca and not config.pretrained and not has_own_weights(config.model):
         _initialise_decoder(module)
     _lock(module, config)
     if config.grad_checkpointing:
@@ -261,7 +272,9 @@ def _build_teacher(config: Config, world: World) -> nn.Module | None:
     if not config.distill:
         return None
     assert config.distill_model is not None
-    teacher: nn.Module = _create(config.distill_model, config.distill_pretrained, config, world)[0]
+    teacher: nn.Module = _create(
+        config.distill_model, config.distill_pretrained, config, world, flag="--distill-model"
+    )[0]
     return teacher.eval().requires_grad_(False)
 
 

@@ -163,6 +163,11 @@ def check_fits(
         misfits += _reference_misfits(checkpoint, without_prefix(model_state_dict), reference_after)
     if misfits:
         lines = "".join(f"\n  - {misfit}" for misfit in misfits)
+        if num_samples is None:
+            raise SetupError(
+                f"cannot evaluate {checkpoint.path}:{lines}\nGive the model, and flags that shape it such as --siglip, "
+                "as in the training of these weights"
+            )
         raise SetupError(
             f"cannot resume from {checkpoint.path}:{lines}\nResume with the settings it was saved with, or start anew "
             f"from its weights with --pretrained {checkpoint.path}"

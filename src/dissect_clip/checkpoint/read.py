@@ -58,13 +58,13 @@ def _explaining(path: str) -> Iterator[None]:
     except SetupError:
         raise
     except FileNotFoundError as error:
-        raise SetupError(f"{path} does not exist: give --resume another checkpoint") from error
+        raise SetupError(f"{path} does not exist: give another checkpoint") from error
     except Exception as error:
         reason = str(error).partition("\n")[0]
         if isinstance(error, pickle.UnpicklingError):  # whose message says how to run what it holds
             reason = "it holds something other than tensors and plain values"
         raise SetupError(
-            f"{path} cannot be read as a checkpoint, damaged or not one ({reason}): give --resume another"
+            f"{path} cannot be read as a checkpoint, damaged or not one ({reason}): give another checkpoint"
         ) from error
 
 
@@ -90,7 +90,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise SetupError(f"{path} is damaged (its checksums are wrong): give --resume another")
+            raise SetupError(f"{path} is damaged (its checksums are wrong): give another checkpoint")
     return content
 
 
@@ -100,7 +100,7 @@ def _scores_path(path: str, content: Mapping[str, Any]) -> str | None:
     if name is None:
         return None
     if re.fullmatch(r"[\w.-]+\.scores\.safetensors", name) is None:
-        raise SetupError(f"{path} names its scores {name!r}, which is no file beside it: give --resume another")
+        raise SetupError(f"{path} names its scores {name!r}, which is no file beside it: give another checkpoint")
     folder, slash, _ = path.rpartition("/")
     return f"{folder}{slash}{name}"
 
@@ -139,7 +139,7 @@ def _is(value: Any, hint: Any) -> bool:
 
 def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
     if not _is(value, hint):
-        raise SetupError(f"{path} cannot be used as a checkpoint: its {name} is {value!r:.60}. Give --resume another")
+        raise SetupError(f"{path} cannot be used as a checkpoint: its {name} is {value!r:.60}. Give another checkpoint")
     return value
 
 
@@ -160,7 +160,7 @@ def _unpack_shards(path: str, packed: Any) -> Shards | None:
     _checked(path, "list of shards", names, tuple[str, ...])
     if sizes is not None and (sizes.dtype != torch.int64 or sizes.shape != (len(names),)):
         raise SetupError(
-            f"{path} cannot be used as a checkpoint: its list of shards is not whole. Give --resume another"
+            f"{path} cannot be used as a checkpoint: its list of shards is not whole. Give another checkpoint"
         )
     return Shards(tuple(names), None if sizes is None else sizes.numpy())
 
@@ -179,7 +179,7 @@ def _decoys(path: str, saved: Any) -> Tensor | None:
         return None
     captions: Tensor = _checked(path, "decoys", saved, Tensor)
     if captions.dtype != torch.int32 or captions.dim() != 2:
-        raise SetupError(f"{path} cannot be used as a checkpoint: its decoys are no captions. Give --resume another")
+        raise SetupError(f"{path} cannot be used as a checkpoint: its decoys are no captions. Give another checkpoint")
     return captions
 
 
