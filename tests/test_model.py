@@ -41,6 +41,13 @@ def test_every_kind_of_model_scores_without_gradient(tmp_path: Path, model: str)
         assert torch.allclose(features.norm(dim=1), torch.ones(6), atol=1e-5)
 
 
+def test_scale_and_bias_of_a_scoring_pass_have_no_gradient(tmp_path: Path):
+    encoded = make_scorer(make_module(tmp_path, siglip=True))(make_batch())
+    assert encoded.logit_bias is not None
+    assert not encoded.logit_bias.requires_grad
+    assert not encoded.logit_scale.requires_grad
+
+
 def test_scores_are_those_of_the_model_in_eval_mode(tmp_path: Path):
     module = make_module(tmp_path, force_patch_dropout=0.5)
     batch = make_batch()

@@ -416,6 +416,7 @@ RANK_VARIANTS: list[dict[str, Any]] = [
     {"select_strategy": "random", "ddp_static_graph": True, "accum_freq": 3},
     {"select_strategy": "clipscore", "model": "toy-rn"},
     {"select_strategy": "jest", "warmup_point": 1, "siglip": True},
+    {"select_strategy": "divbs", "siglip": True},
     {"select": False, "accum_freq": 3},
     {"select_strategy": "infobatch"},
     {"select_strategy": "infobatch", "infobatch_prune_ratio": 0.9, "accum_freq": 3, "local_loss": True},

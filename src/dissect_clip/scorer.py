@@ -398,7 +398,8 @@ class Scorer:
             scale, bias = self.module.logit_scale.exp(), self.module.logit_bias
         # Normalised outside of autocast: in bf16 the rounding would move scores by as much again as the model's does.
         image, text = F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-        return Encoded(image, text, scale.float(), None if bias is None else bias.float(), self.reusable)
+        # The bias is the parameter itself: strategies compute with it where gradients are on.
+        return Encoded(image, text, scale.float(), None if bias is None else bias.detach().float(), self.reusable)
 
     def try_out(self, text: Tensor, dtype: torch.dtype | None) -> None:
         """Score black images of ``dtype`` with captions [N, L]. Leaves all generators alone, and compiles nothing.
