@@ -1,5 +1,6 @@
 """The step and the epoch, on toy models and batches in memory."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -230,6 +231,19 @@ def test_distillation_learns_from_the_selected(tmp_path: Path):
     )  # fmt: skip
     lines = train(state, epochs=1)
     assert lines[0]["loss"] == pytest.approx(lines[0]["contrastive_loss"] + lines[0]["distill_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("source", "more"), [("toy-coca", {}), ("toy-vit", {"init_logit_bias": -10})])
+def test_a_teacher_with_another_loss_teaches_by_its_features(tmp_path: Path, source: str, more: dict[str, Any]):
+    make_config(tmp_path)
+    config = json.loads((tmp_path / f"{source}.json").read_text()) | more
+    (tmp_path / "toy-teacher.json").write_text(json.dumps(config))
+    torch.save(make_state(tmp_path, model="toy-teacher").module.state_dict(), tmp_path / "teacher.pt")
+    flags = {"distill_model": "toy-teacher", "distill_pretrained": str(tmp_path / "teacher.pt")}
+    assert train(make_state(tmp_path, **flags), epochs=1)[0]["distill_loss"] > 0
+    if more:
+        with pytest.raises(SetupError, match="--model toy-teacher has the bias of SigLIP's"):
+            make_state(tmp_path, **flags, model="toy-teacher")
 
 
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path: Path):

@@ -200,6 +200,11 @@ def build_model(config: Config, world: World) -> Model:
         tokenizer.cache = KnownWords(tokenizer.cache)
     if is_coca and not config.pretrained and not has_own_weights(config.model):
         _initialise_decoder(module)
+    if config.distill and module.logit_bias is not None:
+        raise SetupError(
+            f"--distill-model works with the CLIP loss only, and --model {config.model} has the bias of SigLIP's: use "
+            "another --model"
+        )
     _lock(module, config)
     if config.grad_checkpointing:
         module.set_grad_checkpointing()

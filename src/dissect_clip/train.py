@@ -237,7 +237,8 @@ def _forward_backward(state: TrainState, chosen: Chosen) -> dict[str, Tensor]:
         if state.teacher is not None:
             with torch.no_grad():
                 taught = state.teacher(batch.image, batch.text)
-            out |= {f"dist_{name}": value for name, value in taught.items()}
+            # Not the logits of a CoCa teacher, nor the bias of SigLIP, which is the same for all of a row.
+            out |= {f"dist_{name}": taught[name] for name in ("image_features", "text_features", "logit_scale")}
         losses = _losses(state, [chosen], out)
     _learn(state, [chosen], [out])
     return _backward(state, losses, out["logit_scale"])
