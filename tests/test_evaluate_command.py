@@ -304,6 +304,7 @@ def test_a_task_that_a_set_is_not_for_is_refused(tmp_path, caplog, task, make, m
         (["--dataset", "a", "--val-split", "val"], "--val-split needs --task linear_probe"),
         (["--dataset", "a", "--val-proportion", "0.1"], "--val-proportion needs --task linear_probe"),
         (["--dataset", "a", "--val-proportion", "1"], "out of range"),
+        (["--dataset", "a", "--image-mean", "0.5", "0.5"], "--image-mean takes 1 or 3 numbers: 2 given"),
         (["--dataset", "a", "--task", "captioning"], "invalid choice"),
         (["--dataset", "a", "--epochs", "3"], "unrecognized arguments: --epochs"),
     ],

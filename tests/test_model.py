@@ -138,9 +138,10 @@ def test_model_config_that_is_not_there_says_so():
         build_model(make_config(Path("/tmp"), model_config="/nowhere/x.json"), World())
 
 
-def test_model_config_that_is_broken_says_so(tmp_path: Path):
+@pytest.mark.parametrize("content", ["{", "null"])
+def test_model_config_that_is_broken_says_so(tmp_path: Path, content: str):
     config = make_config(tmp_path)
-    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "broken.json").write_text(content)
     try:
         with pytest.raises(SetupError, match="--model-config"):
             build_model(config, World())

@@ -141,6 +141,11 @@ def _data_contradictions(config: Config) -> Iterator[str]:
         yield "--dataset-type synthetic needs --train-num-samples"
     if config.train_data_upsampling_factors is not None and not config.dataset_resampled:
         yield "--train-data-upsampling-factors needs --dataset-resampled"
+    yield from wrong_lengths(config)
+
+
+def wrong_lengths(config: Config) -> Iterator[str]:
+    """Settings that hold more numbers than they may, or fewer, a line each."""
     for name, lengths in _LENGTHS.items():
         numbers = getattr(config, name)
         if numbers is not None and len(numbers) not in lengths:

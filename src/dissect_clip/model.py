@@ -72,7 +72,7 @@ def register_model_configs(extra: str | None) -> None:
         raise SetupError(f"--model-config {extra} does not exist: give a JSON file, or a folder of them")
     try:
         open_clip.add_model_config(Path(extra))
-    except ValueError as error:  # of json
+    except (ValueError, TypeError) as error:  # of json, and where it holds a number alone
         raise SetupError(f"--model-config {extra}: not every JSON file in it can be read ({error})") from error
 
 
@@ -85,7 +85,7 @@ def check_model_name(name: str, flag: str = "--model") -> None:
         near = difflib.get_close_matches(name, known, n=3) or sorted(known)[:10]
         raise SetupError(
             f"{flag} {name} is unknown: did you mean one of {', '.join(near)}? "
-            "A configuration of your own goes in with --model-config FILE"
+            "A configuration of your own goes in with --model-config NAME.json; it has embed_dim, vision_cfg, text_cfg"
         )
 
 

@@ -250,6 +250,9 @@ def test_bad_sets_are_reported(tmp_path):
     (tmp_path / "few" / "classnames.txt").write_text("\n")
     with pytest.raises(SetupError, match=r"classnames\.txt is empty"):
         classify(zeroshot_data=path)
+    (tmp_path / "few" / "classnames.txt").write_bytes("caf\xe9\nbee\n".encode("latin-1"))
+    with pytest.raises(SetupError, match=r"--zeroshot-data: .*classnames\.txt cannot be read: 'utf-8'"):
+        classify(zeroshot_data=path)
     with pytest.raises(SetupError, match=r"shards need a classnames\.txt"):
         classify(zeroshot_data=str(benchmark_folder(tmp_path / "wds", [0] * 6)))
     (tmp_path / "wds" / "dataset_type.txt").write_text("multilabel")

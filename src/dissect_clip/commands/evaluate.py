@@ -32,6 +32,7 @@ from dissect_clip.commands.results import (
     write_text,
 )
 from dissect_clip.config import Config, Range, section, setting
+from dissect_clip.contradictions import wrong_lengths
 from dissect_clip.data import ClassificationData, RetrievalData
 from dissect_clip.data.benchmark import Found, Kind, Layout, find_split, locate
 from dissect_clip.dist import World
@@ -143,9 +144,10 @@ def parse_args(argv: Sequence[str]) -> tuple[Settings, Config]:
     values = parse_values(parser, argv)
     own = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{name: value for name, value in values.items() if name in own})
-    for line in contradictions(settings):
+    config = Config(**{name: value for name, value in values.items() if name not in own})
+    for line in (*contradictions(settings), *wrong_lengths(config)):
         parser.error(line)
-    return settings, Config(**{name: value for name, value in values.items() if name not in own})
+    return settings, config
 
 
 def main(argv: Sequence[str]) -> int:

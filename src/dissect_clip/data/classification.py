@@ -64,7 +64,10 @@ class Found:
         file = Path(self.path) / name
         if not file.is_file():
             return None
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise SetupError(f"{self.flag}: {file} cannot be read: {error}") from error
         if not any(lines):
             raise SetupError(f"{self.flag}: {file} is empty")
         return lines
