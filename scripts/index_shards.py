@@ -14,14 +14,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from dissect_clip.config import Config
 from dissect_clip.data.shards import Scan
-from dissect_clip.data.sizes import keep_sizes, known_sizes, merge_by_name, write_sizes
+from dissect_clip.data.sizes import keep_sizes, known_sizes, merge_by_name, parse_sizes, write_sizes
 from dissect_clip.data.urls import check_present, expand, name_some
 from dissect_clip.errors import SetupError
 
@@ -60,11 +61,31 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def count(urls: list[str], workers: int, timeout: float) -> dict[str, int]:
-    """Samples by URL."""
+def count(urls: list[str], workers: int, timeout: float, keep: Callable[[dict[str, int]], None]) -> dict[str, int]:
+    """Samples by URL; those counted until a shard cannot be read are for ``keep``.
+
+    Raises:
+        SetupError: a shard cannot be read.
+    """
     scan = Scan(urls, workers, timeout)
-    scan.wait(_FOREVER)
+    try:
+        scan.wait(_FOREVER)
+    except SetupError:
+        keep(scan.sizes)
+        raise
     return scan.sizes
+
+
+def keep_some(counted: dict[str, int], output: Path | None) -> None:
+    """Add the counts of some shards to what is recorded."""
+    if not counted:
+        return
+    if output is not None:
+        old = parse_sizes(output.read_text(encoding="utf-8"), str(output)) if output.exists() else {}
+        write_sizes(output, {**old, **merge_by_name(counted)})
+    kept = len(counted) - (0 if output is not None else len(keep_sizes(counted, None)))
+    if kept:
+        print(f"the counts of {kept} shards are kept; training counts the others by itself", file=sys.stderr)
 
 
 def check(urls: list[str], counted: dict[str, int], recorded: dict[str, int]) -> int:
@@ -102,7 +123,8 @@ def main(argv: Sequence[str]) -> int:
         urls = list(dict.fromkeys(url for source in expand(args.pattern, "PATTERN") for url in source))
         check_present(urls, "PATTERN")
         recorded = known_sizes(urls, None, ask_remote=True, timeout=args.data_timeout) if args.check else {}
-        counted = count(urls, args.workers, args.data_timeout)
+        keep = (lambda sizes: None) if args.check else partial(keep_some, output=args.output)
+        counted = count(urls, args.workers, args.data_timeout, keep)
         return check(urls, counted, recorded) if args.check else write(urls, counted, args.output)
     except (SetupError, OSError) as error:
         print(error, file=sys.stderr)

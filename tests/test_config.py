@@ -545,7 +545,6 @@ CONTRADICTIONS = {
     "cool-down of no length": ("--lr-scheduler const-cooldown", "const-cooldown needs --epochs-cooldown"),
     "unknown optimizer": ("--opt sgd", "--opt sgd is unknown: give adamw, or timm/NAME"),
     "one beta for timm": ("--opt timm/lamb --beta1 0.9", "give both --beta1 and --beta2, or none"),
-    "fp16 on a CPU": ("--precision fp16 --device cpu", "--precision fp16 does not train on a CPU"),
     "two channels": ("--image-mean 0.5 0.5", "--image-mean takes 1 or 3 numbers: 2 given"),
     "four channels": ("--image-std 1 1 1 1", "--image-std takes 1 or 3 numbers: 4 given"),
     "three sides": ("--force-image-size 1 2 3", "--force-image-size takes 1 or 2 numbers: 3 given"),

@@ -89,3 +89,15 @@ def test_damaged_samples_change_nothing_for_the_others(tmp_path: Path, emoji: Pa
     assert losses(bad) == losses(gap)
     assert results(bad) == results(gap)
     assert results(bad)[-1]["rsum"] > 0
+
+
+def test_what_an_evaluation_leaves_out_is_told(tmp_path: Path, pairs: Path, caplog: pytest.LogCaptureFixture):
+    samples = read_pairs(pairs / "val.tar")[:40]
+    for place, broken in ((3, {"jpg": b"no image"}), (5, {"jpg": b""}), (7, {"txt": b" "})):
+        samples[place][1].update(broken)
+    members = {f"{key}.{suffix}": files[suffix] for key, files in samples for suffix in ("jpg", "txt")}
+    val = write_members(tmp_path / "val.tar", members.items())
+    run = train(tmp_path, str(pairs / "train-0.tar"), epochs=2, val_data=val)
+    assert [line["num_samples"] for line in results(run)] == [37, 37]
+    told = [record.message for record in caplog.records if "evaluation on val" in record.message]
+    assert told == 2 * ["evaluation on val left samples out: 2 bad_image, 1 empty_caption"]

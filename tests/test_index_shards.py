@@ -64,6 +64,21 @@ def test_missing_shards_fail(tmp_path, index, capsys):
     assert "4 of 4 shards are missing" in capsys.readouterr().err
 
 
+def test_a_shard_that_cannot_be_read_loses_no_counts(tmp_path, index, capsys):
+    make_shards(tmp_path, [3, 5])
+    bad = f"pipe:cat {tmp_path}/train-{{000..002}}.tar"
+    write_json(tmp_path / "out.json", {"train-009.tar": 4})
+    assert index(bad, "--output", tmp_path / "out.json", "--workers", 1) == 1
+    assert json.loads((tmp_path / "out.json").read_text()) == {
+        "train-000.tar": 3, "train-001.tar": 5, "train-009.tar": 4,
+    }  # fmt: skip
+    assert "the counts of 2 shards are kept" in (told := capsys.readouterr().err)
+    assert "cannot read the shard pipe:cat" in told
+    assert index(bad, "--check", "--workers", 1) == 1
+    assert "kept" not in capsys.readouterr().err
+    assert not (tmp_path / "sizes.json").exists()
+
+
 def test_help_shows_examples(index, capsys):
     with pytest.raises(SystemExit):
         index("--help")

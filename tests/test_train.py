@@ -157,6 +157,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"precision": "amp_bf16"},
     {"precision": "bf16"},
     {"precision": "pure_bf16"},
+    {"precision": "fp16"},
     {"grad_checkpointing": True},
     {"grad_clip_norm": 0.1},
     {"opt": "timm/lamb", "beta1": None, "beta2": None},

@@ -27,6 +27,8 @@ from dissect_clip.data import (
     build_classification,
     build_retrieval,
     build_train,
+    left_out,
+    tell_left_out,
 )
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError, Stopped, TrainingError
@@ -365,6 +367,10 @@ class Evaluator:
             tokenizer=self.tokenizer,
             batch_size=self.config.batch_size,
         )
+        for data in (*classification, *([] if retrieval is None else [retrieval])):
+            counts = left_out(data, self.world)
+            if counts and self.world.is_main:
+                log.warning("evaluation on %s left samples out: %s", data.name, tell_left_out(counts))
         if metrics:
             log.info(
                 "Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {_short(value)}" for name, value in metrics.items())

@@ -173,8 +173,6 @@ def _optimizer_contradictions(config: Config) -> Iterator[str]:
         yield f"--opt {config.opt} is unknown: give adamw, or timm/NAME"
     if config.opt.startswith("timm/") and (config.beta1 is None) != (config.beta2 is None):
         yield "with a timm optimizer give both --beta1 and --beta2, or none"
-    if config.precision == "fp16" and config.device == "cpu":
-        yield "--precision fp16 does not train on a CPU: use amp, bf16 or fp32"
 
 
 def _folder_contradictions(config: Config) -> Iterator[str]:

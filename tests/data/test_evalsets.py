@@ -173,6 +173,7 @@ def test_a_benchmark_folder_of_classes(tmp_path):
 @pytest.mark.parametrize(("world_size", "workers"), GRID)
 def test_every_labelled_image_is_read_once(tmp_path, world_size, workers):
     path = image_folder(tmp_path / "set", ["b_ear", "a_nt", "c"], per_class=3)
+    (tmp_path / "set" / ".ipynb_checkpoints").mkdir()
     config = data_config(zeroshot_data=path, workers=workers, batch_size=2)
     found = []
     for rank in range(world_size):

@@ -146,6 +146,11 @@ def test_line_breaks_in_the_last_caption_are_no_open_quote(tmp_path, last):
     assert load(data_config(train_data=write_table(tmp_path, 4, captions={3: last}))).num_samples == 4
 
 
+def test_one_column_cannot_be_image_and_caption(tmp_path):
+    with pytest.raises(SetupError, match="--csv-img-key and --csv-caption-key are both 'title'"):
+        load(data_config(train_data=write_table(tmp_path, 4), csv_img_key="title"))
+
+
 def test_a_header_that_is_not_utf_8_is_reported(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"filepath\ttitle\tn\xe9\nx\ty\tz\n")
     with pytest.raises(SetupError, match=r"cannot read .*can't decode byte 0xe9"):

@@ -33,7 +33,7 @@ from dissect_clip.commands.results import (
 )
 from dissect_clip.config import Config, Range, section, setting
 from dissect_clip.contradictions import wrong_lengths
-from dissect_clip.data import ClassificationData, RetrievalData
+from dissect_clip.data import ClassificationData, RetrievalData, left_out, tell_left_out
 from dissect_clip.data.benchmark import Found, Kind, Layout, find_split, locate
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError, TrainingError, printable
@@ -381,13 +381,11 @@ class Evaluation:
         Raises:
             TrainingError: more was, and why.
         """
-        names, counts = zip(*data.skipped().items(), strict=True)
-        skipped = self.world.sum(torch.tensor(counts, device=self.world.device)).tolist()
-        allowed = self.settings.max_skip_fraction
-        if sum(skipped) > allowed * (sum(skipped) + used):
-            reasons = ", ".join(f"{count} {name}" for name, count in zip(names, skipped, strict=True) if count)
+        counts = left_out(data, self.world)
+        skipped, allowed = sum(counts.values()), self.settings.max_skip_fraction
+        if skipped > allowed * (skipped + used):
             raise TrainingError(
-                f"{sum(skipped)} of {sum(skipped) + used} samples cannot be used ({reasons}), more than "
+                f"{skipped} of {skipped + used} samples cannot be used ({tell_left_out(counts)}), more than "
                 f"--max-skip-fraction {allowed:g}"
             )
 

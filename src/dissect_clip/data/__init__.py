@@ -8,7 +8,7 @@ from pathlib import Path
 from dissect_clip.config import Config
 from dissect_clip.data import csv, synthetic, webdataset
 from dissect_clip.data.classification import build_classification
-from dissect_clip.data.evalstream import ClassificationData, RetrievalData
+from dissect_clip.data.evalstream import ClassificationData, RetrievalData, left_out, tell_left_out
 from dissect_clip.data.stream import Tokenizer, TrainData, Transform
 from dissect_clip.data.urls import expand, is_shard
 from dissect_clip.dist import World
@@ -22,6 +22,8 @@ __all__ = [
     "build_retrieval",
     "build_train",
     "dataset_type",
+    "left_out",
+    "tell_left_out",
 ]
 
 

@@ -93,8 +93,11 @@ def fill_template(template: str, classname: str) -> str:
 
 
 def _sorted_folders(path: str) -> list[str]:
-    """Class folders in the order of their labels: by number where all names are numbers, else by name."""
-    names = [entry.name for entry in os.scandir(path) if entry.is_dir()]
+    """Class folders in the order of their labels: by number where all names are numbers, else by name.
+
+    Hidden ones are of other programs, as .ipynb_checkpoints.
+    """
+    names = [entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith(".")]
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
 
 

@@ -101,6 +101,8 @@ class CsvTable:
         separator, columns = _separator(config), [config.csv_img_key, config.csv_caption_key]
         if not os.path.isfile(path):
             raise SetupError(f"{flag}: there is no file {path}")
+        if columns[0] == columns[1]:
+            raise SetupError(f"--csv-img-key and --csv-caption-key are both {columns[0]!r}: give two columns")
         try:
             header = _header(path, separator)
             missing = [column for column in columns if column not in header]

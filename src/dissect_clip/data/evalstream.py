@@ -7,7 +7,7 @@ number may differ by rank, so no collective may be called in a loop over them.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -201,6 +201,18 @@ class ClassificationData:
     def skipped(self) -> dict[str, int]:
         """Samples of this rank left out in the last pass, by reason. Not collective."""
         return self.stream.skips.totals()
+
+
+def left_out(data: RetrievalData | ClassificationData, world: World) -> dict[str, int]:
+    """Samples that any rank left out in the last pass, by kind. Collective, and equal on all ranks."""
+    kinds, counts = zip(*data.skipped().items(), strict=True)
+    totals = world.sum(torch.tensor(counts, device=world.device)).tolist()
+    return {kind: total for kind, total in zip(kinds, totals, strict=True) if total}
+
+
+def tell_left_out(counts: Mapping[str, int]) -> str:
+    """How many of each kind, for messages."""
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 
 
 def retrieval_data(
