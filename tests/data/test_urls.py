@@ -1,11 +1,14 @@
 """Shard patterns and names."""
 
+import re
 from pathlib import Path
 
 import pytest
-from shards_util import make_shards, write_tar
+from shards_util import data_config, make_shards, to_tensor, tokenize, write_tar
 
+from dissect_clip.data import build_retrieval, build_train
 from dissect_clip.data.urls import check_not_empty, check_present, expand, is_shard, shard_name, sibling
+from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 
 OPENCLIP_COUNTS = {
@@ -49,6 +52,16 @@ def test_environment_variables_are_those_of_webdataset(monkeypatch):
 def test_a_bad_pattern_is_named(pattern, message):
     with pytest.raises(SetupError, match=message):
         expand(pattern)
+
+
+@pytest.mark.parametrize("kind", ["auto", "webdataset"])
+def test_a_folder_is_no_shard(tmp_path, kind):
+    make_shards(tmp_path, [1])
+    said = f"--train-data: {tmp_path} is a folder; give the shards in it, as '{tmp_path}/*.tar'"
+    with pytest.raises(SetupError, match=re.escape(said)):
+        build_train(data_config(train_data=str(tmp_path), dataset_type=kind), World(), to_tensor, tokenize, None)
+    with pytest.raises(SetupError, match=r"--val-data: .* is a folder; .* test/nshards\.txt"):
+        build_retrieval(data_config(val_data=str(tmp_path), dataset_type=kind), World(), to_tensor, tokenize)
 
 
 def test_missing_shards_are_named_and_counted(tmp_path):

@@ -85,6 +85,10 @@ def _expand_source(source: str, flag: str) -> list[str]:
             f"{flag} {source}: no file matches this pattern; check the folder and the numbers (searched from "
             f"{os.getcwd()})"
         )
+    for url in urls:
+        if not is_shard(url) and is_local(url) and os.path.isdir(local_path(url)):
+            layout = ", or add the test/nshards.txt of a CLIP_benchmark folder" if flag == "--val-data" else ""
+            raise SetupError(f"{flag}: {url} is a folder; give the shards in it, as '{url}/*.tar'{layout}")
     return urls
 
 
@@ -95,7 +99,7 @@ def expand(pattern: str, flag: str = "--train-data") -> list[list[str]]:
     webdataset does; ``*`` and ``?`` match local files, sorted by name.
 
     Raises:
-        SetupError: braces do not match, a variable is missing, or a pattern matches no file.
+        SetupError: braces do not match, a variable is missing, a pattern matches no file, or one is a folder.
     """
     return [_expand_source(source, flag) for source in pattern.split("::")]
 
