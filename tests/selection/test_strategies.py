@@ -10,7 +10,6 @@ import torch
 from dissect_clip.config import Config
 from dissect_clip.contradictions import _ALONE, _SCORE_NOTHING
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy
-from dissect_clip.selection.base import required
 from dissect_clip.selection.differential import differential
 
 N = 8
@@ -196,12 +195,13 @@ def test_momentum_moves_the_history():
 
 def test_the_strategy_in_the_readme_works():
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    (code, *_) = re.findall(r"```python\n(class .*?)```", readme, re.DOTALL)
-    names: dict[str, object] = {
-        "Strategy": Strategy, "Needs": Needs, "Candidates": Candidates, "Tensor": torch.Tensor, "required": required
-    }  # fmt: skip
-    exec(code, names)
+    code, body = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(f"{code}\n\nclass Remembers(Strategy):\n{body}", names)
+    remembers: Strategy = names["Remembers"](make_config())  # type: ignore[operator]
+    assert remembers.needs == Needs.LOSS
     candidates = make_candidates()
+    assert torch.equal(remembers.remember(candidates)[:, 0], candidates.loss)
     rank = names["Margin"](make_config()).rank(candidates)  # type: ignore[operator]
     for place in range(N):
         others = [j for j in range(N) if j != place]
