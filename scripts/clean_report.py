@@ -6,8 +6,8 @@
     python scripts/clean_report.py logs/RUN/clean.parquet --train-data 'data/*.tar' --wrong wrong.csv --json report.json
 
 Without --train-data it needs nothing but the file. With it the headers of the shards are read for the keys: --output
-writes them with all columns, and --wrong, a csv with a header and the keys of pairs that are known to be
-wrong in its first column, holds P(clean) against the truth.
+writes them with all columns, and --wrong, a csv with a header and the keys of pairs that are known to be wrong in its
+column `key`, else in its first one, holds P(clean) against the truth.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def read_keys(names: Names, table: pa.Table) -> list[str | None]:
 
 
 def read_wrong(path: Path) -> set[str]:
-    """The first column of a csv with a header.
+    """The column ``key`` of a csv with a header, the first one where none is called that.
 
     Raises:
         SetupError: it cannot be read.
@@ -91,7 +91,8 @@ def read_wrong(path: Path) -> set[str]:
         rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"--wrong {path} cannot be read: {error}") from error
-    return {row[0] for row in rows[1:] if row}
+    place = rows[0].index("key") if rows and "key" in rows[0] else 0
+    return {row[place] for row in rows[1:] if len(row) > place}
 
 
 def _numbers(table: pa.Table, name: str) -> Floats:
@@ -224,7 +225,8 @@ def main(argv: Sequence[str]) -> int:
                 wrong = read_wrong(args.wrong)
                 matched = pc.is_in(keys, value_set=pa.array(sorted(wrong), pa.string())).to_numpy(zero_copy_only=False)
                 if matched.sum() == 0:
-                    raise SetupError(f"--wrong {args.wrong}: none of its {len(wrong)} keys is in the shards")
+                    such = f", such as {min(wrong)!r}," if wrong else ""
+                    raise SetupError(f"--wrong {args.wrong}: none of its {len(wrong)} keys{such} is in the shards")
                 if report["with_p_clean"]:
                     report["truth"] = calibration(table, ~matched)
             if args.output is not None:

@@ -107,10 +107,14 @@ def run_with_truth(tmp_path: Path, emoji: Path) -> tuple[Path, str, Path]:
     return tmp_path / "clean.parquet", pattern, tmp_path / "wrong.csv"
 
 
+@pytest.mark.parametrize("header", ["key,donor", "name,why", "shard,key"])
 def test_the_report_holds_the_probability_against_the_truth(
-    run_with_truth: tuple[Path, str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_with_truth: tuple[Path, str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], header: str
 ):
     file, pattern, wrong = run_with_truth
+    keys = [line.split(",")[0] for line in wrong.read_text().splitlines()[1:]]
+    lines = [f"0.tar,{key}" if header == "shard,key" else f"{key},x" for key in keys]
+    wrong.write_text("\n".join([header, *lines]) + "\n")
     words = [str(file), "--train-data", pattern, "--wrong", str(wrong), "--json", f"{tmp_path}/r.json"]
     assert clean_report.main(words) == 0
     truth = json.loads((tmp_path / "r.json").read_text())["truth"]
@@ -136,7 +140,7 @@ def test_keys_are_those_of_the_shards(run_with_truth: tuple[Path, str, Path], em
     ("words", "message"),
     [
         (["--train-data", "one"], "the table has 1000 samples"),
-        (["--train-data", "both", "--wrong", "other.csv"], "none of its 1 keys is in the shards"),
+        (["--train-data", "both", "--wrong", "other.csv"], "none of its 1 keys, such as 'nobody', is in the shards"),
         (["--train-data", "both", "--wrong", "missing.csv"], "cannot be read"),
         (["--json", "nowhere/report.json"], "nowhere/report.json"),
     ],
