@@ -130,6 +130,13 @@ def test_resume_latest_finds_a_run_without_a_name(tmp_path: Path, data: str):
     assert (run / "checkpoints" / "epoch_2.pt").exists()
 
 
+@pytest.mark.parametrize(("batch_size", "warned"), [(400, False), (401, True)])
+def test_a_step_of_more_than_the_data_is_a_warning(tmp_path: Path, data: str, batch_size: int, warned: bool):
+    run = train(tmp_path, data, batch_size=batch_size, epochs=0)
+    said = f"A step takes {batch_size} samples of 400: some come more than once"
+    assert (said in (run / "out.log").read_text()) == warned
+
+
 def test_a_finished_run_has_nothing_left_to_do(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
     train(tmp_path, data, epochs=1)
     train(tmp_path, data, epochs=1, resume="latest")
@@ -205,6 +212,15 @@ def test_torchrun_from_the_command_line(tmp_path: Path, data: str, processes: in
     assert done.returncode == 0, done.stderr
     assert checkpoint(tmp_path / "logs" / "run", 2)["dissect"]["world_size"] == processes
     assert done.stderr.count("Saved") == 2
+
+
+@pytest.mark.dist
+def test_what_all_ranks_know_is_a_warning_of_one(tmp_path: Path, data: str):
+    words = arguments(tmp_path, data, epochs=2, **selection("clean_posterior") | {"batch_size": 201})
+    done = torchrun(str(ROOT / "src" / "main.py"), *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("some come more than once") == 1
+    assert done.stderr.count("decoys are too few") == 1
 
 
 @pytest.mark.dist

@@ -283,13 +283,16 @@ def build_state(
 def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     config = state.config
     trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+    step_size = config.batch_size * config.accum_freq * state.world.size
     log.info("Model %s, %.1f M parameters to train", config.model, trainable / 1e6)
     log.info(
         "Training data: %s%d samples in %d shards; %d steps an epoch of %d samples",
         "" if config.train_keep is None else f"{data.num_kept} of ", data.num_samples,
-        len(data.shard_names), steps_per_epoch,
-        config.batch_size * config.accum_freq * state.world.size,
+        len(data.shard_names), steps_per_epoch, step_size,
     )  # fmt: skip
+    if data.num_kept < step_size and state.world.is_main:
+        log.warning("A step takes %d samples of %d: some come more than once in it, as negatives of themselves; give a "
+                    "smaller --batch-size", step_size, data.num_kept)  # fmt: skip
     if state.selector is not None:
         log.info(
             "Selection: %s, keeping %s of every batch; %s%s",
@@ -305,7 +308,7 @@ def _announce_decoys(state: TrainState, data: TrainData) -> None:
         return
     count = 0 if state.selector.decoys is None else len(state.selector.decoys.ids)
     log.info("%d samples are decoys: in the warm-up they have a wrong caption on purpose (--clean-decoys)", count)
-    if count < _USABLE_DECOYS:
+    if count < _USABLE_DECOYS and state.world.is_main:
         log.warning(
             "%d decoys are too few to tell wrong pairs by: raise --clean-decoys to %.2g, or give 0 to do without",
             count, min(0.5, 2 * _USABLE_DECOYS / data.num_kept),
