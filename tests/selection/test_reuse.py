@@ -184,10 +184,12 @@ def test_refresh_scores_the_stalest_and_those_never_scored_first():
     assert selection.candidates.score[[0, 2, 3, 5, 7, 9]].eq(1).all()
 
 
-def test_a_share_too_small_for_a_pair_is_rounded_up_to_two():
-    known = Known(STRATEGIES["clipscore"](make_config(refresh=0.01)), 0.01)
-    assert [known.fresh(1, size) for size in (1, 2, 100, 1000)] == [0, 2, 2, 10]
+@pytest.mark.parametrize(("name", "fewest"), [("clipscore", 2), ("small_loss", 3)])
+def test_a_share_too_small_for_a_score_is_rounded_up(name, fewest):
+    known = Known(STRATEGIES[name](make_config(name, refresh=0.01)), 0.01)
+    assert [known.fresh(1, size) for size in (1, 2, 100, 1000)] == [0, 2, fewest, 10]
     assert Known(known.strategy, 0.0).fresh(1, 1000) == 0
+    assert pair_z(*random_features(fewest), known.strategy.needs).isfinite().all()
 
 
 def test_schedules_count_where_scores_are_used_again():

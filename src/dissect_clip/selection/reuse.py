@@ -111,8 +111,9 @@ class Known:
             return 0
         if epoch == 0 and not self.strategy.reuses:
             return size
-        # A z-score needs another pair beside it.
-        return min(size, max(2, round(self.refresh * size))) if self.refresh > 0 else 0
+        # A z-score needs another pair beside it, and that of a loss two: all are of one image, or of one caption.
+        fewest = 3 if Needs.LOSS in self.strategy.needs else 2
+        return min(size, max(fewest, round(self.refresh * size))) if self.refresh > 0 else 0
 
     def candidates(self, rows: Tensor, epoch: int, generator: torch.Generator) -> Candidates:
         """Samples by what their rows [N, C + R + 1] tell."""
