@@ -235,6 +235,17 @@ def test_other_batches_after_a_stop_see_what_is_left_once(
     assert "the 240 samples not yet seen are spread anew" in said
 
 
+def test_with_larger_batches_the_oldest_scores_are_still_the_first_to_be_renewed(tmp_path: Path, pairs: Path):
+    flags = selection("clipscore", score_refresh=0.2)
+    data = str(pairs / SMALL)
+    train(tmp_path, data, epochs=1, **flags)
+    run = train(tmp_path, data, epochs=2, resume="latest", batch_size=80, **flags)
+    when = load_file(run / "checkpoints" / "epoch_2.scores.safetensors")["scores"][:, -1]
+    # Five batches an epoch now, where there were ten.
+    assert 0 < (when >= 5).sum() <= 5 * (24 + 16)
+    assert when.max() == 9
+
+
 def test_checkpoints_by_the_clock(tmp_path: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch):
     words = arguments(tmp_path, str(pairs / SMALL), epochs=1, save_every_minutes=1e-9)
     run_until(6, words, monkeypatch)

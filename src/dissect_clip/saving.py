@@ -171,6 +171,8 @@ def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData,
         counters.epoch_step = then.epoch_step
         counters.seen, counters.trained, counters.scored = then.seen, then.trained, then.scored
         counters.seconds = dict(then.seconds)
+        if state.selector is not None and then.batch > 0:
+            state.selector.count_on(then.batch, counters.batch)
 
 
 class Saver:

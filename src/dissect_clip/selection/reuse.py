@@ -219,6 +219,10 @@ class ReusingSelector(Selector):
         ids = batch.sample_id[places]
         self.store.write(ids, new.where(scored, self.store.read(ids)))
 
+    def count_on(self, then: int, now: int) -> None:
+        """See :meth:`Selector.count_on`: the batches that scores were taken in stay in order, and before now."""
+        self.store.scores[:, -1] *= now / then
+
     def _updated(self, rows: Tensor, z: Tensor, step: int) -> Tensor:
         """Rows [N, C + R + 1] with new z-scores [N, R], where these are finite."""
         own = rows.shape[1] - z.shape[1] - 1

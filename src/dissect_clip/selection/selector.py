@@ -227,6 +227,9 @@ class Selector:
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
         """Take note of the features [K, D] that training computed for the chosen pairs; unused in exact scoring."""
 
+    def count_on(self, then: int, now: int) -> None:
+        """A resumed run has done ``now`` batches where the one before counted ``then``; unused in exact scoring."""
+
     def learns(self, epoch: int) -> bool:
         """Whether the strategy wants to know the losses of this epoch's training pass."""
         strategy = self.strategy
