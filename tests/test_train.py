@@ -106,9 +106,10 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.parametrize("siglip", [False, True])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str):
-    state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1)
+def test_counts_what_was_seen_and_what_was_trained(tmp_path: Path, name: str, siglip: bool):
+    state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.25, warmup_point=1, siglip=siglip)
     lines = train(state)
     first = {"warmup_base_sampling": 4, "learnability": 4, "jest": 4, "clean_posterior": 4, "scan": 8}
     second = {"scan": 6}  # a quarter of the cycle's way from 8 to 2 of 8, rounded: 8 - 0.25 * 6
