@@ -94,3 +94,16 @@ def test_resume_with_another_strategy(tmp_path: Path, data: str, capsys: pytest.
 def test_a_run_folder_that_is_taken(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
     train(tmp_path, data, epochs=1)
     assert "--resume latest" in complaint(arguments(tmp_path, data), capsys)
+
+
+def test_a_start_that_was_refused_leaves_its_name(tmp_path: Path, data: str, capsys: pytest.CaptureFixture[str]):
+    refused = arguments(tmp_path, data, epochs=1, val_data="/nowhere/val.tar")
+    run = tmp_path / "logs" / "run"
+    for _ in range(2):
+        assert "exists already" not in complaint(refused, capsys)
+        assert "error" in (run / "failed_start.log").read_text().lower()
+        assert not (run / "out.log").exists()
+    train(tmp_path, data, epochs=1)
+    assert "exists already" in complaint(refused, capsys)
+    complaint([*refused, "--resume", "latest"], capsys)
+    assert (run / "out.log").exists()

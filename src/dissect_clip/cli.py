@@ -92,6 +92,10 @@ def run(config: Config, world: World) -> None:
         world.on_main(sync.start)
     try:
         _run_in(folder, config, world, sync)
+    except SetupError:
+        if folder is not None and world.is_main:
+            folder.set_aside()
+        raise
     finally:
         with world.watch.patient():
             copied = sync.finish()

@@ -1,7 +1,7 @@
 """The folder of a run: how it is named, what lies where in it, and whether it may be written to.
 
 <logs>/<name>/
-    out.log  config.json  params.txt  train.jsonl
+    out.log  config.json  params.txt  train.jsonl       failed_start.log for out.log where a start was refused
     checkpoints/  checkpoints/results.jsonl  tensorboard/  record/  skipped.parquet/  code/
 
 A run writes nowhere else: a name that leads out of <logs> is refused.
@@ -9,12 +9,12 @@ A run writes nowhere else: a name that leads out of <logs> is refused.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,6 +64,13 @@ class RunFolder:
     def skipped(self) -> Path:
         """The folder of what training left out, which Parquet readers take for one file."""
         return self.path / "skipped.parquet"
+
+    def set_aside(self) -> None:
+        """Leave the name to another start, after one that was refused before anything was trained or evaluated."""
+        begun = self.train_log.exists() or any(self.checkpoints.iterdir())
+        if self.log_file is not None and not begun:
+            with contextlib.suppress(OSError):
+                self.log_file.rename(self.path / "failed_start.log")
 
 
 def _settings_part(config: Config) -> str:
@@ -124,7 +131,7 @@ def _refuse_to_mix(config: Config, path: Path) -> None:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _writing_to(config: Config, path: Path) -> Iterator[None]:
     """Turn a failure to write into a SetupError that names the folder and the flag."""
     try:
