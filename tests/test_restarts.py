@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ import torch
 from runs import arguments, lines, losses, record, results, selection, train
 from safetensors.torch import load_file
 
-from dissect_clip import cli
+from dissect_clip import cli, saving
 from dissect_clip import train as training
 from dissect_clip.batch import Batch
 from dissect_clip.clock import PhaseClock
@@ -251,6 +253,32 @@ def test_checkpoints_by_the_clock(tmp_path: Path, pairs: Path, monkeypatch: pyte
     run_until(6, words, monkeypatch)
     (saved,) = (tmp_path / "logs" / "run" / "checkpoints").glob("epoch_0_step_*.pt")
     assert saved.name == "epoch_0_step_6.pt"
+
+
+@pytest.mark.parametrize("due", [{"save_every_n_steps": 20}, {"save_every_minutes": 5}], ids="-".join)
+def test_checkpoints_that_are_due_where_an_epoch_ends_that_is_passed_over(
+    tmp_path: Path, pairs: Path, due: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    data, strategy = str(pairs / SMALL), "warmup_base_sampling"
+    flags = selection(strategy) | {"save_frequency": 0, "val_data": pairs / "val.tar", "record": True}
+    whole = train(tmp_path, data, "whole", **flags)
+    words = arguments(tmp_path, data, "stopped", **flags, **due)
+    real_step, steps = training.train_step, []
+
+    def counted(*parts: Any) -> dict[str, torch.Tensor]:
+        steps.append(1)
+        return real_step(*parts)
+
+    slow = SimpleNamespace(monotonic=lambda: time.monotonic() + 15 * len(steps))  # 15 seconds for each of ten steps
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", counted)
+        patch.setattr(training, "time", slow)
+        patch.setattr(saving, "time", slow)
+        run_until(25, words, monkeypatch)
+    (saved,) = (tmp_path / "logs" / "stopped" / "checkpoints").glob("*.pt")
+    assert saved.name == "epoch_2_step_20.pt"
+    stopped = train(tmp_path, data, "stopped", resume="latest", **flags)
+    assert_same(whole, stopped, 3, strategy)
 
 
 # ---- signals

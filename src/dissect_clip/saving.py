@@ -19,13 +19,14 @@ from dissect_clip.checkpoint import (
     check_fits,
     checkpoint_content,
     goes_on_with_reference,
+    wanted_names,
 )
 from dissect_clip.data import TrainData
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.remote import NoSync, RemoteSync
 from dissect_clip.runfolder import RunFolder
 from dissect_clip.selection import Selector
-from dissect_clip.train import TrainState
+from dissect_clip.train import TrainState, minutes_are_over, step_is_due
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,6 @@ class Saver:
                 --remote-sync.
         """
         state, world = self.state, self.state.world
-        state.saved_at = time.monotonic()
         if self.folder is None:
             return
         world.watch.mark("save", state.counters.step)
@@ -229,7 +229,7 @@ class Saver:
     def _save(self, loader: dict[str, Any] | None, stopping: bool) -> None:
         assert self.writer is not None
         assert self.folder is not None
-        state = self.state
+        state, counters = self.state, self.state.counters
         if self.sync.failed is not None and state.config.on_save_error == "stop":
             raise TrainingError(f"{self.sync.failed} (--on-save-error stop); see that it can be reached, then resume")
         content = checkpoint_content(
@@ -243,9 +243,14 @@ class Saver:
             reference=None if state.reference is None else SavedReference(*state.reference.saved()),
             decoys=None if state.decoys is None else state.decoys.captions,
         )
+        # An epoch that --save-frequency passes over may end where a checkpoint inside an epoch is due.
+        whole = loader is None and bool(wanted_names(state.config, counters.epoch, None, stopping))
+        due = loader is not None or step_is_due(state) or minutes_are_over(state)
+        if whole or due:
+            state.saved_at = time.monotonic()
         self.writer.save(
-            epoch=state.counters.epoch,
-            step=None if loader is None else state.counters.step,
+            epoch=counters.epoch,
+            step=counters.step if due and not whole else None,
             content=content,
             scores=None if state.selector is None else state.selector.store,
             stopping=stopping,

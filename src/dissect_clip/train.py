@@ -343,9 +343,9 @@ def train_epoch(
                 metrics = window.close(outputs, batches)
                 progress.show(loss=metrics["loss"])
                 reporter.train(counters.step, metrics)
-            orders = state.world.watch.poll(_minutes_are_over(state))
+            orders = state.world.watch.poll(minutes_are_over(state))
             signal = orders.stop
-            if done < steps and save is not None and (orders.save or signal is not None or _step_is_due(state)):
+            if done < steps and save is not None and (orders.save or signal is not None or step_is_due(state)):
                 window.count_seconds()
                 save_inside(state, data, save)
                 clock.start()
@@ -360,12 +360,13 @@ def train_epoch(
     return signal
 
 
-def _step_is_due(state: TrainState) -> bool:
+def step_is_due(state: TrainState) -> bool:
+    """Whether ``--save-every-n-steps`` asks for a checkpoint after this step."""
     every = state.config.save_every_n_steps
     return every > 0 and state.counters.step % every == 0
 
 
-def _minutes_are_over(state: TrainState) -> bool:
+def minutes_are_over(state: TrainState) -> bool:
     """Whether rank 0, whose clock counts for all, has waited long enough for a checkpoint."""
     minutes = state.config.save_every_minutes
     return state.world.is_main and minutes > 0 and time.monotonic() - state.saved_at >= 60 * minutes

@@ -2,7 +2,7 @@
 
     checkpoints/epoch_7.pt                    OpenCLIP's keys, and "dissect" with what selection needs
     checkpoints/epoch_7.scores.safetensors    the score store, which can be gigabytes; only with --select
-    checkpoints/epoch_7_step_1200.pt          in the middle of an epoch: 7 are complete, 1200 steps done in all
+    checkpoints/epoch_7_step_1200.pt          by steps or minutes: 7 epochs are complete, 1200 steps done in all
     checkpoints/epoch_latest.pt               with --save-most-recent
 
 The scores are in place before the .pt that names their file, and both hold the same random token. No file is written
@@ -13,7 +13,7 @@ complete epochs. Everything is read with ``weights_only=True``.
 from __future__ import annotations
 
 from dissect_clip.checkpoint.content import Checkpoint, RunState, SavedReference, Shards, checkpoint_content
-from dissect_clip.checkpoint.files import save_checkpoint
+from dissect_clip.checkpoint.files import save_checkpoint, wanted_names
 from dissect_clip.checkpoint.fits import changed_settings, check_fits, goes_on_with_reference
 from dissect_clip.checkpoint.latest import find_latest, find_resume
 from dissect_clip.checkpoint.read import load_checkpoint
@@ -34,4 +34,5 @@ __all__ = [
     "goes_on_with_reference",
     "load_checkpoint",
     "save_checkpoint",
+    "wanted_names",
 ]

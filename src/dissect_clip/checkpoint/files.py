@@ -190,7 +190,7 @@ def save_checkpoint(
     Args:
         content: of :func:`checkpoint_content`, in main memory.
         scores: state dict of a store with columns, in main memory.
-        step: in the middle of an epoch, the optimizer steps done in all.
+        step: of a step checkpoint, the optimizer steps done in all.
         stopping: the run ends with it, so that there has to be one.
 
     Raises:

@@ -84,7 +84,7 @@ class CheckpointWriter:
 
         Args:
             content: of :func:`checkpoint_content`.
-            step: in the middle of an epoch, the optimizer steps done in all.
+            step: of a step checkpoint, the optimizer steps done in all.
             stopping: the run ends with it, so that there has to be one.
 
         Raises:
