@@ -127,6 +127,20 @@ def test_a_log_file_is_appended_to(tmp_path: Path) -> None:
     assert (tmp_path / "out.log").read_text().startswith("before\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this file, of a disk that is full")
+def test_a_log_file_that_cannot_be_written_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging(Path("/dev/full"), logging.INFO, World())
+    for text in ("first", "second"):
+        log.info(text)
+    close_logging()
+    told = [line.rpartition(" | ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert told == [
+        "first",
+        "cannot write /dev/full: [Errno 28] No space left on device; lines are lost there",
+        "second",
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -325,6 +339,31 @@ def test_tensorboard_holds_train_by_step_and_val_by_epoch(run: RunFolder) -> Non
     assert (val.step, val.value) == (3, 1.25)
 
 
+@pytest.mark.parametrize("choice", ["continue", "stop"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_that_cannot_be_written(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, choice: str
+) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*_: object) -> None:
+        raise OSError("the disk is full")
+
+    reporter = make_reporter(Config(report_to="tensorboard", on_save_error=choice), run, World())
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    if choice == "stop":
+        with pytest.raises(TrainingError, match=r"cannot write to .*tensorboard: the disk is full"):
+            reporter.train(1, {"loss": 2.5})
+        return
+    reporter.train(1, {"loss": 2.5})
+    reporter.evaluation(1, 10, {"clip_val_loss": 1.25})
+    reporter.close()
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert "the disk is full. Training goes on" in told
+    assert [line["step"] for line in lines(run.train_log)] == [1]
+
+
 class FakeWandb:
     """Stands for the package and for a run of it."""
 
@@ -351,7 +390,7 @@ def test_wandb_is_used_as_openclip_does(
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
     config = Config(report_to="all", wandb_notes="why", resume=resume)
-    monkeypatch.setattr("dissect_clip.logs.TensorBoard", lambda folder: JsonLines(folder, folder))
+    monkeypatch.setattr("dissect_clip.logs.TensorBoard", lambda folder, _: JsonLines(folder, folder))
     reporter = make_reporter(config, run, World())
     reporter.train(5, {"loss": 2.0})
     reporter.evaluation(1, 10, {"R": 0.5})

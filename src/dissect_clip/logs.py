@@ -15,7 +15,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -52,6 +52,24 @@ class _Console(logging.Handler):
             self.handleError(record)
 
 
+class _File(logging.FileHandler):
+    """Lines in a file. Those that cannot be written, as to a full disk, are lost there; the console says so once."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._failed:
+            self._failed = True
+            tqdm.write(f"cannot write {self.baseFilename}: {error}; lines are lost there", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of lines that were lost
+            super().close()
+
+
 def _is_for_the_console(record: logging.LogRecord) -> bool:
     # open_clip describes each model it builds on the root logger, and other libraries are as talkative.
     return record.levelno >= logging.WARNING or record.name.startswith("dissect_clip")
@@ -84,7 +102,7 @@ def setup_logging(path: Path | None, level: int, world: World) -> None:
     prefix = "" if world.is_main else f"[rank {world.rank}] "
     _add(console, _HANDLERS[0], prefix + _FORMAT, level if world.is_main else logging.WARNING)
     if path is not None:
-        _add(logging.FileHandler(path, encoding="utf-8"), _HANDLERS[1], _FORMAT, level)
+        _add(_File(path, encoding="utf-8"), _HANDLERS[1], _FORMAT, level)
     logging.root.setLevel(level if world.is_main or path is not None else logging.WARNING)
 
 
@@ -230,24 +248,48 @@ def _optional(module: str, package: str) -> ModuleType:
 
 
 class TensorBoard:
-    """Scalars for TensorBoard: ``train/...`` over steps, ``val/...`` over epochs, as in OpenCLIP."""
+    """Scalars for TensorBoard: ``train/...`` over steps, ``val/...`` over epochs, as in OpenCLIP.
 
-    def __init__(self, folder: Path) -> None:
+    Its writer does not recover from an error. That is a TrainingError; with ``keep_going`` the log says so, and nothing
+    more is written.
+    """
+
+    def __init__(self, folder: Path, keep_going: bool = False) -> None:
         self._writer = _optional("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder))
+        self._folder = folder
+        self._keep_going = keep_going
+        self._failed = False
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._keep_going:
+                raise TrainingError(f"cannot write to {self._folder}: {error}. Make room for it") from error
+            if not self._failed:
+                log.error(
+                    "cannot write to %s: %s. Training goes on (--on-save-error continue), and TensorBoard gets nothing "
+                    "more until the run is started again; train.jsonl has the metrics, too", self._folder, error,
+                )  # fmt: skip
+            self._failed = True
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add scalars at ``step``."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"train/{name}", value, step)
+        with self._writing():
+            for name, value in metrics.items():
+                self._writer.add_scalar(f"train/{name}", value, step)
 
     def evaluation(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
         """Add scalars at ``epoch``."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"val/{name}", value, epoch)
+        with self._writing():
+            for name, value in metrics.items():
+                self._writer.add_scalar(f"val/{name}", value, epoch)
 
     def close(self) -> None:
         """Write out the events."""
-        self._writer.close()
+        with self._writing():
+            self._writer.close()
 
 
 class Wandb:
@@ -304,12 +346,13 @@ def _wanted(config: Config, run: RunFolder | None) -> list[Reporter]:
     asked = set(config.report_to.replace(",", " ").split())
     asked |= {"tensorboard", "wandb"} if "all" in asked else set()
     reporters: list[Reporter] = []
+    keep_going = config.on_save_error == "continue"
     if run is not None:
-        reporters.append(JsonLines(run.train_log, run.results, config.on_save_error == "continue"))
+        reporters.append(JsonLines(run.train_log, run.results, keep_going))
     if "tensorboard" in asked:
         if run is None:
             raise SetupError("--report-to tensorboard writes to the run folder: leave --logs none out")
-        reporters.append(TensorBoard(run.tensorboard))
+        reporters.append(TensorBoard(run.tensorboard, keep_going))
     if "wandb" in asked:
         name = run.name if run is not None else config.name or automatic_name(config, datetime.now())
         reporters.append(Wandb(config, name))
