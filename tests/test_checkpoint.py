@@ -956,12 +956,19 @@ def test_temporary_files_are_not_found(tmp_path: Path) -> None:
     assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("kind", [kind for kind in DAMAGES if kind != "newer"])
 def test_a_damaged_one_is_passed_over(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     damaged(tmp_path, kind)
     save(tmp_path, 0)
     assert find_latest(tmp_path) == tmp_path / "epoch_0.pt"
     assert ("Passed over" in caplog.text) == (kind != "missing")
+
+
+def test_one_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
+    damaged(tmp_path, "newer")
+    save(tmp_path, 0)
+    with pytest.raises(SetupError, match="saved by a newer version"):
+        find_latest(tmp_path)
 
 
 @pytest.mark.parametrize(("latest", "expected"), [(5, "epoch_latest.pt"), (3, "epoch_4.pt")])

@@ -37,6 +37,10 @@ from dissect_clip.remote import download
 log = logging.getLogger(__name__)
 
 
+class NewerVersionError(SetupError):
+    """A checkpoint was saved by a newer version of this package; nothing is wrong with it."""
+
+
 @contextmanager
 def _local(path: str) -> Iterator[Path]:
     """The file itself, or a copy of a remote one for as long as the block lasts."""
@@ -145,7 +149,7 @@ def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
 
 def _state(path: str, dissect: Mapping[str, Any]) -> RunState:
     if _checked(path, "format_version", dissect["format_version"], int) > FORMAT_VERSION:
-        raise SetupError(f"{path} was saved by a newer version of this package: update it")
+        raise NewerVersionError(f"{path} was saved by a newer version of this package: update it")
     hints = typing.get_type_hints(RunState)
     added = {field.name for field in dataclasses.fields(RunState) if field.default is not dataclasses.MISSING}
     names = set(hints) - (added if dissect["format_version"] == 1 else _LATER - set(dissect))
