@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import open_clip
@@ -389,6 +389,30 @@ def test_dying_while_an_epoch_is_saved_again_leaves_what_was_there(
     loaded = load_checkpoint(latest)
     assert (weight(loaded), score(loaded)) == (6.0, 6.0)
     assert len(names(tmp_path)) == 2
+
+
+def test_a_second_run_of_the_same_name_puts_no_half_file_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(epochs=10, delete_previous_checkpoint=True)
+    save_checkpoint(tmp_path, 1, make_content(), None, config=config)
+    real_save = torch.save
+
+    def half(content: dict[str, Any], file: BinaryIO) -> None:
+        file.write(b"half")
+        file.flush()
+        raise KeyboardInterrupt
+
+    def while_another_begins(content: dict[str, Any], file: BinaryIO) -> None:
+        real_save(content, file)
+        monkeypatch.setattr(torch, "save", half)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, make_content(), None, config=config)
+
+    monkeypatch.setattr(torch, "save", while_another_begins)
+    with pytest.raises(TrainingError, match="no second run of this name"):
+        save_checkpoint(tmp_path, 2, make_content(), None, config=config)
+    assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
 
 
 def test_scores_of_another_checkpoint_are_recognised(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -50,7 +50,8 @@ def _in_place_when_complete(path: Path) -> Iterator[Path]:
         TrainingError: if it cannot be written; ``path`` is then what it was, or complete where only its folder could
             not be put on the disk.
     """
-    partial = path.with_name(f"{path.name}.tmp")
+    # A name of its own: a second run of the same name, started by mistake, may be at the same checkpoint.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield partial
         put_in_place(partial, path)
@@ -64,7 +65,8 @@ def _in_place_when_complete(path: Path) -> Iterator[Path]:
 def _cannot_write(path: Path, reason: BaseException) -> TrainingError:
     return TrainingError(
         f"cannot write the checkpoint {path}: {reason}. See that its folder is there, can be written to and has "
-        "room. Earlier checkpoints are whole: --resume latest goes on from the newest"
+        "room, and that no second run of this name writes to it. Earlier checkpoints are whole: --resume latest goes "
+        "on from the newest"
     )
 
 
