@@ -260,3 +260,19 @@ def test_torchrun_passes_sigterm_on_and_ends_with_its_own_status(tmp_path: Path,
     assert "Stopped by SIGTERM" in said
     assert "SIGKILL" not in said
     assert len(checkpoints(tmp_path)) == 1
+
+
+@pytest.mark.slow
+def test_torchruns_sigterm_does_not_keep_a_rank_from_saying_which_has_died(tmp_path: Path, data: str):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = arguments(tmp_path, data, batch_size=4, epochs=100, rank_timeout=5)
+    log = tmp_path / "logs" / "run" / "out.log"
+    with subprocess.Popen([*command, str(ROOT / "src" / "main.py"), *words], stderr=subprocess.PIPE, text=True) as run:
+        while not log.exists() or "[10/" not in log.read_text():
+            assert run.poll() is None
+            time.sleep(0.2)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        ranks = [pid for pid in children if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+        os.kill(int(ranks[0]), signal.SIGKILL)
+        _, said = run.communicate(timeout=60)
+    assert re.search(r"^error on rank 1: rank 0 \(.*\) died", said, re.MULTILINE), said

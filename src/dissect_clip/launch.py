@@ -98,6 +98,8 @@ def _fail(error: BaseException, world: World, afterwards: str) -> int:
     if world.size > 1:
         # torch's handler raises in the main thread for every loader worker that was killed: once is enough.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # torchrun sends it as soon as a rank has died, and this one has still to learn and to say which.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log.debug("ended by", exc_info=error)  # into the log file, with --debug
     if is_loss_of_others(error):
         world.watch.lost(error)
