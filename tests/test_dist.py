@@ -1,6 +1,7 @@
 """Collectives on two real processes, and their meaning in one."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dissect_clip.errors import SetupError
 def _collectives(world: World) -> dict[str, Any]:
     mine = torch.tensor([world.rank, 10 + world.rank])
     uneven = torch.arange(2 * world.rank).reshape(-1, 2)  # [0, 2] on rank 0, [1, 2] on rank 1
+    warnings.simplefilter("error")  # as of names that torch gives up
     return {
         "gather": world.all_gather(mine).tolist(),
         "uneven": world.all_gather_uneven(uneven).tolist(),

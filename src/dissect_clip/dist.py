@@ -24,6 +24,9 @@ from dissect_clip.watch import Watch
 
 T = TypeVar("T")
 
+# Its name since torch 2.14, which warns of the older one in every call.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -56,7 +59,7 @@ class World:
             return rows
         out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
         with self.watch.waiting():
-            dist.all_gather_into_tensor(out, rows.contiguous())
+            _gather(out, rows.contiguous())
         return out
 
     def all_gather_uneven(self, rows: Tensor) -> Tensor:
