@@ -995,6 +995,18 @@ def test_one_of_a_newer_version_is_not_passed_over(tmp_path: Path) -> None:
         find_latest(tmp_path)
 
 
+def test_one_whose_storage_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 0)
+    save(tmp_path, 1)
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(SetupError, match=r"epoch_1\.pt cannot be read \(Input/output error\).*start again"):
+        find_latest(tmp_path)
+
+
 @pytest.mark.parametrize(("latest", "expected"), [(5, "epoch_latest.pt"), (3, "epoch_4.pt")])
 def test_the_most_recent_counts_by_the_epoch_inside(tmp_path: Path, latest: int, expected: str) -> None:
     save(tmp_path, latest, Config(epochs=10, save_frequency=0, save_most_recent=True))

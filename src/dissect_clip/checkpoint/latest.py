@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from dissect_clip.checkpoint.files import LATEST, checkpoints_in, place_of
-from dissect_clip.checkpoint.read import NewerVersionError, read_checkpoint
+from dissect_clip.checkpoint.read import NotDamagedError, read_checkpoint
 from dissect_clip.config import Config
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
@@ -21,11 +21,12 @@ def _readable_epoch(path: Path) -> int | None:
     """The complete epochs in a checkpoint; None, with a warning, where it cannot be resumed from.
 
     Raises:
-        SetupError: if it is of a newer version of this package, so that passing over it would undo training.
+        SetupError: if it is of a newer version of this package, or its storage cannot be read: to pass over it would
+            undo training.
     """
     try:
         return read_checkpoint(str(path), lambda tensor: tensor).epoch
-    except NewerVersionError:
+    except NotDamagedError:
         raise
     except SetupError as error:
         log.warning("Passed over a checkpoint: %s", error)

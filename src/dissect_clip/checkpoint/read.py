@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -37,8 +38,12 @@ from dissect_clip.remote import download
 log = logging.getLogger(__name__)
 
 
-class NewerVersionError(SetupError):
-    """A checkpoint was saved by a newer version of this package; nothing is wrong with it."""
+class NotDamagedError(SetupError):
+    """A checkpoint cannot be read, and not because of what is in it: to pass over it would undo training."""
+
+
+_STORAGE = frozenset({errno.EIO, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.ENOMEM})
+"""Errors of the storage or the machine, not of a file."""
 
 
 @contextmanager
@@ -64,6 +69,11 @@ def _explaining(path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise SetupError(f"{path} does not exist: give another checkpoint") from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _STORAGE:
+            raise NotDamagedError(
+                f"{path} cannot be read ({error.strerror}), which need not be its fault: see that its storage can be "
+                "read and start again, or give another checkpoint"
+            ) from error
         reason = str(error).partition("\n")[0]
         if isinstance(error, pickle.UnpicklingError):  # whose message says how to run what it holds
             reason = "it holds something other than tensors and plain values"
@@ -149,7 +159,7 @@ def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
 
 def _state(path: str, dissect: Mapping[str, Any]) -> RunState:
     if _checked(path, "format_version", dissect["format_version"], int) > FORMAT_VERSION:
-        raise NewerVersionError(f"{path} was saved by a newer version of this package: update it")
+        raise NotDamagedError(f"{path} was saved by a newer version of this package: update it")
     hints = typing.get_type_hints(RunState)
     added = {field.name for field in dataclasses.fields(RunState) if field.default is not dataclasses.MISSING}
     names = set(hints) - (added if dissect["format_version"] == 1 else _LATER - set(dissect))
