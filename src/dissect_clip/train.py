@@ -511,12 +511,15 @@ class Window:
             return "Nothing was saved, since the run has no folder."
         folder = state.folder / "nonfinite"
         if state.world.rank in ranks:
-            folder.mkdir(parents=True, exist_ok=True)
             tensors = [
                 {"image": batch.image.cpu(), "text": batch.text.cpu(), "sample_id": batch.sample_id.cpu()}
                 for batch in batches
             ]
-            torch.save({"step": step, "batches": tensors}, folder / f"step_{step}_rank_{state.world.rank}.pt")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save({"step": step, "batches": tensors}, folder / f"step_{step}_rank_{state.world.rank}.pt")
+            except (OSError, RuntimeError) as error:  # of a full disk; torch's is a RuntimeError
+                return f"The last batch could not be saved in {folder} ({error})."
         names = ", ".join(f"step_{step}_rank_{rank}.pt" for rank in ranks)
         return f"The last batch is in {folder}: {names} (torch.load with weights_only=True)."
 
