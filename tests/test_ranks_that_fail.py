@@ -17,6 +17,7 @@ from runs import arguments
 from shards_util import make_shards
 
 from dissect_clip import train
+from dissect_clip.checkpoint import writer
 from dissect_clip.cli import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, main
 from dissect_clip.evaluation import retrieval
 
@@ -243,6 +244,30 @@ def _dies_in_the_save(words: list[str]) -> int:
         save_inside(*given)
 
     train.save_inside = die
+    return main(words)
+
+
+def test_a_checkpoint_that_is_being_written_is_finished(tmp_path: Path, words: list[str]):
+    with Ranks(tmp_path, 2, _dies_after_the_save, [*words, "--save-every-n-steps", "20"]) as ranks:
+        ranks.wait_for("Train Epoch: 0 [10/")
+        assert ranks.ends([0], SOON) == [EXIT_TRAINING]
+    assert re.search(r"rank 1 \(.*\) died", ranks.said(0))
+    assert checkpoints(tmp_path) == ["epoch_0_step_20.pt"]
+
+
+def _dies_after_the_save(words: list[str]) -> int:
+    save_inside, save_checkpoint = train.save_inside, writer.save_checkpoint
+
+    def die(*given: Any) -> None:
+        save_inside(*given)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_slowly(*given: Any, **named: Any) -> Any:
+        time.sleep(12)
+        return save_checkpoint(*given, **named)
+
+    train.save_inside, writer.save_checkpoint = die, save_slowly
     return main(words)
 
 

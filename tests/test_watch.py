@@ -72,6 +72,29 @@ def test_what_all_ranks_find_is_said_once(tmp_path: Path):
     assert "error: no such shard" in ranks.said(0)
 
 
+def _one_has_work_left(folder: Path) -> int:
+    watch, rank = start(timeout=60)
+
+    def finish(seconds: float) -> None:
+        time.sleep(3)
+        (folder / f"finished by {rank}").touch()
+
+    if rank == 1:
+        watch.fail("no usable pair", 3)
+    watch.finish = finish
+    time.sleep(30)
+    return 0
+
+
+@pytest.mark.dist
+def test_what_is_about_to_be_finished_is_waited_for(tmp_path: Path):
+    with Ranks(tmp_path, 2, _one_has_work_left, tmp_path) as ranks:
+        ranks.wait_for("started")
+        assert ranks.ends(range(2), 15) == [3, 3]
+    assert (tmp_path / "finished by 0").exists()
+    assert ranks.said(0).count("no usable pair") == 1
+
+
 def test_a_single_process_says_why_and_returns(capsys: pytest.CaptureFixture[str]):
     watch = Watch()
     watch.start()

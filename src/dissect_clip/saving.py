@@ -190,6 +190,7 @@ class Saver:
         self.writer: CheckpointWriter | None = None
         if folder is not None and state.world.is_main:
             self.writer = CheckpointWriter(folder.checkpoints, state.config)
+            state.world.watch.finish = self.writer.finish
 
     def __enter__(self) -> Saver:
         return self

@@ -39,7 +39,8 @@ INTERVAL = 1.0
 
 _HASTE = 0.1  # seconds between two beats when something is about to end
 _TOGETHER = 1.5  # seconds in which ranks that fail of the same cause do so
-_LAST_WORDS = 10.0  # seconds in which a verdict must have come, and the process must have ended
+_LAST_WORDS = 10.0  # seconds in which a verdict must have come, and been told
+_LAST_WORK = 10.0  # seconds for what a rank is about to finish; torchrun kills ranks 30 s after the first has died
 _MAX_GAP = 100  # steps between two looks at whether to save or stop
 _KEPT_ORDERS = 1000
 _CLOSED = "closed"
@@ -188,7 +189,10 @@ class Watch:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, timeout: float = math.inf) -> None:
+        self.finish: Callable[[float], object] = lambda seconds: None
+        """Waits up to so many seconds for what must not be cut off; called before the process is ended."""
         self._rank, self._size, self._timeout = rank, size, timeout
+        self._leaving = False
         self._mark: tuple[Phase, int] = ("setup", 0)
         self._waits = self._patient = False
         self._stop: str | None = None
@@ -313,6 +317,8 @@ class Watch:
             self._link.hurry()
             self._nudge()
             self._thread.join(_LAST_WORDS)
+            if self._leaving:
+                self._thread.join(_LAST_WORK)
 
     # ---- the thread that watches
 
@@ -436,6 +442,7 @@ class Watch:
             faulthandler.dump_traceback()
         if link is not None and link.broken is None and (told or self._rank == 0):
             self._tell(link, verdict)
+        limit.cancel()
         self._leave(verdict.status)
 
     def _tell(self, link: _Link, verdict: Verdict) -> None:
@@ -454,11 +461,13 @@ class Watch:
         here = set(link.beats) - (set(verdict.ranks) if verdict.how == "died" else set())
         return link.told == link.verdict and all(Beat.from_json(link.beats[rank]).state == "gone" for rank in here)
 
-    @staticmethod
-    def _leave(status: int) -> NoReturn:
-        """At once: a normal exit would wait for loader processes, and a group of processes for its dead."""
+    def _leave(self, status: int) -> NoReturn:
+        """Now: a normal exit would wait for loader processes, and a group of processes for its dead."""
+        self._leaving = True
         for child in multiprocessing.active_children():
             child.kill()
+        with contextlib.suppress(Exception):  # whatever it is, the run ends
+            self.finish(_LAST_WORK)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

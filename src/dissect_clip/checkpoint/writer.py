@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,16 @@ class CheckpointWriter:
         Raises:
             TrainingError: if it could not be written, with ``--on-save-error stop``; once.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        try:
+            if self._pending is not None:
+                self._pending.result()
+        finally:
+            self._pending = None
+
+    def finish(self, seconds: float) -> None:
+        """Wait up to so long for what is being written, whatever becomes of it; also while another thread waits."""
+        if (pending := self._pending) is not None:
+            wait([pending], seconds)
 
     def close(self) -> None:
         """:meth:`wait`, and end the thread."""
