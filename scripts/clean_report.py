@@ -69,7 +69,8 @@ def read_keys(names: Names, table: pa.Table) -> list[str | None]:
         SetupError: the table is of other shards.
     """
     shards = table["shard"].unique().to_pylist()
-    if table.num_rows != names.num_samples or shards != list(names.shards)[: len(shards)]:
+    filled = [shard for shard, size in zip(names.shards, names.sizes.tolist(), strict=True) if size]
+    if table.num_rows != names.num_samples or shards != filled:
         raise SetupError(
             f"the table has {table.num_rows} samples of {', '.join(map(str, shards[:3]))}..., --train-data has "
             f"{names.num_samples} of {', '.join(names.shards[:3])}...: give the shards that the run had, in its order"

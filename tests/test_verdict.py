@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,7 +16,8 @@ from runs import arguments, selection, train
 from selection.test_clean_posterior import make_strategy, rows, two_parts
 
 from dissect_clip import cli, verdict
-from dissect_clip.errors import TrainingError
+from dissect_clip.data.keep import Names
+from dissect_clip.errors import SetupError, TrainingError
 from dissect_clip.verdict import METADATA, write_verdict
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -159,6 +161,15 @@ def test_what_does_not_fit_is_an_error(
     words = [places.get(word, f"{tmp_path}/{word}" if word.endswith(".csv") else word) for word in words]
     assert clean_report.main([str(file), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_shard_without_samples_has_no_rows():
+    table = pa.table({"shard": ["a.tar"] * 2 + ["c.tar"]})
+    sizes = np.array([2, 0, 1, 0])
+    names = Names(("a.tar", "b.tar", "c.tar", "d.tar"), sizes, lambda place: iter("xy" if place == 0 else "z"))
+    assert clean_report.read_keys(names, table) == ["x", "y", "z"]
+    with pytest.raises(SetupError, match="give the shards that the run had"):
+        clean_report.read_keys(Names(("a.tar", "b.tar"), np.array([2, 1]), names.keys), table)
 
 
 def test_without_the_shards_the_report_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
