@@ -219,13 +219,13 @@ def test_with_decoys_the_probability_is_that_of_the_truth(share: float):
     assert strategy.known == len(memory) == 3800
     assert strategy.known_decoys == 200
     assert strategy.by_decoys is not None
-    assert strategy.by_decoys.share == pytest.approx(1 - share, abs=0.08)
+    assert strategy.by_decoys.share == pytest.approx(1 - share, abs=0.1)
     clean = strategy.certainty(memory, 6)
     assert (clean - (~wrong).float()).square().mean() < 0.08
     for low, high in ((0, 0.2), (0.2, 0.8), (0.8, 1.01)):
         inside = (clean >= low) & (clean < high)
         if inside.sum() > 300:
-            assert (~wrong)[inside].double().mean().item() == pytest.approx(clean[inside].mean().item(), abs=0.12)
+            assert (~wrong)[inside].double().mean().item() == pytest.approx(clean[inside].mean().item(), abs=0.15)
     assert re.search(r"beside 200 decoys in the warm-up \d+ % of the captions look wrong", strategy.finding)
 
 

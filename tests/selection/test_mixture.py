@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.mixture import MODELS, Parts, beta_shape, fit_parts
+from dissect_clip.selection.mixture import DECOYS, MODELS, Parts, beta_shape, fit_parts
 
 
 def mixed(size: int = 20000, share: float = 0.6, low: float = 0.0, high: float = 4.0, seed: int = 0):
@@ -124,3 +124,15 @@ def test_the_same_values_have_the_same_parts_and_numbers_hold_all_of_it(model: s
     assert first.numbers() == pytest.approx(second.numbers(), rel=1e-3, abs=1e-3)
     assert Parts(model, *first.numbers()) == first
     assert dataclasses.replace(first, share=0.5) != first
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.6])
+def test_decoys_tell_the_share_where_the_parts_overlap(share: float):
+    found = []
+    for seed in range(20):
+        values, _ = mixed(4000, share, high=1.2, seed=seed)
+        decoys = torch.randn(126, generator=torch.Generator().manual_seed(100 + seed)).double()
+        parts = fit_parts(DECOYS, values, decoys=decoys)
+        assert parts is not None
+        found.append(parts.share)
+    assert sum(found) / len(found) == pytest.approx(share, abs=0.06)

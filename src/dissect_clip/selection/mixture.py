@@ -31,8 +31,8 @@ CURVE = 33
 _FEWEST = 32
 """Samples to part, and half as many decoys, at least."""
 
-_TAIL = 0.2
-"""Share of the decoys, the lowest, among which all samples are taken to be wrong."""
+_TAIL = 0.15
+"""Share of the decoys, the lowest, that are too few to count by."""
 
 _ENDS = (0.001, 0.999)
 """Quantiles of all samples where the curve begins and ends; outside it is level."""
@@ -205,17 +205,27 @@ def _density(values: Floats, at: Floats, width: float) -> Floats:
     return np.array([np.exp(-(((values - place) / width) ** 2) / 2).mean() / width for place in at])
 
 
+def _share_of_wrong(values: Floats, decoys: Floats) -> float:
+    """The share of ``values`` [F] that is of the part which ``decoys`` [P] are samples of.
+
+    Of all samples at least this share times the part of the decoys below a border lies below it, too. So each border
+    is an upper bound, and the least counts (Blanchard et al., "Semi-supervised novelty detection", JMLR 2010).
+    """
+    borders = np.sort(decoys)
+    below = np.arange(1, len(borders) + 1) / (len(borders) + 1)  # of a further decoy, on average
+    all_below = np.searchsorted(np.sort(values), borders) / len(values)
+    return min(1.0, float((all_below / below)[below >= _TAIL].min()))
+
+
 def _fit_decoys(values: Floats, decoys: Floats) -> Parts:
     """Bayes' rule with the decoys as samples of the wrong part: P(clean) = 1 - share of wrong * f(decoys) / f(all).
 
-    Where the lowest decoys lie next to no clean pair does, so the share of wrong pairs is how many of all samples lie
-    there for each decoy, as in the estimate of true null hypotheses by Storey (J. R. Stat. Soc. B, 2002). Both
-    densities are smoothed alike, by Silverman's rule for the decoys, and P(clean) is made to rise, by isotonic
+    Both densities are smoothed alike, by Silverman's rule for the decoys, and P(clean) is made to rise, by isotonic
     regression.
     """
     from sklearn.isotonic import IsotonicRegression  # takes a second to import, and few runs need it
 
-    wrong = min(1.0, float((values < np.quantile(decoys, _TAIL)).mean()) / _TAIL)
+    wrong = _share_of_wrong(values, decoys)
     lowest, highest = map(float, np.quantile(values, _ENDS))
     spread = min(float(decoys.std()), float(np.subtract(*np.quantile(decoys, [0.75, 0.25]))) / 1.34)
     width = max(1.5 * spread * len(decoys) ** -0.2, (highest - lowest) / CURVE)
