@@ -374,7 +374,8 @@ class Evaluator:
             tokenizer=self.tokenizer,
             batch_size=self.config.batch_size,
         )
-        for data in (*classification, *([] if retrieval is None else [retrieval])):
+        sets: list[RetrievalData | ClassificationData] = [*classification]
+        for data in sets if retrieval is None else [*sets, retrieval]:
             counts = left_out(data, self.world)
             if counts and self.world.is_main:
                 log.warning("evaluation on %s left samples out: %s", data.name, tell_left_out(counts))
