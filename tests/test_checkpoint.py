@@ -1040,6 +1040,14 @@ def test_resume_latest_of_nothing_starts_anew_and_says_so(tmp_path: Path, caplog
     assert "starting anew" in caplog.text
 
 
+def test_resume_latest_does_not_start_anew_where_no_checkpoint_can_be_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    damaged(run.checkpoints, "truncated")
+    (run.checkpoints / "epoch_latest.pt").write_bytes(b"")
+    with pytest.raises(SetupError, match=r"none .* can be read \(epoch_1\.pt, epoch_latest\.pt; see.*to start anew"):
+        find_resume(Config(resume="latest"), run, World())
+
+
 def test_resume_latest_fetches_one_inside_an_epoch_with_its_scores(tmp_path: Path) -> None:
     run = make_run(tmp_path / "here")
     remote = tmp_path / "there" / "run" / "checkpoints"

@@ -67,6 +67,11 @@ def _newest(config: Config, run: RunFolder) -> str | None:
     if found is None and config.remote_sync is not None:
         found = _fetch_latest(f"{config.remote_sync.rstrip('/')}/{run.name}/checkpoints", run.checkpoints)
     if found is None:
+        if damaged := sorted(path.name for path in run.checkpoints.glob("epoch_*.pt")):
+            raise SetupError(
+                f"--resume latest: none of the checkpoints in {run.checkpoints} can be read ({', '.join(damaged)}; see "
+                "the warnings). Bring a good one, or move these away to start anew"
+            )
         log.info("--resume latest: no checkpoint in %s, starting anew", run.checkpoints)
         return None
     log.info("--resume latest: found %s", found)

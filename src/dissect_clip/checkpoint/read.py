@@ -133,7 +133,7 @@ def _check_scores(path: str, file: Any, token: Any, state: RunState) -> None:
         raise SetupError(f"{path} holds scores of another data set or strategy, {found} instead of {expected}")
 
 
-_LATER = {"survey"}
+_LATER = {"survey", "survey_of", "depends_on"}
 """What files of format 2 may lack."""
 
 
