@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from dissect_clip.config import Config
 from dissect_clip.data.shards import Scan
-from dissect_clip.data.sizes import keep_sizes, known_sizes, merge_by_name, parse_sizes, write_sizes
+from dissect_clip.data.sizes import add_sizes, keep_sizes, known_sizes, merge_by_name, write_sizes
 from dissect_clip.data.urls import check_present, expand, name_some
 from dissect_clip.errors import SetupError
 
@@ -80,10 +80,10 @@ def keep_some(counted: dict[str, int], output: Path | None) -> None:
     """Add the counts of some shards to what is recorded."""
     if not counted:
         return
-    if output is not None:
-        old = parse_sizes(output.read_text(encoding="utf-8"), str(output)) if output.exists() else {}
-        write_sizes(output, {**old, **merge_by_name(counted)})
-    kept = len(counted) - (0 if output is not None else len(keep_sizes(counted, None)))
+    if output is None:
+        kept = len(counted) - len(keep_sizes(counted, None))
+    else:
+        kept = len(counted) if add_sizes(output, merge_by_name(counted)) else 0
     if kept:
         print(f"the counts of {kept} shards are kept; training counts the others by itself", file=sys.stderr)
 

@@ -375,7 +375,9 @@ class Evaluator:
             batch_size=self.config.batch_size,
         )
         sets: list[RetrievalData | ClassificationData] = [*classification]
-        for data in sets if retrieval is None else [*sets, retrieval]:
+        if retrieval is not None:
+            sets.append(retrieval)
+        for data in sets:
             counts = left_out(data, self.world)
             if counts and self.world.is_main:
                 log.warning("evaluation on %s left samples out: %s", data.name, tell_left_out(counts))

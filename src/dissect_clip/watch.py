@@ -431,7 +431,7 @@ class Watch:
 
     def _end(self, verdict: Verdict) -> NoReturn:
         """Rank 0 speaks for all; where it cannot, every rank for itself."""
-        limit = threading.Timer(_LAST_WORDS, os._exit, [verdict.status])
+        limit = threading.Timer(_LAST_WORDS + _LAST_WORK, os._exit, [verdict.status])
         limit.daemon = True
         limit.start()  # whatever blocks below
         link = self._link
@@ -442,7 +442,6 @@ class Watch:
             faulthandler.dump_traceback()
         if link is not None and link.broken is None and (told or self._rank == 0):
             self._tell(link, verdict)
-        limit.cancel()
         self._leave(verdict.status)
 
     def _tell(self, link: _Link, verdict: Verdict) -> None:

@@ -187,7 +187,7 @@ def _marked_read_only(folder: Path) -> bool:
     return not stat.S_IMODE(folder.stat().st_mode) & (stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
 
 
-def _add_to_file(path: Path, sizes: dict[str, int]) -> bool:
+def add_sizes(path: Path, sizes: dict[str, int]) -> bool:
     """Add sizes to a file that may exist; whether that worked."""
     try:
         if _marked_read_only(path.parent):
@@ -209,11 +209,11 @@ def keep_sizes(sizes: dict[str, int], run_folder: Path | None) -> list[str]:
     for folder, members in _by_folder(list(sizes)).items():
         path = Path(folder) / SIZES_FILE
         named = {shard_name(url): sizes[url] for url in members}
-        if is_local(members[0]) and _add_to_file(path, named):
+        if is_local(members[0]) and add_sizes(path, named):
             _log.info("wrote the sizes of %d shards to %s", len(named), path)
         else:
             homeless |= {url: sizes[url] for url in members}
-    if homeless and run_folder is not None and _add_to_file(run_folder / SIZES_FILE, homeless):
+    if homeless and run_folder is not None and add_sizes(run_folder / SIZES_FILE, homeless):
         _log.info("wrote the sizes of %d shards to %s", len(homeless), run_folder / SIZES_FILE)
         return []
     return list(homeless)
