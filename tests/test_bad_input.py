@@ -44,6 +44,7 @@ def complaint(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ({"resume": "/nowhere/epoch_1.pt"}, ["/nowhere/epoch_1.pt"]),
         ({"output_dir": "/proc/nowhere"}, ["/proc/nowhere", "--output-dir"]),
         ({"val_data": "/nowhere/val.tar"}, ["/nowhere/val.tar"]),
+        ({"val_data": "/nowhere/val"}, ["--val-data /nowhere/val: there is no such file or folder"]),
     ],
     ids=str,
 )

@@ -10,7 +10,7 @@ from dissect_clip.data import csv, synthetic, webdataset
 from dissect_clip.data.classification import build_classification
 from dissect_clip.data.evalstream import ClassificationData, RetrievalData, left_out, tell_left_out
 from dissect_clip.data.stream import Tokenizer, TrainData, Transform
-from dissect_clip.data.urls import expand, is_shard
+from dissect_clip.data.urls import expand, is_local, is_shard, local_path
 from dissect_clip.dist import World
 from dissect_clip.errors import SetupError
 
@@ -43,6 +43,8 @@ def dataset_type(configured: str, pattern: str | None, flag: str) -> str:
         return "webdataset"
     if first.endswith((".csv", ".tsv")):
         return "csv"
+    if is_local(first) and not os.path.exists(local_path(first)):
+        raise SetupError(f"{flag} {pattern}: there is no such file or folder (searched from {os.getcwd()})")
     raise SetupError(
         f"{flag} {pattern}: the name does not tell the type of the data (known are .tar, .tar.gz, .tgz, .csv, .tsv); "
         "give --dataset-type webdataset, csv or synthetic"
