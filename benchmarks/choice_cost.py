@@ -17,7 +17,7 @@ import torch
 from common import in_turns, quartiles, report
 from torch.nn.functional import normalize
 
-from dissect_clip.config import Config
+from dissect_clip.config.settings import Config
 from dissect_clip.selection import STRATEGIES, Candidates
 
 MODES = {

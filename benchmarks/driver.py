@@ -31,7 +31,7 @@ def run_openclip(words, begun):
     import open_clip
     import open_clip_train.main as trainer
 
-    open_clip.add_model_config(ROOT / "src" / "dissect_clip" / "model_configs")
+    open_clip.add_model_config(ROOT / "src" / "dissect_clip" / "models" / "configs")
     train_one_epoch = trainer.train_one_epoch
 
     def train_watched(model, data, loss, epoch, optimizer, scaler, scheduler, *others, **more):
@@ -44,7 +44,7 @@ def run_openclip(words, begun):
 def run_ours(words, begun):
     """The command line of this project."""
     sys.path.insert(0, str(ROOT / "src"))
-    import dissect_clip.cli as trainer
+    import dissect_clip.cli.train as trainer
 
     learning_rate = trainer.learning_rate
     trainer.learning_rate = lambda *arguments: watched(learning_rate(*arguments), begun)

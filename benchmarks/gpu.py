@@ -33,10 +33,10 @@ from common import quartiles, report
 from step_cost import ANY_CHEAP, CHEAP, MODES, as_loaded, make_state
 from torch.utils.flop_counter import FlopCounterMode
 
-from dissect_clip.batch import Batch
-from dissect_clip.clock import PHASES, PhaseClock
-from dissect_clip.train import TrainState, train_step
-from dissect_clip.transfer import Transfer
+from dissect_clip.data.batch import Batch
+from dissect_clip.data.transfer import Transfer
+from dissect_clip.training.epoch import TrainState, train_step
+from dissect_clip.training.timer import PHASES, PhaseClock
 
 COUNTED = 20
 """Pairs of the batch whose operations are counted; the rest is proportional, but for the loss's small part."""

@@ -39,15 +39,15 @@ import torch
 from common import report
 from PIL import Image
 
-from dissect_clip.arguments import parse_args
-from dissect_clip.batch import Batch
-from dissect_clip.config import Config
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData, build_train
-from dissect_clip.data.decode import decode_image
-from dissect_clip.data.pixels import CropBeforeDecoding, ImageReader, stack_pixels
-from dissect_clip.data.urls import expand
-from dissect_clip.dist import World
-from dissect_clip.model import Model, build_model
+from dissect_clip.data.batch import Batch
+from dissect_clip.data.formats.decode import decode_image
+from dissect_clip.data.formats.pixels import CropBeforeDecoding, ImageReader, stack_pixels
+from dissect_clip.data.formats.urls import expand
+from dissect_clip.distributed.world import World
+from dissect_clip.models.build import Model, build_model
 from dissect_clip.selection import summaries
 
 DIFFERENT = 64  # images; a shard holds them again and again

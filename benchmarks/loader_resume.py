@@ -27,15 +27,15 @@ import torch
 from common import report
 from PIL import Image
 
-from dissect_clip.config import Config
+from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData
-from dissect_clip.data.position import Progress, mark, no_bits, pack_all
-from dissect_clip.data.shards import ShardIndex
+from dissect_clip.data.formats.urls import expand
+from dissect_clip.data.formats.webdataset import train_data
+from dissect_clip.data.sampling.plan import Place, RestPlan, SpanPlan, count_batches
+from dissect_clip.data.sampling.progress import Progress, mark, no_bits, pack_all
+from dissect_clip.data.sampling.shard_ids import ShardIndex
 from dissect_clip.data.skips import counted_before
-from dissect_clip.data.split import Place, RestPlan, SpanPlan, count_batches
-from dissect_clip.data.urls import expand
-from dissect_clip.data.webdataset import train_data
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 
 SHARD, BATCH, BEFORE_END = 10_000, 1_000, 20_000
 SIDE = 96

@@ -29,20 +29,20 @@ from pathlib import Path
 import torch
 from common import report
 
-from dissect_clip.arguments import parse_args
 from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content
-from dissect_clip.cli import build_state
-from dissect_clip.config import Config
+from dissect_clip.checkpoint.training import Saver
+from dissect_clip.cli.train import build_state
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData, build_train
-from dissect_clip.dist import World
-from dissect_clip.logs import Reporters
-from dissect_clip.model import build_model
-from dissect_clip.remote import NoSync
-from dissect_clip.runfolder import RunFolder
-from dissect_clip.saving import Saver
+from dissect_clip.distributed.world import World
+from dissect_clip.models.build import build_model
+from dissect_clip.run.folder import RunFolder
+from dissect_clip.run.remote_sync import NoSync
+from dissect_clip.run.reporting import Reporters
 from dissect_clip.selection import summaries
 from dissect_clip.selection.store import ScoreStore
-from dissect_clip.train import TrainState, train_epoch
+from dissect_clip.training.epoch import TrainState, train_epoch
 
 
 def make_config(options: argparse.Namespace) -> Config:

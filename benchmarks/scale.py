@@ -26,21 +26,30 @@ import torch
 from common import report
 from torch import Tensor
 
-from dissect_clip.arguments import parse_args
-from dissect_clip.batch import Batch
 from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content, load_checkpoint
-from dissect_clip.config import Config
-from dissect_clip.data.keep import Names, read_list
-from dissect_clip.data.position import Bits, Progress, count_marked, flipped, mark, no_bits, pack_all, unpack_all
-from dissect_clip.data.shards import ShardIndex
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
+from dissect_clip.data.batch import Batch
+from dissect_clip.data.sampling.plan import Kept, KeptPlan, Place, RestPlan, SpanPlan, count_batches
+from dissect_clip.data.sampling.progress import (
+    Bits,
+    Progress,
+    count_marked,
+    flipped,
+    mark,
+    no_bits,
+    pack_all,
+    unpack_all,
+)
+from dissect_clip.data.sampling.shard_ids import ShardIndex
+from dissect_clip.data.sampling.subset import Names, read_list
+from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
-from dissect_clip.data.split import Kept, KeptPlan, Place, RestPlan, SpanPlan, count_batches
-from dissect_clip.dist import World
-from dissect_clip.record import Recorder
+from dissect_clip.distributed.world import World
 from dissect_clip.selection import summaries
-from dissect_clip.selection.base import Candidates, Selection
 from dissect_clip.selection.store import ScoreStore, last_occurrence
-from dissect_clip.skipped import SkipLog
+from dissect_clip.selection.strategy import Candidates, Selection
+from dissect_clip.training.record import Recorder
 
 SHARD = 10_000
 """Samples in a shard, as img2dataset makes them."""

@@ -29,15 +29,15 @@ import torch
 from common import in_turns, quartiles, ratios, report
 from torch import Tensor, nn
 
-from dissect_clip.arguments import parse_args
-from dissect_clip.batch import Batch
+from dissect_clip.config.parser import parse_args
 from dissect_clip.data import build_train
-from dissect_clip.dist import World
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.model import Model, autocast_for, build_model
-from dissect_clip.scorer import Scorer, Shortcuts
+from dissect_clip.models.build import Model, autocast_for, build_model
 from dissect_clip.selection import summaries
-from dissect_clip.selection.base import clip_score, kept
+from dissect_clip.selection.scoring import Scorer, Shortcuts
+from dissect_clip.selection.strategy import clip_score, kept
 
 Pass = Callable[[Batch], Tensor]
 """Batch -> [N] cosines."""

@@ -28,17 +28,17 @@ from typing import Any
 import torch
 from common import flags, in_turns, quartiles, ratios, report, write_shards
 
-from dissect_clip.arguments import parse_args
-from dissect_clip.batch import Batch
-from dissect_clip.cli import build_state
-from dissect_clip.clock import PHASES, PhaseClock
-from dissect_clip.config import Config
+from dissect_clip.cli.train import build_state
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
 from dissect_clip.data import build_train
-from dissect_clip.dist import World
-from dissect_clip.logs import Reporters
-from dissect_clip.model import build_model
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
+from dissect_clip.models.build import build_model
+from dissect_clip.run.reporting import Reporters
 from dissect_clip.selection import summaries
-from dissect_clip.train import TrainState, train_epoch, train_step
+from dissect_clip.training.epoch import TrainState, train_epoch, train_step
+from dissect_clip.training.timer import PHASES, PhaseClock
 
 DISSECT = ("--select", "--select-strategy", "warmup_base_sampling", "--warmup-point", "1")
 

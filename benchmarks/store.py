@@ -34,8 +34,8 @@ from scale import COLUMN, draw_ids, packed, world_with
 from step_cost import make_batch, make_state, step_seconds
 from torch import Tensor
 
-from dissect_clip.batch import Batch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
 from dissect_clip.selection.store import ScoreStore
 
 

@@ -36,10 +36,10 @@ from typing import Any
 
 from common import ROOT, flags, markdown, quartiles, report
 
-from dissect_clip.clock import PHASES
 from dissect_clip.errors import SetupError
 from dissect_clip.study.cells import Busy, Cell, Interrupted, Runs, read_results
 from dissect_clip.study.noise import noisy_shards
+from dissect_clip.training.timer import PHASES
 
 _SELECT = ("--select", "--select-rate", "{rate}", "--select-strategy")
 _DISSECT = (*_SELECT, "warmup_base_sampling", "--warmup-point", "{warmup}", "--warmup-select-rate", "{warmup_rate}")

@@ -29,16 +29,16 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.config import Config
-from dissect_clip.data.keep import Names, as_recorded
-from dissect_clip.data.shards import index_shards
-from dissect_clip.data.sizes import known_sizes
-from dissect_clip.data.urls import check_present, expand
-from dissect_clip.data.webdataset import shard_names
-from dissect_clip.dist import World
-from dissect_clip.durable import put_in_place
+from dissect_clip.config.settings import Config
+from dissect_clip.data.formats.urls import check_present, expand
+from dissect_clip.data.formats.webdataset import shard_names
+from dissect_clip.data.sampling.shard_ids import index_shards
+from dissect_clip.data.sampling.shard_sizes import known_sizes
+from dissect_clip.data.sampling.subset import Names, as_recorded
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.verdict import METADATA
+from dissect_clip.run.atomic import put_in_place
+from dissect_clip.training.sample_report import METADATA
 
 COLUMNS = ("sample_id", "shard", "p_clean", "p_clean_low", "p_clean_high", "visits")
 BINS = 5

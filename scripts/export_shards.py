@@ -27,18 +27,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.config import Config
-from dissect_clip.data.keep import list_digest, read_list
-from dissect_clip.data.position import Bits, flipped
-from dissect_clip.data.shards import ShardIndex, count_samples, index_shards
-from dissect_clip.data.sizes import SIZES_FILE, known_sizes, write_sizes
-from dissect_clip.data.split import Kept
-from dissect_clip.data.tar import DamagedTarError, ShardReader, split_name
-from dissect_clip.data.urls import check_present, expand
-from dissect_clip.data.webdataset import Wanted, shard_names
-from dissect_clip.dist import World
-from dissect_clip.durable import put_in_place, sync_folder
+from dissect_clip.config.settings import Config
+from dissect_clip.data.formats.tar import DamagedTarError, ShardReader, split_name
+from dissect_clip.data.formats.urls import check_present, expand
+from dissect_clip.data.formats.webdataset import Wanted, shard_names
+from dissect_clip.data.sampling.plan import Kept
+from dissect_clip.data.sampling.progress import Bits, flipped
+from dissect_clip.data.sampling.shard_ids import ShardIndex, count_samples, index_shards
+from dissect_clip.data.sampling.shard_sizes import SIZES_FILE, known_sizes, write_sizes
+from dissect_clip.data.sampling.subset import list_digest, read_list
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
+from dissect_clip.run.atomic import put_in_place, sync_folder
 
 STATE_FILE = "export.json"
 

@@ -20,10 +20,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.config import Config
-from dissect_clip.data.shards import Scan
-from dissect_clip.data.sizes import add_sizes, keep_sizes, known_sizes, merge_by_name, write_sizes
-from dissect_clip.data.urls import check_present, expand, name_some
+from dissect_clip.config.settings import Config
+from dissect_clip.data.formats.urls import check_present, expand, name_some
+from dissect_clip.data.sampling.shard_ids import Scan
+from dissect_clip.data.sampling.shard_sizes import add_sizes, keep_sizes, known_sizes, merge_by_name, write_sizes
 from dissect_clip.errors import SetupError
 
 _FOREVER = 1e9

@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.durable import put_in_place
 from dissect_clip.errors import SetupError, TrainingError
+from dissect_clip.run.atomic import put_in_place
 
 METADATA = b"dissect_clip.coreset"
 """Key of the list's metadata: how it was made, as JSON."""

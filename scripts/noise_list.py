@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.data.urls import expand
+from dissect_clip.data.formats.urls import expand
 from dissect_clip.errors import SetupError
 from dissect_clip.study.noise import replace_captions, swap_captions, write_list
 

@@ -20,20 +20,20 @@ from torchvision.transforms import CenterCrop, Compose
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.arguments import parse_args
-from dissect_clip.batch import Batch
 from dissect_clip.checkpoint import check_fits, load_checkpoint
-from dissect_clip.config import Config
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData, build_train
-from dissect_clip.data.evalstream import middle
-from dissect_clip.dist import World, init_world, shutdown_world
+from dissect_clip.data.batch import Batch
+from dissect_clip.data.evaluation.stream import middle
+from dissect_clip.distributed.world import World, init_world, shutdown_world
 from dissect_clip.errors import SetupError
-from dissect_clip.loss import SampleLoss
-from dissect_clip.model import autocast_for, build_model
-from dissect_clip.record import Recorder
-from dissect_clip.scorer import Scorer, build_scorer
+from dissect_clip.models.build import autocast_for, build_model
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import summaries
-from dissect_clip.selection.base import Candidates, Selection
+from dissect_clip.selection.scoring import Scorer, build_scorer
+from dissect_clip.selection.strategy import Candidates, Selection
+from dissect_clip.training.record import Recorder
 
 COLUMN = "clip_score"
 """What DISSect's strategies remember of a sample."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dissect_clip.data.decode import MAX_FILE_SIZE, MAX_TEXT_SIZE
+from dissect_clip.data.formats.decode import MAX_FILE_SIZE, MAX_TEXT_SIZE
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from shards_util import jittered, tokenize
 
-from dissect_clip.batch import Batch
-from dissect_clip.config import Config
-from dissect_clip.data import TrainData, csv, stream, synthetic
-from dissect_clip.data.position import Bits
-from dissect_clip.data.shards import ShardIndex
-from dissect_clip.data.split import Place
-from dissect_clip.data.urls import expand
-from dissect_clip.data.webdataset import train_data
-from dissect_clip.dist import World
+from dissect_clip.config.settings import Config
+from dissect_clip.data import TrainData
+from dissect_clip.data import loaders as stream
+from dissect_clip.data.batch import Batch
+from dissect_clip.data.formats import csv, synthetic
+from dissect_clip.data.formats.urls import expand
+from dissect_clip.data.formats.webdataset import train_data
+from dissect_clip.data.sampling.plan import Place
+from dissect_clip.data.sampling.progress import Bits
+from dissect_clip.data.sampling.shard_ids import ShardIndex
+from dissect_clip.distributed.world import World
 
 
 @dataclass(eq=False)

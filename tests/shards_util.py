@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dissect_clip.config import Config
+from dissect_clip.config.settings import Config
 
 PIXELS = 8
 

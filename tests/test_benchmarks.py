@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from dissect_clip.clock import PHASES
-from dissect_clip.config import Config
+from dissect_clip.config.settings import Config
+from dissect_clip.training.timer import PHASES
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 TINY = ["--model", "toy-vit", "--batch-size", "10", "--turns", "2", "--device", "cpu", "--precision", "fp32"]
@@ -241,7 +241,7 @@ def test_a_run_that_never_gets_there_is_the_slowest(bench: Any):
 
 
 def test_flags_of_all_modes_are_known(bench: Any, tmp_path: Path):
-    from dissect_clip.arguments import parse_args
+    from dissect_clip.config.parser import parse_args
     from dissect_clip.selection import summaries
 
     study = bench("time_to_quality")

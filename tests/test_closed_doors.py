@@ -19,15 +19,15 @@ from runs import arguments, selection, train
 from shards_util import image_bytes, make_shard, make_shards, sample
 from toy import TEXT, VIT, make_config
 
-from dissect_clip import cli
 from dissect_clip.checkpoint import find_latest, load_checkpoint
-from dissect_clip.config import Config
-from dissect_clip.data.urls import expand
-from dissect_clip.dist import World
+from dissect_clip.cli import train as cli
+from dissect_clip.config.settings import Config
+from dissect_clip.data.formats.urls import expand
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.model import build_model, build_reference_model
+from dissect_clip.models.build import build_model, build_reference_model
 
-PACKAGE = Path(cli.__file__).parent
+PACKAGE = Path(cli.__file__).parent.parent
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202e"
 
 
@@ -68,11 +68,11 @@ FORBIDDEN = re.compile(
     r"|os\.(system|popen|exec\w*|spawn\w*)|(np|numpy)\.load"
 )
 ALLOWED = {
-    ("commands/__init__.py", "importlib.import_module"),  # of the names in COMMANDS
-    ("logs.py", "importlib.import_module"),  # of --report-to
-    ("model.py", "torch.compile"),
-    ("runfolder.py", "re.compile"),
-    ("scorer.py", "torch.compile"),
+    ("cli/commands.py", "importlib.import_module"),  # of the names in COMMANDS
+    ("models/build.py", "torch.compile"),
+    ("run/folder.py", "re.compile"),
+    ("run/reporting.py", "importlib.import_module"),  # of --report-to
+    ("selection/scoring.py", "torch.compile"),
     ("study/grid.py", "yaml.compose"),  # with the SafeLoader; makes nodes, no objects
 }
 

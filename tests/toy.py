@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from dissect_clip.config import Config
-from dissect_clip.dist import World
-from dissect_clip.model import build_model
+from dissect_clip.config.settings import Config
+from dissect_clip.distributed.world import World
+from dissect_clip.models.build import build_model
 
 TEXT = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
 VIT = {"layers": 2, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 16}

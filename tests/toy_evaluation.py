@@ -9,8 +9,8 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from dissect_clip.batch import LabelledBatch, RetrievalBatch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import LabelledBatch, RetrievalBatch
+from dissect_clip.distributed.world import World
 from dissect_clip.evaluation import evaluate
 
 CONTEXT = 8

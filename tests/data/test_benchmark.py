@@ -5,7 +5,7 @@ import os
 import pytest
 from benchmark_sets import labelled_set, retrieval_set
 
-from dissect_clip.data.benchmark import Kind, Layout, find_split, locate
+from dissect_clip.data.evaluation.benchmark import Kind, Layout, find_split, locate
 from dissect_clip.errors import SetupError
 
 PAGE = "https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10/tree/main"

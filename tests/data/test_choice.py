@@ -8,8 +8,8 @@ from loading import ids_of, load, passing, reload, same, states, take, within, w
 from shards_util import data_config, image_bytes, make_shards
 from torch import Tensor
 
-from dissect_clip.data import csv, pixels, webdataset
-from dissect_clip.data.position import count_marked
+from dissect_clip.data.formats import csv, pixels, webdataset
+from dissect_clip.data.sampling.progress import count_marked
 
 SIZES = [9, 5, 1, 8, 7]
 SAMPLES = sum(SIZES)

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dissect_clip.data import download
-from dissect_clip.data.download import open_remote
+from dissect_clip.data.formats import download
+from dissect_clip.data.formats.download import open_remote
 
 
 def test_the_output_of_a_command_is_read_whole():

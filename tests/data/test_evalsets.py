@@ -18,9 +18,9 @@ from shards_util import (
 )
 
 from dissect_clip.data import build_classification, build_retrieval
-from dissect_clip.data.decode import decode_label_vector
+from dissect_clip.data.formats.decode import decode_label_vector
 from dissect_clip.data.skips import BadSampleError, Skip
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
 GRID = [(1, 0), (1, 2), (2, 1), (3, 2)]

@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from distributed import run_on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loading import ids_of, load, take, within
+from processes import run_on_ranks
 from runs import arguments, selection
 from shards_util import data_config, make_shards, write_json
 
-from dissect_clip import cli
-from dissect_clip.arguments import parse_args
-from dissect_clip.data.split import count_batches
-from dissect_clip.dist import World
+from dissect_clip.cli import train as cli
+from dissect_clip.config.parser import parse_args
+from dissect_clip.data.sampling.plan import count_batches
+from dissect_clip.distributed.world import World
 from dissect_clip.selection import summaries
-from dissect_clip.selection.base import kept
-from dissect_clip.train import TrainState, train_epoch
+from dissect_clip.selection.strategy import kept
+from dissect_clip.training.epoch import TrainState, train_epoch
 
 SHARDS = {
     "one": [23],

@@ -22,11 +22,11 @@ from PIL import Image
 from shards_util import to_tensor
 from webdataset.tariterators import base_plus_ext
 
-from dissect_clip.data.decode import decode_captions, decode_image, decode_label, transform_image
-from dissect_clip.data.shards import count_samples
+from dissect_clip.data.formats.decode import decode_captions, decode_image, decode_label, transform_image
+from dissect_clip.data.formats.tar import WHOLE, DamagedTarError, ShardReader, split_name
+from dissect_clip.data.formats.webdataset import Shard
+from dissect_clip.data.sampling.shard_ids import count_samples
 from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter
-from dissect_clip.data.tar import WHOLE, DamagedTarError, ShardReader, split_name
-from dissect_clip.data.webdataset import Shard
 from dissect_clip.errors import SetupError
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")

@@ -30,10 +30,10 @@ from PIL import Image
 from shards_util import data_config, make_shards, sample, to_tensor, tokenize, write_tar
 
 from dissect_clip.data import build_retrieval, build_train
-from dissect_clip.data.decode import MAX_CAPTION, decode_captions, decode_image
-from dissect_clip.data.evalstream import middle
+from dissect_clip.data.evaluation.stream import middle
+from dissect_clip.data.formats.decode import MAX_CAPTION, decode_captions, decode_image
 from dissect_clip.data.skips import Skip, SkipCounter
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs" / "data.md"

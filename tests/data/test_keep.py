@@ -10,22 +10,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from distributed import run_on_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loading import ids_of, load, passing, reload, same, states, take, within, worlds
+from processes import run_on_ranks
 from runs import arguments, selection
 from shards_util import data_config, image_bytes, jittered, make_shard, make_shards, sample, tokenize, write_json
 
-from dissect_clip import cli
-from dissect_clip.data import build_train, csv, pixels, position, webdataset
-from dissect_clip.data.keep import Names, as_recorded, list_digest, read_list
-from dissect_clip.data.position import Unmarked, count_marked, flipped, mark, no_bits, nth_unmarked, unmarked
-from dissect_clip.data.split import Coverage, Kept, KeptPlan, Place, count_batches
-from dissect_clip.data.tar import ShardReader
-from dissect_clip.dist import World
+from dissect_clip.cli import train as cli
+from dissect_clip.data import build_train
+from dissect_clip.data.formats import csv, pixels, webdataset
+from dissect_clip.data.formats.tar import ShardReader
+from dissect_clip.data.sampling import progress as position
+from dissect_clip.data.sampling.plan import Coverage, Kept, KeptPlan, Place, count_batches
+from dissect_clip.data.sampling.progress import Unmarked, count_marked, flipped, mark, no_bits, nth_unmarked, unmarked
+from dissect_clip.data.sampling.subset import Names, as_recorded, list_digest, read_list
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.loss import SampleLoss
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import build_decoys, build_selector
 
 SIZES = [9, 5, 1, 8, 7]
@@ -147,7 +149,7 @@ def test_shards_that_are_given_twice_are_known_by_number_only(tmp_path):
 
 
 def test_problems_are_found_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("dissect_clip.data.keep._PIECE", 2)
+    monkeypatch.setattr("dissect_clip.data.sampling.subset._PIECE", 2)
     with pytest.raises(SetupError, match="2 samples are there more than once, as 1"):
         read_list(parquet(tmp_path, {"sample_id": [0, 1, 2, 1, 3, 2]}), NAMES, "--train-keep")
 

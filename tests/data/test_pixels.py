@@ -15,13 +15,13 @@ from PIL import Image
 from shards_util import caption_of, data_config, make_shard, to_tensor, tokenize
 from torchvision.transforms import Compose, Normalize, RandomErasing, ToTensor
 
-from dissect_clip.batch import Batch
-from dissect_clip.contradictions import contradictions
+from dissect_clip.config.validation import contradictions
 from dissect_clip.data import build_train
-from dissect_clip.data.decode import decode_image
-from dissect_clip.data.pixels import CropBeforeDecoding, ImageReader, split_normalize, stack_pixels
+from dissect_clip.data.batch import Batch
+from dissect_clip.data.formats.decode import decode_image
+from dissect_clip.data.formats.pixels import CropBeforeDecoding, ImageReader, split_normalize, stack_pixels
 from dissect_clip.data.skips import BadSampleError
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
 CPU = torch.device("cpu")

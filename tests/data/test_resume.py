@@ -8,17 +8,17 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from distributed import run_on_ranks
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loading import ids_of, load, passing, reload, same, states, take, within, worlds
+from processes import run_on_ranks
 from shards_util import data_config, image_bytes, make_shards
 
-from dissect_clip.data import pixels, webdataset
-from dissect_clip.data.position import Progress, count_marked, mark, no_bits, pack_all, unmarked, unpack_all
+from dissect_clip.data.formats import pixels, webdataset
+from dissect_clip.data.formats.tar import ShardReader
+from dissect_clip.data.sampling.plan import Place, RestPlan, SpanPlan, count_batches
+from dissect_clip.data.sampling.progress import Progress, count_marked, mark, no_bits, pack_all, unmarked, unpack_all
 from dissect_clip.data.skips import unpack_rows
-from dissect_clip.data.split import Place, RestPlan, SpanPlan, count_batches
-from dissect_clip.data.tar import ShardReader
 
 BAD = {3: {"png": b"no"}, 7: {"txt": None}, 12: {"png": None}, 13: {"png": b"no"}, 20: {"txt": b"\xff"}}
 SIZES = [9, 5, 1, 8, 7]

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from shards_util import make_shards, write_tar
 
-from dissect_clip.data.shards import Scan, ShardIndex, display_names, index_shards
-from dissect_clip.data.sizes import SIZES_FILE
-from dissect_clip.data.urls import expand
-from dissect_clip.dist import World
+from dissect_clip.data.formats.urls import expand
+from dissect_clip.data.sampling.shard_ids import Scan, ShardIndex, display_names, index_shards
+from dissect_clip.data.sampling.shard_sizes import SIZES_FILE
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
 INDEX = ShardIndex(("a/0.tar", "a/1.tar", "a/2.tar"), np.array([3, 0, 4]), "test")

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 from shards_util import make_shards, write_json
 
-from dissect_clip.data.sizes import keep_sizes, known_sizes, merge_by_name, parse_info, parse_sizes, write_sizes
+from dissect_clip.data.sampling.shard_sizes import (
+    keep_sizes,
+    known_sizes,
+    merge_by_name,
+    parse_info,
+    parse_sizes,
+    write_sizes,
+)
 from dissect_clip.errors import SetupError
 
 

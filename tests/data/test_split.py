@@ -7,7 +7,7 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
-from dissect_clip.data.split import (
+from dissect_clip.data.sampling.plan import (
     CyclePlan,
     DrawPlan,
     Place,

@@ -9,8 +9,9 @@ import torch
 from open_clip.transform import image_transform
 from shards_util import caption_of, data_config, image_bytes, to_tensor, tokenize
 
-from dissect_clip.data import build_retrieval, build_train, csv
-from dissect_clip.dist import World
+from dissect_clip.data import build_retrieval, build_train
+from dissect_clip.data.formats import csv
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
 

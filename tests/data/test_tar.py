@@ -7,7 +7,7 @@ import pytest
 from shards_util import make_shard, sample, write_tar
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
-from dissect_clip.data.tar import WHOLE, DamagedTarError, ShardReader
+from dissect_clip.data.formats.tar import WHOLE, DamagedTarError, ShardReader
 
 SUFFIXES = frozenset({"png", "txt"})
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]

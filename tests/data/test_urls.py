@@ -7,8 +7,8 @@ import pytest
 from shards_util import data_config, make_shards, to_tensor, tokenize, write_tar
 
 from dissect_clip.data import build_retrieval, build_train
-from dissect_clip.data.urls import check_not_empty, check_present, expand, is_shard, shard_name, sibling
-from dissect_clip.dist import World
+from dissect_clip.data.formats.urls import check_not_empty, check_present, expand, is_shard, shard_name, sibling
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
 OPENCLIP_COUNTS = {

@@ -11,9 +11,9 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from distributed import run_on_ranks
 from open_clip import SimpleTokenizer
 from open_clip.transform import image_transform
+from processes import run_on_ranks
 from shards_util import (
     caption_of,
     data_config,
@@ -28,11 +28,12 @@ from shards_util import (
     write_tar,
 )
 
-from dissect_clip.data import build_train, stream
-from dissect_clip.data.shards import ShardIndex
-from dissect_clip.data.urls import expand
-from dissect_clip.data.webdataset import parse_factors, train_data
-from dissect_clip.dist import World
+from dissect_clip.data import build_train
+from dissect_clip.data import loaders as stream
+from dissect_clip.data.formats.urls import expand
+from dissect_clip.data.formats.webdataset import parse_factors, train_data
+from dissect_clip.data.sampling.shard_ids import ShardIndex
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, TrainingError
 
 

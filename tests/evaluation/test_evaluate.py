@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from processes import run_on_ranks
 from toy_evaluation import (
     CLASSNAMES,
     ClassificationToy,
@@ -15,8 +15,8 @@ from toy_evaluation import (
     toy_labelled,
 )
 
-from dissect_clip.batch import LabelledBatch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import LabelledBatch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation.common import share
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation import probe
 from dissect_clip.evaluation.common import LabelledFeatures
+from dissect_clip.evaluation.metrics import Accuracy
 from dissect_clip.evaluation.probe import LAMBDAS, choose_weight, fit, join, linear_probe, score, split_off
-from dissect_clip.metrics import Accuracy
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy_evaluation import Images, RetrievalToy, run_evaluation, toy_clip, toy_coca, toy_images
 
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation.retrieval import rank_all
 

@@ -13,8 +13,8 @@ from toy_evaluation import (
     toy_tokenizer,
 )
 
-from dissect_clip.batch import LabelledBatch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import LabelledBatch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation.common import Encoder
 from dissect_clip.evaluation.zeroshot import build_classifier

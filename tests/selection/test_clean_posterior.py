@@ -7,19 +7,19 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from processes import run_on_ranks
 from selection.test_reuse import column, encode, make_config, make_selector, train
 from selection.test_selector import SAMPLES, N, make_batch, never
 from torch import Tensor
 
-from dissect_clip.arguments import parse_args
-from dissect_clip.config import Config
-from dissect_clip.dist import World
-from dissect_clip.loss import SampleLoss
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
+from dissect_clip.distributed.world import World
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import Candidates, build_chooser, build_selector, summaries
-from dissect_clip.selection.clean_posterior import CleanPosterior
-from dissect_clip.selection.decoys import decoy_ids
-from dissect_clip.selection.mixture import FIT_ROWS
+from dissect_clip.selection.strategies.clean_posterior.decoys import decoy_ids
+from dissect_clip.selection.strategies.clean_posterior.mixture import FIT_ROWS
+from dissect_clip.selection.strategies.clean_posterior.strategy import CleanPosterior
 
 NAME = "clean_posterior"
 

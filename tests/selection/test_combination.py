@@ -6,12 +6,12 @@ from selection.test_reuse import encode, train
 from selection.test_selector import SAMPLES, N, make_batch, never
 from selection.test_strategies import make_candidates
 
-from dissect_clip.config import Config
-from dissect_clip.dist import World
+from dissect_clip.config.settings import Config
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.loss import SampleLoss
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import STRATEGIES, Needs, Strategy, build_selector, build_strategy
-from dissect_clip.selection.combination import positions
+from dissect_clip.selection.strategies.combination import positions
 
 DISSECT = "warmup_base_sampling:0.7+small_loss:0.3"
 BOTH = "historical_base_sampling:1+warmup_base_sampling:1"

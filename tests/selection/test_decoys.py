@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from processes import run_on_ranks
 
-from dissect_clip.batch import Batch
-from dissect_clip.dist import World
-from dissect_clip.selection.decoys import MOST, Decoys, decoy_ids
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
+from dissect_clip.selection.strategies.clean_posterior.decoys import MOST, Decoys, decoy_ids
 
 LENGTH = 3
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dissect_clip.config import Config
-from dissect_clip.dist import World
-from dissect_clip.loss import SampleLoss
+from dissect_clip.config.settings import Config
+from dissect_clip.distributed.world import World
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import STRATEGIES, Candidates
-from dissect_clip.selection.divbs import feature_gradients, greedy_span
+from dissect_clip.selection.strategies.divbs import feature_gradients, greedy_span
 
 
 def random_vectors(count: int = 12, width: int = 9, seed: int = 0) -> Tensor:

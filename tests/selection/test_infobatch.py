@@ -8,14 +8,14 @@ from selection.test_selector import SAMPLES, N, make_batch, never
 from selection.test_selector import make_selector as make_any
 from torch import Tensor
 
-from dissect_clip.config import Config
+from dissect_clip.checkpoint.training import inform
+from dissect_clip.config.settings import Config
 from dissect_clip.errors import SetupError
-from dissect_clip.loss import SampleLoss
-from dissect_clip.saving import inform
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import Candidates, build_chooser, build_selector
-from dissect_clip.selection.base import kept
-from dissect_clip.selection.infobatch import InfoBatch, share_below
 from dissect_clip.selection.selector import Selector, top_k
+from dissect_clip.selection.strategies.infobatch import InfoBatch, share_below
+from dissect_clip.selection.strategy import kept
 
 
 def make_strategy(mean: float = 2.0, below: float = 0.5, rate: float = 0.5, **changes: object) -> InfoBatch:

@@ -6,14 +6,14 @@ from math import exp, log
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from processes import run_on_ranks
 from selection.test_selector import N, encode, encode_otherwise, make_batch, make_selector
 from torch import Tensor
 
-from dissect_clip.config import Config
-from dissect_clip.dist import World
-from dissect_clip.loss import SampleLoss
-from dissect_clip.selection.learnability import (
+from dissect_clip.config.settings import Config
+from dissect_clip.distributed.world import World
+from dissect_clip.models.loss import SampleLoss
+from dissect_clip.selection.strategies.learnability import (
     Among,
     Jest,
     Learnability,

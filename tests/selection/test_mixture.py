@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.mixture import DECOYS, MODELS, Parts, beta_shape, fit_parts
+from dissect_clip.selection.strategies.clean_posterior.mixture import DECOYS, MODELS, Parts, beta_shape, fit_parts
 
 
 def mixed(size: int = 20000, share: float = 0.6, low: float = 0.0, high: float = 4.0, seed: int = 0):

@@ -4,21 +4,21 @@ import dataclasses
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from processes import run_on_ranks
 from selection.test_selector import SAMPLES, N, make_batch, never
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dissect_clip.batch import Batch
-from dissect_clip.config import Config
-from dissect_clip.dist import World
+from dissect_clip.config.settings import Config
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.loss import SampleLoss
-from dissect_clip.scorer import Encoded
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy, build_chooser, build_selector
-from dissect_clip.selection.base import REUSABLE
 from dissect_clip.selection.reuse import Known, ReusingSelector, pair_z
+from dissect_clip.selection.scoring import Encoded
 from dissect_clip.selection.selector import Selector
+from dissect_clip.selection.strategy import REUSABLE
 
 REUSING = [name for name, strategy in STRATEGIES.items() if strategy.needs and not strategy.needs & ~REUSABLE]
 OTHERS = [name for name, strategy in STRATEGIES.items() if strategy.needs & ~REUSABLE]

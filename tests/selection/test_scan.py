@@ -6,10 +6,10 @@ import pytest
 import torch
 from selection.test_selector import SAMPLES, N, make_batch, make_selector, never
 
-from dissect_clip.config import Config
+from dissect_clip.config.settings import Config
 from dissect_clip.selection import Candidates, build_chooser
-from dissect_clip.selection.scan import Scan, places
 from dissect_clip.selection.selector import top_k
+from dissect_clip.selection.strategies.scan import Scan, places
 
 
 def make_strategy(rate: float = 0.4, **changes: object) -> Scan:

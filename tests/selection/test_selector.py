@@ -4,18 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from processes import run_on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dissect_clip.batch import Batch
-from dissect_clip.config import Config
-from dissect_clip.dist import World
-from dissect_clip.loss import SampleLoss
-from dissect_clip.scorer import Encoded
+from dissect_clip.config.settings import Config
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
+from dissect_clip.models.loss import SampleLoss
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, ScoreStore, Selector, Strategy, build_selector
-from dissect_clip.selection.base import kept
+from dissect_clip.selection.scoring import Encoded
 from dissect_clip.selection.selector import replace_unusable, top_k
+from dissect_clip.selection.strategy import kept
 
 SAMPLES, N = 40, 10
 

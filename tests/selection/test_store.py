@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distributed import run_on_ranks
+from processes import run_on_ranks
 
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.selection import ScoreStore
 from dissect_clip.selection.store import last_occurrence
 

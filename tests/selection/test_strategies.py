@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dissect_clip.config import Config
-from dissect_clip.contradictions import _ALONE, _SCORE_NOTHING
+from dissect_clip.config.settings import Config
+from dissect_clip.config.validation import _ALONE, _SCORE_NOTHING
 from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy
-from dissect_clip.selection.differential import differential
+from dissect_clip.selection.strategies.differential import differential
 
 N = 8
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import ROOT
 from grids import FAKE, command, make_grid, reproduce, run, write_grid
 
-from dissect_clip.arguments import parse_args
+from dissect_clip.config.parser import parse_args
 from dissect_clip.selection import summaries
 from dissect_clip.study.cells import Runs
 

@@ -12,11 +12,11 @@ complete epochs. Everything is read with ``weights_only=True``.
 
 from __future__ import annotations
 
-from dissect_clip.checkpoint.content import Checkpoint, RunState, SavedReference, Shards, checkpoint_content
-from dissect_clip.checkpoint.files import save_checkpoint, wanted_names
-from dissect_clip.checkpoint.fits import changed_settings, check_fits, goes_on_with_reference
-from dissect_clip.checkpoint.latest import find_latest, find_resume
+from dissect_clip.checkpoint.compatibility import changed_settings, check_fits, goes_on_with_reference
+from dissect_clip.checkpoint.format import Checkpoint, RunState, SavedReference, Shards, checkpoint_content
 from dissect_clip.checkpoint.read import load_checkpoint
+from dissect_clip.checkpoint.resume import find_latest, find_resume
+from dissect_clip.checkpoint.write import save_checkpoint, wanted_names
 from dissect_clip.checkpoint.writer import CheckpointWriter, HostCopies
 
 __all__ = [

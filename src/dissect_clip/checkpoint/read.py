@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dissect_clip.checkpoint.content import (
+from dissect_clip.checkpoint.format import (
     FORMAT_VERSION,
     Checkpoint,
     RunState,
@@ -33,7 +33,7 @@ from dissect_clip.checkpoint.content import (
     without_prefix,
 )
 from dissect_clip.errors import SetupError
-from dissect_clip.remote import download
+from dissect_clip.run.remote_sync import download
 
 log = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dissect_clip.checkpoint.content import map_tensors
-from dissect_clip.checkpoint.files import save_checkpoint, wanted_names
-from dissect_clip.config import Config
+from dissect_clip.checkpoint.format import map_tensors
+from dissect_clip.checkpoint.write import save_checkpoint, wanted_names
+from dissect_clip.config.settings import Config
 from dissect_clip.errors import TrainingError
 from dissect_clip.selection.store import ScoreStore
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from dissect_clip.config import Config
-from dissect_clip.data import csv, synthetic, webdataset
-from dissect_clip.data.classification import build_classification
-from dissect_clip.data.evalstream import ClassificationData, RetrievalData, left_out, tell_left_out
-from dissect_clip.data.stream import Tokenizer, TrainData, Transform
-from dissect_clip.data.urls import expand, is_local, is_shard, local_path
-from dissect_clip.dist import World
+from dissect_clip.config.settings import Config
+from dissect_clip.data.evaluation.classification import build_classification
+from dissect_clip.data.evaluation.stream import ClassificationData, RetrievalData, left_out, tell_left_out
+from dissect_clip.data.formats import csv, synthetic, webdataset
+from dissect_clip.data.formats.urls import expand, is_local, is_shard, local_path
+from dissect_clip.data.loaders import Tokenizer, TrainData, Transform
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.evaluation.common import Encoder, eval_mode
 from dissect_clip.evaluation.retrieval import RetrievalSet, evaluate_retrieval
 from dissect_clip.evaluation.zeroshot import ClassificationSet, Tokenizer, evaluate_zeroshot

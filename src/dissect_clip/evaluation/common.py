@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dissect_clip.batch import LabelledBatch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import LabelledBatch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 
 T = TypeVar("T")

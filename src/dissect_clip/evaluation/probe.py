@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation.common import LabelledFeatures, share
-from dissect_clip.metrics import Accuracy, accuracy, best_rank, class_counts
+from dissect_clip.evaluation.metrics import Accuracy, accuracy, best_rank, class_counts
 from dissect_clip.seeding import Stream, derive_seed
 
 log = logging.getLogger(__name__)

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dissect_clip.batch import RetrievalBatch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import RetrievalBatch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation.common import NOT_FINITE, Encoder, progress, share
-from dissect_clip.metrics import best_rank, contrastive_loss, retrieval_metrics, similarity
+from dissect_clip.evaluation.metrics import best_rank, contrastive_loss, retrieval_metrics, similarity
 
 CHUNK = 256  # queries ranked at a time: about 3 KB of memory for every candidate
 

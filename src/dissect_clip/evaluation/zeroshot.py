@@ -13,11 +13,11 @@ import torch
 from open_clip import build_zero_shot_classifier
 from torch import Tensor
 
-from dissect_clip.batch import LabelledBatch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import LabelledBatch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
 from dissect_clip.evaluation.common import NOT_FINITE, Encoder, gather_images, progress, share
-from dissect_clip.metrics import Accuracy, accuracy, average_precision, best_rank, class_counts, similarity
+from dissect_clip.evaluation.metrics import Accuracy, accuracy, average_precision, best_rank, class_counts, similarity
 
 Tokenizer: TypeAlias = Callable[[list[str]], Tensor]
 Templates: TypeAlias = Sequence[str] | Sequence[Callable[[str], str]]

@@ -10,24 +10,24 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dissect_clip.config import Config, parse_strategy
-from dissect_clip.dist import World
+from dissect_clip.config.settings import Config, parse_strategy
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy
-from dissect_clip.selection.baselines import BigLoss, ClipScore, Random, SmallLoss
 from dissect_clip.selection.chooser import Chooser
-from dissect_clip.selection.clean_posterior import CleanPosterior
-from dissect_clip.selection.combination import Combination
-from dissect_clip.selection.decoys import Decoys, decoy_ids
-from dissect_clip.selection.differential import MomentumDifferential, WarmupDifferential
-from dissect_clip.selection.divbs import DivBS
-from dissect_clip.selection.infobatch import InfoBatch
-from dissect_clip.selection.learnability import Jest, Learnability
-from dissect_clip.selection.negcliploss import NegCLIPLoss
 from dissect_clip.selection.reuse import Known, ReusingSelector
-from dissect_clip.selection.scan import Scan
 from dissect_clip.selection.selector import SampleLoss, Selector
 from dissect_clip.selection.store import ScoreStore
+from dissect_clip.selection.strategies.baselines import BigLoss, ClipScore, Random, SmallLoss
+from dissect_clip.selection.strategies.clean_posterior.decoys import Decoys, decoy_ids
+from dissect_clip.selection.strategies.clean_posterior.strategy import CleanPosterior
+from dissect_clip.selection.strategies.combination import Combination
+from dissect_clip.selection.strategies.differential import MomentumDifferential, WarmupDifferential
+from dissect_clip.selection.strategies.divbs import DivBS
+from dissect_clip.selection.strategies.infobatch import InfoBatch
+from dissect_clip.selection.strategies.learnability import Jest, Learnability
+from dissect_clip.selection.strategies.negcliploss import NegCLIPLoss
+from dissect_clip.selection.strategies.scan import Scan
+from dissect_clip.selection.strategy import REUSABLE, Candidates, Needs, Selection, Strategy
 
 __all__ = [
     "STRATEGIES", "Candidates", "Chooser", "Decoys", "Needs", "ScoreStore", "Selection", "Selector", "Strategy",

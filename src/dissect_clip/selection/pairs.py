@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dissect_clip.selection.base import Candidates, required
+from dissect_clip.selection.strategy import Candidates, required
 
 
 def pair_logits(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:

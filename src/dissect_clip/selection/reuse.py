@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dissect_clip.batch import Batch
-from dissect_clip.dist import World
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.base import REUSABLE, Candidates, Needs, Selection, Strategy, clip_score, kept, required
 from dissect_clip.selection.selector import Encode, SampleLoss, Selector, replace_unusable, top_k
 from dissect_clip.selection.store import ScoreStore
+from dissect_clip.selection.strategy import REUSABLE, Candidates, Needs, Selection, Strategy, clip_score, kept, required
 
 _WHEN = "last_batch"
 _MEASURED = {"last_score": Needs.SCORE, "last_loss": Needs.LOSS, "last_clip_score": Needs.CLIPSCORE}

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dissect_clip.batch import Batch
-from dissect_clip.dist import World
-from dissect_clip.scorer import Encoded
+from dissect_clip.data.batch import Batch
+from dissect_clip.distributed.world import World
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.base import Candidates, Needs, Selection, Strategy, kept, required
-from dissect_clip.selection.decoys import Decoys
+from dissect_clip.selection.scoring import Encoded
 from dissect_clip.selection.store import ScoreStore
+from dissect_clip.selection.strategies.clean_posterior.decoys import Decoys
+from dissect_clip.selection.strategy import Candidates, Needs, Selection, Strategy, kept, required
 
 Encode = Callable[[Batch], Encoded]
 SampleLoss = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dissect_clip.dist import World
+from dissect_clip.distributed.world import World
 
 
 def last_occurrence(ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from dissect_clip.commands.results import write_text
+from dissect_clip.cli.results import write_text
 from dissect_clip.errors import SetupError
 from dissect_clip.study.cells import difference, read_results
 from dissect_clip.study.grid import Grid

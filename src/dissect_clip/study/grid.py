@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from dissect_clip.arguments import parse_args
-from dissect_clip.config import Config
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
 from dissect_clip.errors import SetupError
 from dissect_clip.selection import summaries
 from dissect_clip.study.cells import Cell, Evaluation

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dissect_clip.clock import PHASES
 from dissect_clip.errors import SetupError
 from dissect_clip.study.point import Point
+from dissect_clip.training.timer import PHASES
 
 RECALLS = {
     f"{short}_r{k}": f"{way}_R@{k}"

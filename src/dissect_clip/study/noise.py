@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dissect_clip.data.urls import expand
+from dissect_clip.data.formats.urls import expand
 from dissect_clip.errors import SetupError
 
 _TRIES = 1000

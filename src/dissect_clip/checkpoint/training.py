@@ -1,0 +1,258 @@
+"""Between a run and its checkpoints: what is saved of a training state, and how it is put back."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dissect_clip.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    RunState,
+    SavedReference,
+    Shards,
+    changed_settings,
+    check_fits,
+    checkpoint_content,
+    goes_on_with_reference,
+    wanted_names,
+)
+from dissect_clip.data import TrainData
+from dissect_clip.errors import SetupError, Stopped, TrainingError
+from dissect_clip.run.folder import RunFolder
+from dissect_clip.run.remote_sync import NoSync, RemoteSync
+from dissect_clip.selection import Selector
+from dissect_clip.training.epoch import TrainState, minutes_are_over, step_is_due
+
+log = logging.getLogger(__name__)
+
+
+def run_state(state: TrainState, data: TrainData) -> RunState:
+    config, counters, selector = state.config, state.counters, state.selector
+    return RunState(
+        step=counters.step,
+        epoch_step=counters.epoch_step,
+        steps_per_epoch=data.num_batches // config.accum_freq,
+        batch=counters.batch,
+        seen=counters.seen,
+        trained=counters.trained,
+        scored=counters.scored,
+        seconds=dict(counters.seconds),
+        seed=config.seed,
+        model=config.model,
+        strategy=None if selector is None else config.select_strategy,
+        select_rate=config.select_rate,
+        num_samples=data.num_samples,
+        fingerprint=data.fingerprint,
+        world_size=state.world.size,
+        workers=config.workers,
+        batch_size=config.batch_size,
+        accum_freq=config.accum_freq,
+        columns=() if selector is None else selector.store.columns,
+        score_refresh=config.score_refresh,
+        select_before_load=config.select_before_load,
+        survey=() if selector is None else selector.survey,
+        survey_of="" if selector is None else selector.strategy.survey_of,
+        depends_on="" if selector is None else selector.strategy.depends_on,
+    )
+
+
+def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
+    """Put a run where the checkpoint left it; of bare weights or OpenCLIP's checkpoints what there is."""
+    now = run_state(state, data)
+    check_fits(
+        checkpoint,
+        model_name=now.model,
+        model_state_dict=state.module.state_dict(),
+        num_samples=now.num_samples,
+        fingerprint=now.fingerprint,
+        strategy=now.strategy,
+        columns=now.columns,
+        depends_on=now.depends_on or "",
+        shards=Shards(data.shard_names, data.shard_sizes),
+        reference_after=None if state.reference is None else state.reference.after,
+    )
+    state.module.load_state_dict(checkpoint.state_dict)
+    state.buffers.remember()
+    if checkpoint.optimizer is not None:
+        state.optimizer.load_state_dict(_for_the_same_kernel(checkpoint.optimizer, state.optimizer))
+    if state.scaler is not None and checkpoint.scaler is not None:
+        state.scaler.load_state_dict(checkpoint.scaler)
+    if state.selector is not None and checkpoint.scores is not None:
+        state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
+        if checkpoint.state is not None and checkpoint.state.survey:
+            then = checkpoint.state
+            inform(state.selector, checkpoint.path, then.survey, then.survey_of, checkpoint.loader is not None)
+    _resume_reference(state, checkpoint)
+    _resume_decoys(state, checkpoint)
+    _resume_counters(state, checkpoint, data, steps_per_epoch)
+    if checkpoint.state is not None:
+        changes = changed_settings(checkpoint.state, now)
+        if checkpoint.state.step != state.counters.step:
+            changes.append(f"this is step {state.counters.step} now, was {checkpoint.state.step}")
+        if changes:
+            log.warning("The run goes on with other settings than it had: %s", "; ".join(changes))
+    inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
+    log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
+
+
+def _for_the_same_kernel(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A saved state whose groups do not say otherwise than ``optimizer`` whether it is fused, as OpenCLIP's do."""
+    if "fused" not in optimizer.defaults:
+        return saved
+    fused = optimizer.defaults["fused"]
+    return {**saved, "param_groups": [{**group, "fused": fused} for group in saved["param_groups"]]}
+
+
+def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:
+    """The reference model that the run had, unless its weights are those of a file."""
+    reference, saved = state.reference, checkpoint.reference
+    if reference is None or saved is None:
+        return
+    if saved.weights is not None and goes_on_with_reference(checkpoint, reference.after):
+        reference.load(saved.weights)
+    if reference.after is None and saved.digest != reference.digest:
+        log.warning("The run goes on with another reference model than it had: --select-reference has other weights")
+
+
+def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
+    """The captions that the decoys had; without them they get new ones, and are learned anew."""
+    decoys = None if state.selector is None else state.selector.decoys_in(checkpoint.epoch)
+    if decoys is None or checkpoint.state is None:
+        return
+    captions, then = checkpoint.decoys, checkpoint.state
+    if captions is not None and then.seed == state.config.seed and decoys.load(captions, then.world_size):
+        return
+    if checkpoint.epoch > 0 or then.epoch_step > 0:
+        log.warning(
+            "The checkpoint has no captions for these decoys, it was trained with others or without: P(clean) needs "
+            "some epochs until it can be relied upon. --seed and --clean-decoys say which they are"
+        )
+
+
+def inform(
+    selector: Selector, path: str, survey: tuple[float, ...], survey_of: str | None = None, inside: bool = True
+) -> None:
+    """Hand the strategy what it knew of the store; the checkpoint's scores are in place.
+
+    Between two epochs numbers of another kind are let go: new ones are taken before the next.
+
+    Raises:
+        SetupError: inside an epoch, if these are not the numbers that the strategy keeps.
+    """
+    expected, kind = len(selector.strategy.surveys), selector.strategy.survey_of
+    if len(survey) == expected and survey_of in (None, kind):
+        selector.inform(survey)
+    elif inside:
+        was = f"{len(survey)} numbers" + (f" by {survey_of}" if survey_of else "")
+        now = f"{expected} by {kind}" if kind else f"{expected}"
+        raise SetupError(
+            f"{path} holds {was} about the whole data set, where {now} are expected, and it was saved inside an "
+            "epoch: go on with the strategy's flags as they were, or from the end of an epoch"
+        )
+
+
+def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
+    """Where the run is; with other batches or ranks the steps are counted so that epochs end where they would have."""
+    counters, then = state.counters, checkpoint.state
+    counters.epoch = checkpoint.epoch
+    counters.step = checkpoint.epoch * steps_per_epoch
+    if checkpoint.loader is not None:
+        note = data.resume(checkpoint.loader, checkpoint.epoch)
+        if note is not None:
+            log.warning("%s", note)
+        data.set_epoch(checkpoint.epoch)
+        counters.step += steps_per_epoch - data.batches_left // state.config.accum_freq
+    counters.batch = counters.step * state.config.accum_freq
+    if then is not None:
+        counters.epoch_step = then.epoch_step
+        counters.seen, counters.trained, counters.scored = then.seen, then.trained, then.scored
+        counters.seconds = dict(then.seconds)
+        if state.selector is not None and then.batch > 0:
+            state.selector.count_on(then.batch, counters.batch)
+
+
+class Saver:
+    """Saves checkpoints when called, on all ranks together; a context manager that waits for the last to be written.
+
+    Without a run folder nothing is written.
+    """
+
+    def __init__(self, state: TrainState, data: TrainData, folder: RunFolder | None, sync: RemoteSync | NoSync) -> None:
+        self.state = state
+        self.data = data
+        self.folder = folder
+        self.sync = sync
+        self.writer: CheckpointWriter | None = None
+        if folder is not None and state.world.is_main:
+            self.writer = CheckpointWriter(folder.checkpoints, state.config)
+            state.world.watch.finish = self.writer.finish
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raises TrainingError on rank 0 if the run ends well otherwise, but its last checkpoint was not written."""
+        if self.writer is None:
+            return
+        self.writer.close()
+        if self.writer.failed and (error is None or isinstance(error, Stopped)):
+            raise TrainingError(
+                f"the last checkpoint could not be written to {self.writer.folder}, see the error above: what was "
+                "trained since the one before is lost. Make room, and go on with --resume latest"
+            )
+
+    def __call__(self, stopping: bool = False) -> None:
+        """Save where the run is: between two epochs, or inside one. Collective.
+
+        Where the run is ``stopping`` there is a checkpoint even if the settings ask for none at this moment.
+
+        Raises:
+            TrainingError: with --on-save-error stop, if the one before could not be written, or not be copied to
+                --remote-sync.
+        """
+        state, world = self.state, self.state.world
+        if self.folder is None:
+            return
+        world.watch.mark("save", state.counters.step)
+        inside = state.counters.epoch_step > 0
+        loader = self.data.state_dict() if inside else None
+        if state.decoys is not None:
+            state.decoys.agree(adopt=not inside)
+        world.on_main(lambda: self._save(loader, stopping))
+
+    def _save(self, loader: dict[str, Any] | None, stopping: bool) -> None:
+        assert self.writer is not None
+        assert self.folder is not None
+        state, counters = self.state, self.state.counters
+        if self.sync.failed is not None and state.config.on_save_error == "stop":
+            raise TrainingError(f"{self.sync.failed} (--on-save-error stop); see that it can be reached, then resume")
+        content = checkpoint_content(
+            name=self.folder.name,
+            model=state.module.state_dict(),
+            optimizer=state.optimizer.state_dict(),
+            scaler=None if state.scaler is None else state.scaler.state_dict(),
+            state=run_state(state, self.data),
+            loader=loader,
+            shards=Shards(self.data.shard_names, self.data.shard_sizes),
+            reference=None if state.reference is None else SavedReference(*state.reference.saved()),
+            decoys=None if state.decoys is None else state.decoys.captions,
+        )
+        # An epoch that --save-frequency passes over may end where a checkpoint inside an epoch is due.
+        whole = loader is None and bool(wanted_names(state.config, counters.epoch, None, stopping))
+        due = loader is not None or step_is_due(state) or minutes_are_over(state)
+        if whole or due:
+            state.saved_at = time.monotonic()
+        self.writer.save(
+            epoch=counters.epoch,
+            step=counters.step if due and not whole else None,
+            content=content,
+            scores=None if state.selector is None else state.selector.store,
+            stopping=stopping,
+        )

@@ -1,0 +1,129 @@
+"""What every command shares: from settings to a world of processes, and from how the work ends to an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+
+from dissect_clip.config.settings import Config
+from dissect_clip.distributed.world import World, init_world, is_loss_of_others, shutdown_world
+from dissect_clip.errors import SetupError, Stopped, TrainingError, printable
+from dissect_clip.run.reporting import close_logging
+
+log = logging.getLogger(__name__)
+
+EXIT_TRAINING = 1
+"""Exit status where training could not go on."""
+
+EXIT_SETUP = 2
+"""Exit status where flags, data or files are wrong: nothing was trained."""
+
+EXIT_REQUEUE = 75
+"""Exit status after a signal of a scheduler, when all is saved: start the same command again (EX_TEMPFAIL)."""
+
+EXIT_INTERRUPT = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+@contextlib.contextmanager
+def only_first_speaks() -> Iterator[None]:
+    """Within the block, before there is a world, only the first of the run's processes is heard."""
+    if _is_first():
+        yield
+        return
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def launch(config: Config, work: Callable[[World], int], afterwards: str) -> int:
+    """Do ``work``, which gives an exit status, in the world that the settings describe; returns the status.
+
+    Of several processes, one that cannot go on ends here and now, and the watch ends the others. ``afterwards`` tells
+    the user how to go on after an end that was not the work's own.
+    """
+    first = _is_first()
+    try:
+        with warnings.catch_warnings():
+            if not first:
+                warnings.simplefilter("ignore")  # one rank's word is enough on a device that is not there
+            world = init_world(
+                config.device,
+                config.dist_backend,
+                config.dist_url,
+                not config.no_set_device_rank,
+                config.rank_timeout,
+            )
+    except SetupError as error:
+        prefix = "error: " if first else f"error on rank {os.environ['RANK']}: "
+        print(f"{prefix}{error}", file=sys.stderr, flush=True)
+        return EXIT_SETUP
+    try:
+        status = work(world)
+    except Stopped as stopped:
+        log.info("Stopped by %s; --resume latest goes on from here", stopped.signal_name)
+        status = EXIT_INTERRUPT if stopped.signal_name == "SIGINT" else EXIT_REQUEUE
+    except (Exception, KeyboardInterrupt) as error:
+        status = _fail(error, world, afterwards)
+    except BaseException:
+        if world.size == 1:
+            world.watch.close()  # else it would find the run stalled, and end the process
+        raise
+    finally:
+        close_logging()
+    shutdown_world()
+    world.watch.close()
+    return status
+
+
+_STATUS: dict[type[BaseException], int] = {SetupError: EXIT_SETUP, KeyboardInterrupt: EXIT_INTERRUPT}
+
+
+def _fail(error: BaseException, world: World, afterwards: str) -> int:
+    """Say why the run ends; the exit status. Ends the process where there are several.
+
+    Raises:
+        BaseException: ``error``, in a single process, if it is none whose message is enough.
+    """
+    if world.size > 1:
+        # torch's handler raises in the main thread for every loader worker that was killed: once is enough.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # torchrun sends it as soon as a rank has died, and this one has still to learn and to say which.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    log.debug("ended by", exc_info=error)  # into the log file, with --debug
+    if is_loss_of_others(error):
+        world.watch.lost(error)
+    words = _explain(error, afterwards)
+    if words is None:
+        if world.size == 1:
+            world.watch.close()
+            raise error
+        traceback.print_exception(error)
+        words = printable(f"{type(error).__name__}: {error}")
+    status = _STATUS.get(type(error), EXIT_TRAINING)
+    world.watch.fail(words, status)
+    return status
+
+
+def _explain(error: BaseException, afterwards: str) -> str | None:
+    """What to say of an error; None if its traceback has to be seen."""
+    if isinstance(error, (SetupError, TrainingError)):
+        return str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {afterwards}"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return (
+            f"a loader worker is gone ({str(error).strip()}). It was probably killed for memory (dmesg tells): give "
+            f"fewer --workers, or more memory. {afterwards[0].upper()}{afterwards[1:]}"
+        )
+    return None

@@ -1,0 +1,411 @@
+"""The composition root: from a command line to a run. Nothing here computes; it puts the parts together."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+
+from dissect_clip.checkpoint import (
+    Checkpoint,
+    check_fits,
+    find_resume,
+    load_checkpoint,
+)
+from dissect_clip.checkpoint.training import Saver, restore
+from dissect_clip.cli.commands import COMMANDS, run_command
+from dissect_clip.cli.launch import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, launch, only_first_speaks
+from dissect_clip.config.parser import parse_args
+from dissect_clip.config.settings import Config
+from dissect_clip.data import (
+    ClassificationData,
+    RetrievalData,
+    TrainData,
+    build_classification,
+    build_retrieval,
+    build_train,
+    left_out,
+    tell_left_out,
+)
+from dissect_clip.data.skip_log import SkipLog
+from dissect_clip.distributed.signals import Signals
+from dissect_clip.distributed.world import World
+from dissect_clip.errors import SetupError, Stopped, TrainingError
+from dissect_clip.evaluation import Tokenizer, evaluate
+from dissect_clip.models.build import Model, RunningBuffers, autocast_for, build_model, wrap_model
+from dissect_clip.models.loss import SampleLoss, build_loss
+from dissect_clip.run.folder import RunFolder, make_sync, open_run
+from dissect_clip.run.remote_sync import NoSync, RemoteSync
+from dissect_clip.run.reporting import Reporter, evaluated_epochs, make_reporter, setup_logging
+from dissect_clip.selection import Needs, build_chooser, build_decoys, build_selector, summaries
+from dissect_clip.selection.scoring import build_scorer
+from dissect_clip.training.epoch import Counters, Tally, TrainState, train_epoch
+from dissect_clip.training.optimizer import build_optimizer, build_scaler
+from dissect_clip.training.record import NullRecorder, Recorder
+from dissect_clip.training.reference import Reference, build_reference
+from dissect_clip.training.sample_report import write_verdict
+from dissect_clip.training.schedule import learning_rate
+
+_USABLE_DECOYS = 64
+"""With fewer decoys than these their density is a guess."""
+
+log = logging.getLogger(__name__)
+
+__all__ = ["EXIT_INTERRUPT", "EXIT_REQUEUE", "EXIT_SETUP", "EXIT_TRAINING", "build_state", "main", "run"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, evaluate or run a command as the command line says; the exit status (docs/operations.md has a table)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        return run_command(words[0], words[1:])
+    with only_first_speaks():
+        config = parse_args(words, summaries(), {name: command.summary for name, command in COMMANDS.items()})
+
+    def work(world: World) -> int:
+        run(config, world)
+        return 0
+
+    return launch(config, work, "--resume latest goes on from the last checkpoint")
+
+
+def run(config: Config, world: World) -> None:
+    """One run in a world that is set up. Collective.
+
+    Raises:
+        SetupError: if anything is wrong with flags, data or files.
+        TrainingError: if training cannot go on.
+    """
+    folder = open_run(config, world)
+    if folder is not None:
+        config = dataclasses.replace(config, name=folder.name)
+    setup_logging(folder.log_file if folder else None, logging.DEBUG if config.debug else logging.INFO, world)
+    _introduce(config, world, folder)
+    _allow_tf32(world)
+    sync = make_sync(config, folder, world)
+    with world.watch.patient():
+        world.on_main(sync.start)
+    try:
+        _run_in(folder, config, world, sync)
+    except SetupError:
+        if folder is not None and world.is_main:
+            folder.set_aside()
+        raise
+    finally:
+        with world.watch.patient():
+            copied = sync.finish()
+    if not copied:
+        raise TrainingError(
+            f"the run folder could not be copied to --remote-sync {config.remote_sync}: copy it by hand"
+        )
+
+
+def _run_in(folder: RunFolder | None, config: Config, world: World, sync: RemoteSync | NoSync) -> None:
+    """Build the parts, then train or evaluate."""
+    model = build_model(config, world)
+    train_data = (
+        build_train(config, world, model.preprocess_train, model.tokenizer, folder.path if folder else None)
+        if config.trains
+        else None
+    )
+    retrieval = build_retrieval(config, world, model.preprocess_eval, model.tokenizer)
+    classification = build_classification(config, world, model.preprocess_eval)
+    with world.watch.patient():  # of a remote copy
+        resume = find_resume(config, folder, world)
+        checkpoint = None if resume is None else load_checkpoint(resume)
+    reporter = make_reporter(config, folder, world)
+    evaluator = Evaluator(config, world, model.tokenizer, retrieval, classification, reporter)
+    try:
+        if train_data is None:
+            _evaluate_only(config, model, evaluator, checkpoint)
+        else:
+            _train(config, world, model, train_data, evaluator, checkpoint, folder, sync)
+    finally:
+        reporter.close()
+
+
+def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
+    log.info("Run %s in %s", config.name or "without a folder", folder.path if folder else "no folder")
+    log.info(
+        "%d process%s, device %s, precision %s", world.size, "es" * (world.size > 1), world.device, config.precision
+    )
+    if config.precision == "fp16":
+        log.warning("--precision fp16 trains without a gradient scaler: amp is the safer choice")
+    if config.siglip and (config.local_loss or config.gather_with_grad):
+        log.warning("--siglip exchanges features in its own way: --local-loss and --gather-with-grad have no effect")
+    for name, value in sorted(dataclasses.asdict(config).items()):
+        log.debug("  %s: %s", name, value)
+
+
+def _allow_tf32(world: World) -> None:
+    if world.device.type == "cuda":  # as in OpenCLIP
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+# ---- training
+
+
+def _train(
+    config: Config,
+    world: World,
+    model: Model,
+    train_data: TrainData,
+    evaluator: Evaluator,
+    checkpoint: Checkpoint | None,
+    folder: RunFolder | None,
+    sync: RemoteSync | NoSync,
+) -> None:
+    steps_per_epoch = train_data.num_batches // config.accum_freq
+    state = build_state(config, world, model, train_data, folder, steps_per_epoch)
+    if checkpoint is not None:
+        restore(state, checkpoint, train_data, steps_per_epoch)
+    train_data.stream.chooser = state.chooser
+    _announce(state, train_data, steps_per_epoch)
+    if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
+        evaluator.after_epoch(state.module, state.counters)
+    if state.counters.epoch >= config.epochs:
+        log.info("All %d epochs are done already; give a larger --epochs to train on", config.epochs)
+    trained = False
+    with Signals(world.watch, world.is_main), Saver(state, train_data, folder, sync) as save:
+        while state.counters.epoch < config.epochs:
+            signal = train_epoch(state, train_data, evaluator.reporter, save)
+            save(stopping=signal is not None)
+            if signal is not None:
+                raise Stopped(signal)
+            evaluator.after_epoch(state.module, state.counters)
+            trained = True
+    _write_verdict(state, train_data, folder, trained)
+
+
+def _write_verdict(state: TrainState, data: TrainData, folder: RunFolder | None, trained: bool) -> None:
+    """At the end of a run write what the strategy has found out, if it is one that does. Collective.
+
+    A run that is complete already writes it only where it is missing, as after a full disk.
+    """
+    selector = state.selector
+    if selector is None or not selector.strategy.file or folder is None:
+        return
+    path = folder.path / selector.strategy.file
+
+    def write() -> None:
+        if trained or not path.exists():
+            write_verdict(
+                path,
+                selector.strategy,
+                selector.store.scores,
+                state.counters.epoch,
+                data.shard_names,
+                data.locate,
+            )
+
+    with state.world.watch.patient():
+        state.world.on_main(write)
+
+
+def _was_killed_before_evaluation(
+    checkpoint: Checkpoint, evaluator: Evaluator, folder: RunFolder | None, world: World
+) -> bool:
+    """Whether the run was cut off between an epoch's checkpoint and the end of its evaluation. Collective."""
+    if folder is None or checkpoint.loader is not None or not evaluator.is_due(checkpoint.epoch):
+        return False
+    own = Path(checkpoint.path).resolve().is_relative_to(folder.path.resolve())
+    return own and world.on_main(lambda: checkpoint.epoch not in evaluated_epochs(folder.results))
+
+
+def build_state(
+    config: Config,
+    world: World,
+    model: Model,
+    train_data: TrainData,
+    folder: RunFolder | None,
+    steps_per_epoch: int,
+) -> TrainState:
+    """All that a training step touches, at the start of a run. Collective where there are several ranks.
+
+    Raises:
+        SetupError: if the model cannot be trained as asked.
+    """
+    module, wrapped = wrap_model(model.module, config, world)
+    optimizer = build_optimizer(config, module)
+    autocast = autocast_for(config.precision, world.device)
+    selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
+    if selector is not None:
+        selector.decoys = build_decoys(config, selector, world, train_data.num_kept, train_data.kept_ids)
+    chooser = build_chooser(config, selector)
+    scorer = build_scorer(config, module, autocast, model.tokenizer)
+    if config.score_keep_locked and not scorer.reusable:
+        raise SetupError(
+            f"--score-keep-locked: no tower of --model {config.model} is locked as a whole and the same in training "
+            "as in scoring. Unlocked layers, BatchNorm that is not frozen, dropout and other --score flags prevent it"
+        )
+    reference: Reference | None = None
+    if selector is not None and Needs.REFERENCE in selector.strategy.needs:
+        reference = build_reference(config, world, module, autocast, model.tokenizer)
+        selector.reference = reference
+    recorder: Recorder | NullRecorder = NullRecorder()
+    if config.record and selector is not None and folder is not None:
+        recorder = Recorder(
+            folder.record,
+            world,
+            train_data.shard_names,
+            train_data.locate,
+            selector.strategy.remembers,
+            config.accum_freq,
+            reports=selector.strategy.reports,
+            keep_going=config.on_save_error == "continue",
+        )
+    return TrainState(
+        config=config,
+        world=world,
+        module=module,
+        model=wrapped,
+        teacher=model.teacher,
+        loss=build_loss(config, world),
+        optimizer=optimizer,
+        scaler=build_scaler(config, world.device),
+        schedule=learning_rate(config, optimizer.param_groups[0]["lr"], steps_per_epoch),
+        autocast=autocast,
+        input_dtype=open_clip.get_input_dtype(config.precision),
+        selector=selector,
+        scorer=scorer,
+        buffers=RunningBuffers(module, world),
+        recorder=recorder,
+        skip_log=SkipLog(folder.skipped if folder else None, world, config.on_save_error == "continue"),
+        tally=Tally(world.device),
+        chooser=chooser,
+        reference=reference,
+        folder=folder.path if folder else None,
+    )
+
+
+def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
+    config = state.config
+    trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
+    step_size = config.batch_size * config.accum_freq * state.world.size
+    log.info("Model %s, %.1f M parameters to train", config.model, trainable / 1e6)
+    log.info(
+        "Training data: %s%d samples in %d shards; %d steps an epoch of %d samples",
+        "" if config.train_keep is None else f"{data.num_kept} of ", data.num_samples,
+        len(data.shard_names), steps_per_epoch, step_size,
+    )  # fmt: skip
+    if data.num_kept < step_size and state.world.is_main:
+        log.warning("A step takes %d samples of %d: some come more than once in it, as negatives of themselves; give a "
+                    "smaller --batch-size", step_size, data.num_kept)  # fmt: skip
+    if state.selector is not None:
+        log.info(
+            "Selection: %s, keeping %s of every batch; %s%s",
+            config.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
+            "" if state.chooser is None else ", chosen before loading",
+        )  # fmt: skip
+        _announce_decoys(state, data)
+
+
+def _announce_decoys(state: TrainState, data: TrainData) -> None:
+    assert state.selector is not None
+    if state.selector.strategy.decoys == 0:
+        return
+    count = 0 if state.selector.decoys is None else len(state.selector.decoys.ids)
+    log.info("%d samples are decoys: in the warm-up they have a wrong caption on purpose (--clean-decoys)", count)
+    if count < _USABLE_DECOYS and state.world.is_main:
+        log.warning(
+            "%d decoys are too few to tell wrong pairs by: raise --clean-decoys to %.2g, or give 0 to do without",
+            count, min(0.5, 2 * _USABLE_DECOYS / data.num_kept),
+        )  # fmt: skip
+
+
+# ---- evaluation
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Evaluates on this rank's share of the sets, and reports the metrics."""
+
+    config: Config
+    world: World
+    tokenizer: Tokenizer
+    retrieval: RetrievalData | None
+    classification: list[ClassificationData]
+    reporter: Reporter
+
+    def _due(self, frequency: int, epoch: int) -> bool:
+        return frequency > 0 and (epoch % frequency == 0 or epoch == self.config.epochs)
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether there is anything to evaluate on after so many complete epochs."""
+        retrieval = self.retrieval is not None and self._due(self.config.val_frequency, epoch)
+        return retrieval or (bool(self.classification) and self._due(self.config.zeroshot_frequency, epoch))
+
+    def after_epoch(self, module: torch.nn.Module, counters: Counters) -> None:
+        """Evaluate on what is due after so many complete epochs; after the last, on all."""
+        retrieval = self.retrieval if self._due(self.config.val_frequency, counters.epoch) else None
+        classification = self.classification if self._due(self.config.zeroshot_frequency, counters.epoch) else []
+        spent = {f"{phase}_seconds": seconds for phase, seconds in counters.seconds.items()}
+        samples = {"seen": counters.seen, "trained": counters.trained, "scored": counters.scored}
+        progress = {**samples, **spent}
+        self._run(module, retrieval, classification, counters.epoch, counters.step, progress)
+
+    def alone(self, module: torch.nn.Module, epoch: int, step: int) -> None:
+        """Evaluate a checkpoint on everything."""
+        self._run(module, self.retrieval, self.classification, epoch, step, {})
+
+    def _run(
+        self,
+        module: torch.nn.Module,
+        retrieval: RetrievalData | None,
+        classification: list[ClassificationData],
+        epoch: int,
+        step: int,
+        progress: dict[str, float],
+    ) -> None:
+        self.world.watch.mark("evaluate", step)
+        metrics = evaluate(
+            module,
+            retrieval,
+            classification,
+            world=self.world,
+            autocast=autocast_for(self.config.precision, self.world.device),
+            input_dtype=open_clip.get_input_dtype(self.config.precision),
+            tokenizer=self.tokenizer,
+            batch_size=self.config.batch_size,
+        )
+        sets: list[RetrievalData | ClassificationData] = [*classification]
+        if retrieval is not None:
+            sets.append(retrieval)
+        for data in sets:
+            counts = left_out(data, self.world)
+            if counts and self.world.is_main:
+                log.warning("evaluation on %s left samples out: %s", data.name, tell_left_out(counts))
+        if metrics:
+            log.info(
+                "Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {_short(value)}" for name, value in metrics.items())
+            )
+            self.reporter.evaluation(epoch, step, {**metrics, **progress})
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _evaluate_only(config: Config, model: Model, evaluator: Evaluator, checkpoint: Checkpoint | None) -> None:
+    if checkpoint is not None:
+        check_fits(
+            checkpoint,
+            model_name=config.model,
+            model_state_dict=model.module.state_dict(),
+            num_samples=None,
+            fingerprint=None,
+            strategy=None,
+            columns=(),
+        )
+        model.module.load_state_dict(checkpoint.state_dict)
+    elif not config.pretrained:
+        log.warning("Evaluating random weights: give --resume or --pretrained to load some")
+    epoch = 0 if checkpoint is None else checkpoint.epoch
+    step = 0 if checkpoint is None or checkpoint.state is None else checkpoint.state.step
+    evaluator.alone(model.module, epoch, step)

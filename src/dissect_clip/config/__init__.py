@@ -1,0 +1,1 @@
+"""Settings of a run, the command line that they make, and their validation."""

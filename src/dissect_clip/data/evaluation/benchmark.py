@@ -1,0 +1,212 @@
+"""Data sets in CLIP_benchmark's webdataset layout, in a folder or behind a URL.
+
+    nshards.txt is in test/ and train/, beside 0.tar, 1.tar, ...
+    dataset_type.txt                         retrieval, classification or multilabel; where it is missing, the second
+    classnames.txt                           a class on each line, in the order of the labels
+    zeroshot_classification_templates.txt    a prompt on each line, with {c} for the class's name
+
+Captions are the lines of KEY.txt; a class is the number in KEY.cls; of a multi-label image, KEY.npy holds a 0 or 1 for
+each class. Files behind URLs are read as shards are, with the commands that webdataset has for their schemes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+
+from dissect_clip.config.settings import Config
+from dissect_clip.data.evaluation.classification import fill_template
+from dissect_clip.data.evaluation.stream import ClassificationData, RetrievalData, classification_data, retrieval_data
+from dissect_clip.data.formats.decode import IMAGE_SUFFIXES, MAX_TEXT_SIZE, caption_suffixes
+from dissect_clip.data.formats.download import open_remote
+from dissect_clip.data.formats.urls import is_local, local_path
+from dissect_clip.data.formats.webdataset import SharedShards, numbered_shards, shared_shards
+from dissect_clip.data.loaders import Tokenizer, Transform
+from dissect_clip.distributed.world import World
+from dissect_clip.errors import SetupError
+
+FLAG = "--dataset"
+
+_CLASSNAMES = "classnames.txt"
+_TEMPLATES = "zeroshot_classification_templates.txt"
+_TYPE = "dataset_type.txt"
+
+
+class Kind(Enum):
+    """What belongs to an image, as dataset_type.txt says it."""
+
+    RETRIEVAL = "retrieval"
+    CLASSIFICATION = "classification"
+    MULTILABEL = "multilabel"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a data set is. Nothing is read before it is asked for."""
+
+    location: str  # folder or URL, without a slash at its end
+    timeout: float  # seconds to wait for a server that sends nothing
+
+    def kind(self) -> Kind:
+        """What belongs to an image. To be asked after :meth:`shards`, which tells whether the set is there at all.
+
+        Raises:
+            SetupError: dataset_type.txt holds something else.
+        """
+        text = (self._text(_TYPE) or "").strip().lower()
+        try:
+            return Kind(text or "classification")
+        except ValueError:
+            known = ", ".join(kind.value for kind in Kind)
+            raise SetupError(f"{FLAG} {self.location}: {_TYPE} says {text[:40]!r}; known are {known}") from None
+
+    def shards(self, split: str) -> list[str]:
+        """The shards of a split.
+
+        Raises:
+            SetupError: there is no such split.
+        """
+        count = self._text(f"{split}/nshards.txt")
+        if count is None:
+            raise SetupError(
+                f"{FLAG} {self.location}: it has no {split}/nshards.txt, so it is no CLIP_benchmark webdataset, or "
+                f"has no split {split}"
+            )
+        return numbered_shards(count, f"{self.location}/{split}", FLAG)
+
+    def lines(self, name: str) -> list[str]:
+        """The lines of a text file, at least one.
+
+        Raises:
+            SetupError: it is missing or empty.
+        """
+        lines = [line.strip() for line in (self._text(name) or "").splitlines()]
+        if not any(lines):
+            raise SetupError(f"{FLAG} {self.location}: {name} is missing or empty; classification needs it")
+        return lines
+
+    def classnames(self) -> list[str]:
+        """The names of the classes, in the order of the labels."""
+        return self.lines(_CLASSNAMES)
+
+    def templates(self) -> list[str]:
+        """The prompts, each with a place for the class's name.
+
+        Raises:
+            SetupError: there are none, or one has no such place.
+        """
+        lines = self.lines(_TEMPLATES)
+        for line in lines:
+            if "{c}" not in line:
+                raise SetupError(f"{FLAG} {self.location}: {_TEMPLATES} has the line {line!r} without {{c}}")
+        return lines
+
+    def _text(self, name: str) -> str | None:
+        """A text file of the set, or None where it is not there."""
+        url = f"{self.location}/{name}"
+        try:
+            data = self._local(url) if is_local(url) else self._remote(url)
+            return None if data is None else data.decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SetupError(f"{FLAG}: {url} cannot be read: {error}") from error
+
+    def _local(self, url: str) -> bytes | None:
+        path = Path(local_path(url))
+        return path.read_bytes() if path.is_file() else None
+
+    def _remote(self, url: str) -> bytes | None:
+        with open_remote(url, self.timeout) as stream:
+            try:
+                data = stream.read(MAX_TEXT_SIZE)
+            except TimeoutError:
+                raise
+            except OSError:  # of a command that failed; which statuses say that a file is missing differs by scheme
+                return None
+        return data
+
+
+_PAGE = re.compile(r"(https://huggingface\.co/datasets/.*)/(?:tree|resolve)/([^/]+)")
+"""A data set's page on Hugging Face, or where its files are: repository and revision."""
+
+
+def _layout(place: str, timeout: float) -> Layout:
+    """The data set at a folder or URL; of a page on Hugging Face, where its files are.
+
+    Raises:
+        SetupError: it is a command, which a list of data sets may not run.
+    """
+    if place.startswith("pipe:"):
+        raise SetupError(f"{FLAG} {place}: a data set is a folder or URL, and no command")
+    page = _PAGE.fullmatch(place)
+    return Layout(place if page is None else f"{page[1]}/resolve/{page[2]}", timeout)
+
+
+def locate(entry: str, root: str | None, timeout: float) -> tuple[str, Layout]:
+    """The name and place of a data set, as CLIP_benchmark's --dataset and --dataset_root have it.
+
+    Without a root an entry is a folder or URL, and its last part the name. ``wds/`` before a name is no part of its
+    place.
+
+    Raises:
+        SetupError: the root has a field in braces that is not known, or the place is a command.
+    """
+    if root is None:
+        path = entry.rstrip("/") if "://" in entry else os.path.abspath(entry)
+        page = _PAGE.fullmatch(path)
+        return (path if page is None else page[1]).rpartition("/")[2], _layout(path, timeout)
+    bare = entry.removeprefix("wds/")
+    try:
+        place = root.format(dataset=bare, dataset_cleaned=bare.replace("/", "-"))
+    except (KeyError, IndexError, ValueError) as error:
+        raise SetupError(f"--dataset-root {root}: {error}; known are {{dataset}} and {{dataset_cleaned}}") from error
+    return entry, _layout(place.rstrip("/"), timeout)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A split of a data set, with what is needed to read it. Picklable: found by one rank for all."""
+
+    name: str
+    kind: Kind
+    source: SharedShards
+    classnames: list[str]  # none for retrieval
+    templates: list[str]  # none where they are not needed
+
+    def retrieval(self, config: Config, world: World, transform: Transform, tokenizer: Tokenizer) -> RetrievalData:
+        """This rank's share of images with captions."""
+        return retrieval_data(self.source, config, world, transform, tokenizer, self.name)
+
+    def classification(self, config: Config, world: World, transform: Transform) -> ClassificationData:
+        """This rank's share of images with labels."""
+        templates = [partial(fill_template, template) for template in self.templates]
+        multilabel = self.kind is Kind.MULTILABEL
+        return classification_data(
+            self.name, self.source, self.classnames, templates, config, world, transform, multilabel
+        )
+
+
+_LABELS = {Kind.CLASSIFICATION: "cls", Kind.MULTILABEL: "npy"}
+
+
+def find_split(name: str, layout: Layout, split: str, *, templates: bool) -> Found:
+    """A split of a data set, with its prompts if they are asked for. Not collective.
+
+    Raises:
+        SetupError: something is missing or broken.
+    """
+    shards = layout.shards(split)
+    kind = layout.kind()
+    if kind is Kind.RETRIEVAL:
+        return Found(name, kind, shared_shards(shards, caption_suffixes(None), FLAG, layout.timeout), [], [])
+    suffixes = frozenset((*IMAGE_SUFFIXES, _LABELS[kind]))
+    return Found(
+        name=name,
+        kind=kind,
+        source=shared_shards(shards, suffixes, FLAG, layout.timeout),
+        classnames=layout.classnames(),
+        templates=layout.templates() if templates else [],
+    )

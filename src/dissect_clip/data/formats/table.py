@@ -1,0 +1,162 @@
+"""Sources of tables, whose rows can be read in any order: csv files and synthetic data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dissect_clip.config.settings import Config
+from dissect_clip.data.evaluation.stream import RetrievalData, retrieval_data
+from dissect_clip.data.formats.decode import RawSample
+from dissect_clip.data.loaders import Tokenizer, TrainData, TrainStream, Transform, make_loader
+from dissect_clip.data.sampling.plan import Coverage, Place, count_batches, span_rows
+from dissect_clip.data.sampling.progress import Bits, count_marked, flipped
+from dissect_clip.data.sampling.subset import Names, list_digest, read_list
+from dissect_clip.data.skips import SkipCounter
+from dissect_clip.distributed.world import World
+from dissect_clip.errors import SetupError
+from dissect_clip.seeding import Stream, derive_seed
+
+
+class Table(Protocol):
+    """Rows that can be read in any order. Picklable."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> RawSample:
+        """One row."""
+        ...
+
+    def keys(self) -> Iterator[str]:
+        """The key of each row."""
+        ...
+
+
+class Rows:
+    """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.loaders.Samples`.
+
+    Those at the places ``once`` come once in the epoch; before them are the first of two times, behind them the second.
+    """
+
+    def __init__(self, table: Table, rows: NDArray[np.int64], once: range, done: int) -> None:
+        self._table, self._rows, self._once, self._done = table, rows, once, done
+
+    def __iter__(self) -> Iterator[RawSample]:
+        """All of them."""
+        for row in self._rows[self._done :].tolist():
+            twice, again = self._done < self._once.start, self._done >= self._once.stop
+            self._done += 1
+            yield self._table.read(row)._replace(twice=twice, again=again)
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """How many rows are done."""
+        return (self._done,)
+
+
+@dataclass(frozen=True)
+class TableSource:
+    """Every row of a table that is not left out once an epoch, in an order drawn from (seed, epoch)."""
+
+    table: Table
+    num_batches: int
+    batch_size: int
+    seed: int
+    left_out: Bits | None = None  # rows that no attempt gives
+    visited: Bits | None = None  # rows that the first attempt leaves out, with those
+    rest_batches: int = 0  # of a rank, for those that it does not
+    coverage = Coverage.ONCE
+    shuffle_buffer = 0
+
+    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]) -> Rows:
+        """See :class:`dissect_clip.data.loaders.Source`."""
+        (done,) = position or (0,)
+        if attempt == 0 and self.visited is not None:
+            rows, once = self._span(self.rest_batches, epoch, place, self.visited)
+            return Rows(self.table, rows, once, done)
+        rows, once = self._span(self.num_batches, epoch, place, self.left_out)
+        if attempt > 0:
+            seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
+            np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
+        return Rows(self.table, rows, once, done)
+
+    def _span(
+        self, num_batches: int, epoch: int, place: Place, left_out: Bits | None
+    ) -> tuple[NDArray[np.int64], range]:
+        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, left_out)
+
+    def rest(self, visited: Bits, num_batches: int) -> TableSource:
+        """See :class:`dissect_clip.data.loaders.Source`."""
+        return dataclasses.replace(self, visited=visited, rest_batches=num_batches)
+
+    def describe(self, place: Place, epoch: int) -> str:
+        """The table's name."""
+        return self.table.name
+
+
+@dataclass(frozen=True)
+class SharedTable:
+    """Rows that all workers read once, together."""
+
+    table: Table
+
+    def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
+        """See :class:`dissect_clip.data.evaluation.stream.EvalSource`."""
+        for row in range(place.number, len(self.table), place.total):
+            yield self.table.read(row)
+
+
+def _for_tables(config: Config) -> Config:
+    """The settings with those that are about files inside shards at rest: a row is a pair, its caption one text."""
+    return dataclasses.replace(config, json_caption_key=None, val_captions="whole")
+
+
+def table_train(
+    table: Table, fingerprint: str, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+) -> TrainData:
+    """The loader of a table's rows; not collective.
+
+    Raises:
+        SetupError: with --dataset-resampled, or where the list of --train-keep does not fit.
+    """
+    if config.dataset_resampled:
+        raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
+    left_out, num_kept, sizes = None, len(table), np.array([len(table)])
+    if config.train_keep is not None:
+        keep = read_list(config.train_keep, Names((table.name,), sizes, lambda _: table.keys()), "--train-keep")
+        left_out, num_kept = flipped(keep, len(table)), count_marked(keep)
+        fingerprint = f"{fingerprint}+{list_digest(keep)}"
+    num_batches = count_batches(num_kept, config.batch_size, world.size, config.accum_freq)
+    source = TableSource(table, num_batches, config.batch_size, config.seed, left_out)
+    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer, left_out)
+    return TrainData(
+        world=world,
+        loader=make_loader(stream, config.workers, world),
+        stream=stream,
+        num_samples=len(table),
+        fingerprint=fingerprint,
+        shard_names=(table.name,),
+        shard_sizes=sizes,
+        find_shard=all_in_first,
+        num_kept=num_kept,
+        left_out=left_out,
+    )
+
+
+def table_retrieval(
+    table: Table, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+) -> RetrievalData:
+    """A table's rows as validation data; not collective."""
+    return retrieval_data(SharedTable(table), _for_tables(config), world, transform, tokenizer)
+
+
+def all_in_first(sample_id: NDArray[np.int64]) -> NDArray[np.int32]:
+    """[N] ids -> [N] places of their files, where there is one only."""
+    return np.zeros(len(sample_id), np.int32)

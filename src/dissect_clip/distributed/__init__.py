@@ -1,0 +1,1 @@
+"""The processes of a run: collectives, the watchdog, agreement and signals."""

@@ -1,0 +1,1 @@
+"""The strategies, one file or folder each."""

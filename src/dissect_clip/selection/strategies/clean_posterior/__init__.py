@@ -1,0 +1,1 @@
+"""Draw by the probability that a pair is clean."""
