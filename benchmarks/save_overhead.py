@@ -64,12 +64,12 @@ class Run:
         self.data: TrainData = build_train(config, world, model.preprocess_train, model.tokenizer, folder)
         run = RunFolder(folder, "run", None)
         run.checkpoints.mkdir(parents=True)
-        self.steps = self.data.num_batches // config.accum_freq
+        self.steps = self.data.num_batches // config.training.accum_freq
         self.state: TrainState = build_state(config, world, model, self.data, run, self.steps)
         self.saver = Saver(self.state, self.data, run, NoSync())
         assert self.saver.writer is not None
         self.writer = self.saver.writer
-        self.epochs_per_turn = math.ceil(config.save_every_n_steps / self.steps)
+        self.epochs_per_turn = math.ceil(config.checkpoint.save_every_n_steps / self.steps)
         self.stopped = 0.0
         self.saves = 0
 
@@ -84,7 +84,7 @@ class Run:
         began = time.perf_counter()
         for _ in range(self.epochs_per_turn):
             train_epoch(self.state, self.data, Reporters(), self.save if saving else None)
-            if saving and self.state.counters.step % self.state.config.save_every_n_steps == 0:
+            if saving and self.state.counters.step % self.state.config.checkpoint.save_every_n_steps == 0:
                 self.save()  # due at the end of the epoch
         self.writer.wait()
         return time.perf_counter() - began

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--context-lengths", type=int, nargs="*", default=[16])
     options, words = parser.parse_known_args()
     config = parse_args([*words, "--workers", "0", "--logs", "none", "--precision", "fp32"], summaries())
-    world = World(device=torch.device(config.device))
+    world = World(device=torch.device(config.distributed.device))
     model = build_model(config, world)
     data = build_train(config, world, model.preprocess_train, model.tokenizer, None)
     batches = [batch.to(world.device) for batch in itertools.islice(data.loader, options.batches)]
@@ -151,9 +151,9 @@ def main() -> None:
             figures[name]["differential"] = round(statistics.mean(fallen), 4)
     report(
         "score_agreement",
-        model=config.model,
+        model=config.model.model,
         image_size=list(batches[0].image.shape[-2:]),
-        batch_size=config.batch_size,
+        batch_size=config.training.batch_size,
         checkpoints=[checkpoint.split("/")[-1] for checkpoint in options.checkpoint],
         rate=options.rate,
         exact_ms=quartiles(1000 * value for value in seconds["exact"]),

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.urls import check_present, expand
 from dissect_clip.data.formats.webdataset import shard_names
 from dissect_clip.data.sampling.shard_ids import index_shards
@@ -201,7 +201,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table with a column key, as Parquet")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed as JSON")
     parser.add_argument(
-        "--data-timeout", type=float, default=Config.data_timeout, metavar="SECONDS", help="as in training"
+        "--data-timeout", type=float, default=DataSettings.data_timeout, metavar="SECONDS", help="as in training"
     )
     args = parser.parse_args(argv)
     if args.train_data is None and (args.wrong is not None or args.output is not None):

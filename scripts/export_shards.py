@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.tar import DamagedTarError, ShardReader, split_name
 from dissect_clip.data.formats.urls import check_present, expand
 from dissect_clip.data.formats.webdataset import Wanted, shard_names
@@ -270,7 +270,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data-timeout",
         type=float,
-        default=Config.data_timeout,
+        default=DataSettings.data_timeout,
         metavar="SECONDS",
         help="give a remote shard up that sends nothing for so long (default: %(default)g, as in training)",
     )

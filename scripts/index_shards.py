@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.urls import check_present, expand, name_some
 from dissect_clip.data.sampling.shard_ids import Scan
 from dissect_clip.data.sampling.shard_sizes import add_sizes, keep_sizes, known_sizes, merge_by_name, write_sizes
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--data-timeout",
         type=float,
-        default=Config.data_timeout,
+        default=DataSettings.data_timeout,
         metavar="SECONDS",
         help="give a remote shard up that sends nothing for so long (default: %(default)g, as in training)",
     )

@@ -362,7 +362,7 @@ def make_jobs(grids: Sequence[Grid], options: argparse.Namespace) -> list[Job]:
             points = [point for point in points if point.name == options.cell]
         grid.check(points)
         for point in points:
-            job = Job(grid, point, grid.cell(point, options.runs), grid.config(point).epochs)
+            job = Job(grid, point, grid.cell(point, options.runs), grid.config(point).training.epochs)
             other = jobs.setdefault(point.name, job)
             if (other.cell.identity, other.cell.evaluations) != (job.cell.identity, job.cell.evaluations):
                 raise SetupError(

@@ -58,7 +58,11 @@ def score_data_set(folder: Path, flags: Sequence[str], passes: int, remembered: 
     """
     config = _settings(flags)
     world = init_world(
-        config.device, config.dist_backend, config.dist_url, not config.no_set_device_rank, config.rank_timeout
+        config.distributed.device,
+        config.distributed.dist_backend,
+        config.distributed.dist_url,
+        not config.distributed.no_set_device_rank,
+        config.distributed.rank_timeout,
     )
     try:
         world.on_main(lambda: _prepare(folder))
@@ -79,12 +83,12 @@ def score_data_set(folder: Path, flags: Sequence[str], passes: int, remembered: 
 
 def _settings(flags: Sequence[str]) -> Config:
     config = parse_args(flags, summaries())
-    if not config.trains or config.dataset_resampled:
+    if not config.data.trains or config.data.dataset_resampled:
         raise SetupError("name the data set with --train-data, and leave out --dataset-resampled")
-    if (config.resume is None) == (not config.pretrained) or config.resume == "latest":
+    if (config.checkpoint.resume is None) == (not config.model.pretrained) or config.checkpoint.resume == "latest":
         raise SetupError("name the weights that score: either --resume CHECKPOINT or --pretrained WEIGHTS")
     # With ids and keys, as a run that selects and records.
-    return dataclasses.replace(config, select=True, record=True, accum_freq=1)
+    return config.replace(select=True, record=True, accum_freq=1)
 
 
 def _prepare(folder: Path) -> None:
@@ -99,11 +103,13 @@ def _score(world: World, folder: Path, config: Config, passes: int, remembered: 
     before = _load_weights(model.module, config, remembered)
     data = build_train(config, world, _whole_images(model.preprocess_eval), model.tokenizer, None)
     if before is not None and (len(before.scores), before.fingerprint) != (data.num_samples, _without_list(data)):
-        raise SetupError(f"--resume {config.resume} was trained on other data, so its scores are of other samples")
-    scorer = build_scorer(config, model.module, autocast_for(config.precision, world.device), model.tokenizer)
+        raise SetupError(
+            f"--resume {config.checkpoint.resume} was trained on other data, so its scores are of other samples"
+        )
+    scorer = build_scorer(config, model.module, autocast_for(config.training.precision, world.device), model.tokenizer)
     columns = () if before is None else (COLUMN,)
     recorder = Recorder(folder, world, data.shard_names, data.locate, columns)
-    sample_loss = SampleLoss(world, config.siglip)
+    sample_loss = SampleLoss(world, config.model.siglip)
     none = torch.empty(0, dtype=torch.int64, device=world.device)
     for number in range(passes):
         data.set_epoch(number)
@@ -112,7 +118,7 @@ def _score(world: World, folder: Path, config: Config, passes: int, remembered: 
             world.watch.mark("score", number * data.num_batches + step)
             data.taken(batch)
             memory = torch.empty(len(batch), 0) if before is None else before.scores[batch.sample_id]
-            batch = batch.to(world.device, open_clip.get_input_dtype(config.precision))
+            batch = batch.to(world.device, open_clip.get_input_dtype(config.training.precision))
             candidates = _scores(batch, scorer, sample_loss, memory.to(world.device), number)
             recorder.append(batch, Selection(none, candidates))
         recorder.end()
@@ -141,13 +147,14 @@ def _without_list(data: TrainData) -> str:
 
 def _load_weights(module: Any, config: Config, remembered: bool) -> Remembered | None:
     """Load a checkpoint's weights where there is one; gives what its run remembered where that is asked for."""
-    if config.resume is None:
+    if config.checkpoint.resume is None:
         if remembered:
             raise SetupError("--method differential needs a checkpoint that remembers scores: give --resume")
         return None
-    checkpoint = load_checkpoint(config.resume)
+    checkpoint = load_checkpoint(config.checkpoint.resume)
     check_fits(
-        checkpoint, model_name=config.model, model_state_dict=module.state_dict(), num_samples=None, fingerprint=None,
+        checkpoint, model_name=config.model.model, model_state_dict=module.state_dict(), num_samples=None,
+        fingerprint=None,
         strategy=None, columns=(),
     )  # fmt: skip
     module.load_state_dict(checkpoint.state_dict)
@@ -156,7 +163,8 @@ def _load_weights(module: Any, config: Config, remembered: bool) -> Remembered |
     state = checkpoint.state
     if state is None or checkpoint.scores is None or state.columns != (COLUMN,):
         raise SetupError(
-            f"--method differential: --resume {config.resume} does not remember CLIPScores, as checkpoints of "
+            f"--method differential: --resume {config.checkpoint.resume} does not remember CLIPScores, as "
+            "checkpoints of "
             "warmup_base_sampling and historical_base_sampling do without --score-refresh"
         )
     return Remembered(checkpoint.scores, state.fingerprint.partition("+")[0])

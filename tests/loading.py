@@ -77,9 +77,9 @@ def load(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torch, where there are more workers than cores
         if sizes is None:
-            table = csv if config.train_data else synthetic
+            table = csv if config.data.train_data else synthetic
             return table.build_train(config, world or World(), jittered, tokenize)
-        sources = expand(config.train_data)
+        sources = expand(config.data.train_data)
         index = ShardIndex(tuple(chain(*sources)), np.array(sizes), "test") if len(sizes) else None
         return train_data(config, world or World(), jittered, tokenize, sources, index, keep)
 

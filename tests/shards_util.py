@@ -106,4 +106,4 @@ def tokenize(texts: list[str]) -> torch.Tensor:
 
 def data_config(**changes: Any) -> Config:
     """Settings for loaders: small batches, in this process."""
-    return Config(**({"workers": 0, "batch_size": 4} | changes))
+    return Config.of(**({"workers": 0, "batch_size": 4} | changes))

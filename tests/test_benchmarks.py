@@ -251,7 +251,7 @@ def test_flags_of_all_modes_are_known(bench: Any, tmp_path: Path):
         study.parse([*data, "--modes", *study.MODES, "mine", "--define", "mine=--lr 0.5", "--common-flags", "--wd 0.1"])
     )
     configs = {mode: parse_args(made.command(mode, 7), summaries()) for mode in made.modes}
-    assert all(config.seed == 7 and config.wd == 0.1 for config in configs.values())
+    assert all(config.training.seed == 7 and config.training.wd == 0.1 for config in configs.values())
     assert configs["mine"].lr == 0.5
     assert not configs["full"].select
     assert configs["random, equal pairs"].select_rate == pytest.approx((8 + 32 * 0.3) / 40)

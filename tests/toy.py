@@ -58,7 +58,7 @@ def make_config(folder: Path, **changes: Any) -> Config:
         "model": "toy-vit", "model_config": write_configs(folder), "precision": "fp32", "device": "cpu", "logs": "none",
         "lr": 1e-3, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "warmup": 0, "workers": 0, "batch_size": 8,
     }  # fmt: skip
-    return Config(**(defaults | changes))
+    return Config.of(**(defaults | changes))
 
 
 def make_module(folder: Path, **changes: Any) -> nn.Module:

@@ -71,7 +71,7 @@ STATE = RunState(
 INSIDE = dataclasses.replace(STATE, epoch_step=3)
 LOADER = {"layout": {"world size": 1}, "workers": torch.arange(3), "visited": None}
 SHARDS = Shards(("a.tar", "b.tar"), np.array([2, 3]))
-CONFIG = Config(epochs=10)
+CONFIG = Config.of(epochs=10)
 
 
 def make_store(value: float = 1.0, columns: tuple[str, ...] = ("clip_score",)) -> ScoreStore:
@@ -260,21 +260,21 @@ def test_format_1_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("frequency", "kept"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5]), (7, [5])])
 def test_save_frequency_and_the_last_epoch(tmp_path: Path, frequency: int, kept: list[int]) -> None:
-    config = Config(epochs=5, save_frequency=frequency)
+    config = Config.of(epochs=5, save_frequency=frequency)
     saved = [save_checkpoint(tmp_path, epoch, make_content(), None, config=config) for epoch in range(1, 6)]
     assert names(tmp_path) == [f"epoch_{epoch}.pt" for epoch in kept]
     assert [path for path in saved if path is not None] == [tmp_path / f"epoch_{epoch}.pt" for epoch in kept]
 
 
 def test_delete_previous_keeps_the_newest_only(tmp_path: Path) -> None:
-    config = Config(epochs=10, save_frequency=2, delete_previous_checkpoint=True)
+    config = Config.of(epochs=10, save_frequency=2, delete_previous_checkpoint=True)
     for epoch in range(1, 8):
         save(tmp_path, epoch, config)
     assert names(tmp_path) == ["epoch_6.pt", "epoch_6.scores.safetensors"]
 
 
 def test_most_recent_is_replaced_with_its_scores(tmp_path: Path) -> None:
-    config = Config(epochs=10, save_frequency=0, save_most_recent=True)
+    config = Config.of(epochs=10, save_frequency=0, save_most_recent=True)
     for epoch in (1, 2):
         assert save(tmp_path, epoch, config, value=float(epoch)) == tmp_path / "epoch_latest.pt"
     assert len(names(tmp_path)) == 2
@@ -293,7 +293,7 @@ def test_a_newer_checkpoint_replaces_those_inside_the_epoch(tmp_path: Path, step
 
 
 def test_with_save_frequency_0_the_newest_inside_an_epoch_stays(tmp_path: Path) -> None:
-    config = Config(epochs=3, save_frequency=0)
+    config = Config.of(epochs=3, save_frequency=0)
     for epoch in (0, 1):
         save(tmp_path, epoch, config, step=10 * epoch + 5)
         assert save(tmp_path, epoch + 1, config) is None
@@ -303,7 +303,7 @@ def test_with_save_frequency_0_the_newest_inside_an_epoch_stays(tmp_path: Path) 
 
 
 def test_the_most_recent_replaces_those_inside_the_epoch(tmp_path: Path) -> None:
-    config = Config(epochs=10, save_frequency=0, save_most_recent=True)
+    config = Config.of(epochs=10, save_frequency=0, save_most_recent=True)
     save(tmp_path, 1, config, step=8)
     save(tmp_path, 2, config)
     assert names(tmp_path) == ["epoch_latest.pt", "epoch_latest.scores.safetensors"]
@@ -343,7 +343,7 @@ def test_what_cannot_be_deleted_is_a_warning(
 def test_dying_while_saving_leaves_the_checkpoint_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    config = Config(epochs=10, delete_previous_checkpoint=True)
+    config = Config.of(epochs=10, delete_previous_checkpoint=True)
     save(tmp_path, 1, config)
     with monkeypatch.context() as patch:
         fail_at(patch, lambda name: name == victim)
@@ -360,7 +360,7 @@ def test_dying_while_saving_leaves_the_checkpoint_before(
 def test_dying_while_replacing_the_most_recent_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
-    config = Config(epochs=10, save_frequency=0, save_most_recent=True)
+    config = Config.of(epochs=10, save_frequency=0, save_most_recent=True)
     save(tmp_path, 1, config, value=1.0)
     with monkeypatch.context() as patch:
         fail_at(patch, lambda name: name.endswith(victim))
@@ -394,7 +394,7 @@ def test_dying_while_an_epoch_is_saved_again_leaves_what_was_there(
 def test_a_second_run_of_the_same_name_puts_no_half_file_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Config(epochs=10, delete_previous_checkpoint=True)
+    config = Config.of(epochs=10, delete_previous_checkpoint=True)
     save_checkpoint(tmp_path, 1, make_content(), None, config=config)
     real_save = torch.save
 
@@ -496,7 +496,7 @@ def make_writer(tmp_path: Path) -> Iterator[Callable[..., CheckpointWriter]]:
     with contextlib.ExitStack() as stack:
 
         def make(**settings: Any) -> CheckpointWriter:
-            writer = CheckpointWriter(tmp_path, Config(epochs=10, **settings))
+            writer = CheckpointWriter(tmp_path, Config.of(epochs=10, **settings))
             stack.callback(writer.close)
             return writer
 
@@ -542,7 +542,7 @@ def test_a_save_waits_for_the_one_before(
 
 
 def test_nothing_is_copied_where_nothing_is_to_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = CheckpointWriter(tmp_path, Config(epochs=10, save_frequency=0))
+    writer = CheckpointWriter(tmp_path, Config.of(epochs=10, save_frequency=0))
     monkeypatch.setattr(HostCopies, "take", None)
     save_with(writer, 1)
     writer.close()
@@ -693,7 +693,7 @@ def save_for_ever(folder: Path, complete: Any) -> None:
     """Go on from the newest checkpoint, saving at every step, five an epoch; ``complete`` gets the last on the disk."""
     os.fsync = lambda handle: None  # type: ignore[assignment] # the machine stays up, and this takes most of the time
     logging.disable()
-    writer = CheckpointWriter(folder, Config(epochs=1000, delete_previous_checkpoint=True, save_most_recent=True))
+    writer = CheckpointWriter(folder, Config.of(epochs=1000, delete_previous_checkpoint=True, save_most_recent=True))
     latest = find_latest(folder)
     at = 0 if latest is None else int(weight(load_checkpoint(latest)))
     while True:
@@ -928,7 +928,7 @@ def test_the_newest_is_found_by_number_not_by_name(tmp_path: Path) -> None:
 
 
 def test_those_inside_an_epoch_come_after_its_beginning_and_before_its_end(tmp_path: Path) -> None:
-    config = Config(epochs=10)
+    config = Config.of(epochs=10)
     found = []
     for epoch, step in ((2, None), (2, 9), (2, 10), (3, None)):
         save(tmp_path, epoch, config, step=step)
@@ -1009,7 +1009,7 @@ def test_one_whose_storage_cannot_be_read_is_not_passed_over(tmp_path: Path, mon
 
 @pytest.mark.parametrize(("latest", "expected"), [(5, "epoch_latest.pt"), (3, "epoch_4.pt")])
 def test_the_most_recent_counts_by_the_epoch_inside(tmp_path: Path, latest: int, expected: str) -> None:
-    save(tmp_path, latest, Config(epochs=10, save_frequency=0, save_most_recent=True))
+    save(tmp_path, latest, Config.of(epochs=10, save_frequency=0, save_most_recent=True))
     save(tmp_path, 4)
     assert find_latest(tmp_path) == tmp_path / expected
 
@@ -1024,19 +1024,19 @@ def make_run(folder: Path) -> RunFolder:
 
 
 def test_resume_takes_a_path_as_it_is(tmp_path: Path) -> None:
-    assert find_resume(Config(resume="some.pt"), make_run(tmp_path), World()) == "some.pt"
-    assert find_resume(Config(), make_run(tmp_path), World()) is None
+    assert find_resume(Config.of(resume="some.pt"), make_run(tmp_path), World()) == "some.pt"
+    assert find_resume(Config.of(), make_run(tmp_path), World()) is None
 
 
 def test_resume_latest_finds_the_runs_newest(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     save(run.checkpoints, 3)
-    assert find_resume(Config(resume="latest"), run, World()) == str(run.checkpoints / "epoch_3.pt")
+    assert find_resume(Config.of(resume="latest"), run, World()) == str(run.checkpoints / "epoch_3.pt")
 
 
 def test_resume_latest_of_nothing_starts_anew_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        assert find_resume(Config(resume="latest"), make_run(tmp_path), World()) is None
+        assert find_resume(Config.of(resume="latest"), make_run(tmp_path), World()) is None
     assert "starting anew" in caplog.text
 
 
@@ -1045,7 +1045,7 @@ def test_resume_latest_does_not_start_anew_where_no_checkpoint_can_be_read(tmp_p
     damaged(run.checkpoints, "truncated")
     (run.checkpoints / "epoch_latest.pt").write_bytes(b"")
     with pytest.raises(SetupError, match=r"none .* can be read \(epoch_1\.pt, epoch_latest\.pt; see.*to start anew"):
-        find_resume(Config(resume="latest"), run, World())
+        find_resume(Config.of(resume="latest"), run, World())
 
 
 def test_resume_latest_fetches_one_inside_an_epoch_with_its_scores(tmp_path: Path) -> None:
@@ -1055,7 +1055,7 @@ def test_resume_latest_fetches_one_inside_an_epoch_with_its_scores(tmp_path: Pat
     save(remote, 2, value=1.0)
     for value in (2.0, 3.0):
         save(remote, 2, value=value, step=15)  # the second has scores of another name
-    config = Config(resume="latest", remote_sync=f"file://{tmp_path}/there", remote_sync_protocol="fsspec")
+    config = Config.of(resume="latest", remote_sync=f"file://{tmp_path}/there", remote_sync_protocol="fsspec")
     found = find_resume(config, run, World())
     assert found == str(run.checkpoints / "epoch_2_step_15.pt")
     assert score(load_checkpoint(found)) == 3.0
@@ -1068,7 +1068,7 @@ def test_resume_latest_fetches_the_newest_whole_remote_one(tmp_path: Path) -> No
     for epoch in (1, 2, 3):
         save(remote, epoch, value=float(epoch))
     (remote / "epoch_3.scores.safetensors").unlink()
-    config = Config(resume="latest", remote_sync=f"file://{tmp_path}/there", remote_sync_protocol="fsspec")
+    config = Config.of(resume="latest", remote_sync=f"file://{tmp_path}/there", remote_sync_protocol="fsspec")
     found = find_resume(config, run, World())
     assert found == str(run.checkpoints / "epoch_2.pt")
     assert score(load_checkpoint(found)) == 2.0

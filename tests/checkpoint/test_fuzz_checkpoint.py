@@ -82,7 +82,7 @@ def whole() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scores = ScoreStore(5, ("loss",), World()).state_dict()
-        save_checkpoint(folder, 2, make_content(), scores, config=Config(epochs=9), step=12)
+        save_checkpoint(folder, 2, make_content(), scores, config=Config.of(epochs=9), step=12)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from open_clip_train.params import parse_args as open_clip_parse_args
 
+from dissect_clip.config.fields import Range
+from dissect_clip.config.flags import ADDED, UNSUPPORTED
 from dissect_clip.config.parser import build_parser, parse_args
-from dissect_clip.config.settings import ADDED, UNSUPPORTED, Config, Range, parse_strategy
+from dissect_clip.config.settings import Config, parse_strategy
 
 STRATEGIES = {
     "random": "a uniformly random part",
@@ -151,12 +153,17 @@ def test_vit_and_resnet_differ_in_beta2_and_eps() -> None:
 
 def test_a_given_value_is_kept_beside_the_optimizers_defaults() -> None:
     config = parse(*SYNTHETIC, "--model", "ViT-B-32", "--lr", "0", "--eps", "1e-7")
-    assert (config.lr, config.beta2, config.eps) == (0.0, 0.98, 1e-7)
+    assert (config.training.lr, config.training.beta2, config.training.eps) == (0.0, 0.98, 1e-7)
 
 
 def test_a_timm_optimizer_keeps_its_own_defaults() -> None:
     config = parse(*SYNTHETIC, "--opt", "timm/lamb", "--lr", "1e-3")
-    assert (config.lr, config.beta1, config.beta2, config.eps) == (1e-3, None, None, None)
+    assert (config.training.lr, config.training.beta1, config.training.beta2, config.training.eps) == (
+        1e-3,
+        None,
+        None,
+        None,
+    )
 
 
 SMOKE = (
@@ -175,7 +182,7 @@ SMOKE = (
 )
 def test_openclips_own_smoke_commands_parse_to_what_openclip_reads(model: str) -> None:
     argv = f"{SMOKE} {model}".split()
-    ours, theirs = dataclasses.asdict(parse(*argv)), vars(open_clip_parse_args(argv))
+    ours, theirs = parse(*argv).flat(), vars(open_clip_parse_args(argv))
     differing = {name for name, value in theirs.items() if name in ours and ours[name] != value}
     assert differing == set()
 
@@ -405,7 +412,7 @@ def test_settings_survive_json() -> None:
     read: dict[str, Any] = {
         name: tuple(v) if isinstance(v, list) else v for name, v in json.loads(config.to_json()).items()
     }
-    assert Config(**read) == config
+    assert Config.of(**read) == config
 
 
 # ---- defaults that depend on other settings

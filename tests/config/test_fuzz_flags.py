@@ -106,10 +106,10 @@ def survives_json(config: Config) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     read = json.loads(config.to_json(), parse_constant=refuse)
-    assert read == plain(dataclasses.asdict(config))
+    assert read == plain(config.flat())
     fields = {name: tuple(v) if isinstance(v, list) else v for name, v in read.items()}
-    assert plain(dataclasses.asdict(Config(**fields))) == read
-    assert all(math.isfinite(v) for v in dataclasses.asdict(config).values() if isinstance(v, float))
+    assert plain(Config.of(**fields).flat()) == read
+    assert all(math.isfinite(v) for v in config.flat().values() if isinstance(v, float))
 
 
 @settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

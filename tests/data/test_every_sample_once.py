@@ -60,9 +60,9 @@ def check_epoch(ranks, epochs, num_samples):
     """The batches of all ranks [rank][batch] in one epoch."""
     config, world_size = ranks[0].stream.config, len(ranks)
     assert {len(batches) for batches in epochs} == {ranks[0].num_batches}
-    assert {len(batch) for batches in epochs for batch in batches} <= {config.batch_size}
+    assert {len(batch) for batches in epochs for batch in batches} <= {config.training.batch_size}
     counts = Counter(ids_of(list(chain(*epochs))))
-    step = config.batch_size * config.accum_freq * world_size
+    step = config.training.batch_size * config.training.accum_freq * world_size
     assert set(counts) == set(range(num_samples))
     assert sum(counts.values()) == -(-num_samples // step) * step
     assert max(counts.values()) <= -(-sum(counts.values()) // num_samples)

@@ -1,6 +1,5 @@
 """Training on shards: ids, epochs, skipped samples. Ranks are simulated in this process, but for collectives."""
 
-import dataclasses
 import gc
 import logging
 import pickle
@@ -41,7 +40,7 @@ def load(config, world=None, sizes=None, transform=to_tensor):
     """The loader of one simulated rank; with ``sizes`` as if they were recorded."""
     if sizes is None:
         return build_train(config, world or World(), transform, tokenize, None)
-    sources = expand(config.train_data)
+    sources = expand(config.data.train_data)
     urls = tuple(chain(*sources))
     index = ShardIndex(urls, np.array(sizes), "test")
     return train_data(config, world or World(), transform, tokenize, sources, index)
@@ -119,14 +118,14 @@ def test_the_same_seed_and_epoch_give_the_same_batches(tmp_path, workers):
 def test_one_worker_reads_as_the_training_process_does(tmp_path):
     config = data_config(train_data=make_shards(tmp_path, [9, 6]))
     own = epoch_of(load(config, transform=jittered))
-    worker = epoch_of(load(dataclasses.replace(config, workers=1), transform=jittered))
+    worker = epoch_of(load(config.replace(workers=1), transform=jittered))
     assert ids_of(own) == ids_of(worker)
     assert all(torch.equal(a.image, b.image) for a, b in zip(own, worker, strict=True))
 
 
 def test_epochs_and_seeds_differ(tmp_path):
     config = data_config(train_data=make_shards(tmp_path, [20, 20]))
-    data, other = load(config), load(dataclasses.replace(config, seed=1))
+    data, other = load(config), load(config.replace(seed=1))
     orders = [ids_of(epoch_of(data, 0)), ids_of(epoch_of(data, 1)), ids_of(epoch_of(other, 0))]
     assert len({tuple(order) for order in orders}) == 3
 
@@ -140,9 +139,9 @@ def test_loading_leaves_the_training_process_s_random_numbers_alone(tmp_path):
 
 def test_what_is_loaded_can_be_sent_to_spawned_workers(tmp_path):
     config = data_config(train_data=make_shards(tmp_path, [5]))
-    index = ShardIndex(tuple(expand(config.train_data)[0]), np.array([5]), "test")
+    index = ShardIndex(tuple(expand(config.data.train_data)[0]), np.array([5]), "test")
     transform = image_transform(8, is_train=True)
-    data = train_data(config, World(), transform, SimpleTokenizer(), expand(config.train_data), index)
+    data = train_data(config, World(), transform, SimpleTokenizer(), expand(config.data.train_data), index)
     copy = pickle.loads(pickle.dumps(data.stream))
     assert [b.sample_id.tolist() for b in copy] == [b.sample_id.tolist() for b in data.loader]
 
@@ -284,7 +283,7 @@ def test_openclip_command_lines_for_remote_shards_need_no_count(tmp_path):
 def test_shards_of_unknown_size_are_split_over_ranks(tmp_path):
     make_shards(tmp_path, [4] * 5)
     config = data_config(train_data=f"{tmp_path}/train-{{000..004}}.tar", train_num_samples=20, batch_size=2)
-    sources = expand(config.train_data)
+    sources = expand(config.data.train_data)
     ranks = [train_data(config, World(rank=r, size=2), to_tensor, tokenize, sources, None) for r in (0, 1)]
     seen = [{n for batch in epoch_of(rank) for n in batch.text[:, 0].tolist()} for rank in ranks]
     assert seen[0] & seen[1] == set()

@@ -1,7 +1,6 @@
 """Models from settings, and the scoring pass."""
 
 import copy
-import dataclasses
 import pickle
 import warnings
 from pathlib import Path
@@ -155,7 +154,7 @@ def test_a_name_that_stands_for_another_loss_is_refused_in_training(tmp_path: Pa
     (tmp_path / f"{name}.json").write_text((tmp_path / f"{source}.json").read_text())
     build_model(config, World())  # to be evaluated
     with pytest.raises(SetupError, match=f"--model {name} is .* rename its configuration"):
-        build_model(dataclasses.replace(config, train_data="x.tar"), World())
+        build_model(config.replace(train_data="x.tar"), World())
 
 
 def test_a_teacher_that_is_not_known_is_not_taken_for_the_model(tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from datetime import datetime
 from pathlib import Path
@@ -32,13 +31,13 @@ def add_checkpoint(folder: Path, epoch: int = 1) -> None:
 
 
 def test_the_automatic_name_is_openclips() -> None:
-    config = Config(model="hf-hub:org/ViT-B-32", lr=5e-4, batch_size=8, workers=2, precision="amp_bf16")
+    config = Config.of(model="hf-hub:org/ViT-B-32", lr=5e-4, batch_size=8, workers=2, precision="amp_bf16")
     expected = "2025_03_04-05_06_07-model_hf-hub:org-ViT-B-32-lr_0.0005-b_8-j_2-p_amp_bf16"
     assert automatic_name(config, NOW) == expected
 
 
 def test_a_new_run_has_its_folder_and_description(tmp_path: Path) -> None:
-    run = opened(Config(logs=str(tmp_path / "new" / "logs"), name="a", lr=0.1))
+    run = opened(Config.of(logs=str(tmp_path / "new" / "logs"), name="a", lr=0.1))
     assert run.path == tmp_path / "new" / "logs" / "a"
     assert run.log_file == run.path / "out.log"
     assert run.checkpoints.is_dir()
@@ -49,7 +48,7 @@ def test_a_new_run_has_its_folder_and_description(tmp_path: Path) -> None:
 
 
 def test_places_in_the_folder(tmp_path: Path) -> None:
-    run = opened(Config(logs=str(tmp_path), name="a"))
+    run = opened(Config.of(logs=str(tmp_path), name="a"))
     places = (run.results, run.train_log, run.tensorboard, run.record, run.skipped)
     assert [str(path.relative_to(run.path)) for path in places] == [
         "checkpoints/results.jsonl", "train.jsonl", "tensorboard", "record", "skipped.parquet",
@@ -57,7 +56,7 @@ def test_places_in_the_folder(tmp_path: Path) -> None:
 
 
 def test_without_name_the_folder_has_the_automatic_one(tmp_path: Path) -> None:
-    run = opened(Config(logs=str(tmp_path)))
+    run = opened(Config.of(logs=str(tmp_path)))
     assert run.name.endswith("-model_RN50-lr_None-b_64-j_4-p_amp")
     assert run.path.is_dir()
 
@@ -66,7 +65,7 @@ def test_without_name_the_folder_has_the_automatic_one(tmp_path: Path) -> None:
     "name", ["../x", "..", ".", "", "/x", "{tmp}/x", "a/../../x", "a/..", "a//b", "a/", "x\n", "\x1b[2J", "\udcff"]
 )
 def test_a_name_that_leads_out_of_the_logs_is_refused(tmp_path: Path, name: str) -> None:
-    config = Config(logs=str(tmp_path / "logs"), name=name.format(tmp=tmp_path))
+    config = Config.of(logs=str(tmp_path / "logs"), name=name.format(tmp=tmp_path))
     with pytest.raises(SetupError, match=r"--name '.*' is not the name of a folder.*--output-dir") as error:
         open_run(config, World())
     assert str(error.value).isprintable()
@@ -75,39 +74,39 @@ def test_a_name_that_leads_out_of_the_logs_is_refused(tmp_path: Path, name: str)
 
 @pytest.mark.parametrize("name", ["a", "a/b", "a..b", "..a", "lr=1e-3, ü", "a\\b"])
 def test_a_name_within_the_logs_is_taken(tmp_path: Path, name: str) -> None:
-    run = opened(Config(logs=str(tmp_path), name=name))
+    run = opened(Config.of(logs=str(tmp_path), name=name))
     assert run.path == tmp_path / name
     assert run.checkpoints.is_dir()
 
 
 @pytest.mark.parametrize("model", ["../../x", "a/b", "..", "local-dir:/x/y", "\x1b[2J\n", "\udcff", ""])
 def test_an_automatic_name_is_one_folder_whatever_the_model(tmp_path: Path, model: str) -> None:
-    name = automatic_name(Config(model=model), NOW)
+    name = automatic_name(Config.of(model=model), NOW)
     assert name.isprintable()
     assert "/" not in name
-    run = opened(Config(logs=str(tmp_path), model=model))
+    run = opened(Config.of(logs=str(tmp_path), model=model))
     assert run.path.parent == tmp_path
 
 
 def test_settings_that_are_not_utf_8_are_described(tmp_path: Path) -> None:
-    run = opened(Config(logs=str(tmp_path), name="a", train_data="data-\udcff.tar"))
+    run = opened(Config.of(logs=str(tmp_path), name="a", train_data="data-\udcff.tar"))
     assert b"train_data: data-\xff.tar\n" in (run.path / "params.txt").read_bytes()
     assert json.loads((run.path / "config.json").read_text())["train_data"] == "data-\udcff.tar"
 
 
 def test_no_logs_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert open_run(Config(logs="none", name="a"), World()) is None
+    assert open_run(Config.of(logs="none", name="a"), World()) is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_latest_without_logs_is_refused() -> None:
     with pytest.raises(SetupError, match="--logs none"):
-        open_run(Config(logs="none", resume="latest"), World())
+        open_run(Config.of(logs="none", resume="latest"), World())
 
 
 def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
-    config = Config(logs=str(tmp_path), name="a")
+    config = Config.of(logs=str(tmp_path), name="a")
     opened(config)
     opened(config)  # nothing was logged yet, so there is nothing to protect
     (tmp_path / "a" / "out.log").write_text("")
@@ -120,14 +119,14 @@ def test_another_runs_folder_is_refused_by_either_log_file(tmp_path: Path, log_f
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / log_file).write_text("")
     with pytest.raises(SetupError, match="exists already"):
-        open_run(Config(logs=str(tmp_path), name="a"), World())
+        open_run(Config.of(logs=str(tmp_path), name="a"), World())
 
 
 def test_a_run_may_be_continued_in_its_folder(tmp_path: Path) -> None:
     add_checkpoint(tmp_path / "a")
-    assert opened(Config(logs=str(tmp_path), name="a", resume="latest")).name == "a"
+    assert opened(Config.of(logs=str(tmp_path), name="a", resume="latest")).name == "a"
     inside = str(tmp_path / "a" / "checkpoints" / "epoch_1.pt")
-    assert opened(Config(logs=str(tmp_path), name="a", resume=inside)).name == "a"
+    assert opened(Config.of(logs=str(tmp_path), name="a", resume=inside)).name == "a"
 
 
 def test_a_checkpoint_of_another_run_does_not_open_this_folder(tmp_path: Path) -> None:
@@ -135,7 +134,7 @@ def test_a_checkpoint_of_another_run_does_not_open_this_folder(tmp_path: Path) -
     add_checkpoint(tmp_path / "ab")
     outside = str(tmp_path / "ab" / "checkpoints" / "epoch_1.pt")
     with pytest.raises(SetupError, match="exists already"):
-        open_run(Config(logs=str(tmp_path), name="a", resume=outside), World())
+        open_run(Config.of(logs=str(tmp_path), name="a", resume=outside), World())
 
 
 @pytest.mark.parametrize("logs", ["{tmp}/file", "{tmp}/file/below", "/proc/logs", "/sys/logs"])
@@ -143,12 +142,12 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, logs: str
     (tmp_path / "file").write_text("")
     folder = logs.format(tmp=tmp_path)
     with pytest.raises(SetupError, match=r"(?s)cannot write to .*/a .*--logs .*--output-dir"):
-        open_run(Config(logs=folder, name="a"), World())
+        open_run(Config.of(logs=folder, name="a"), World())
 
 
 def test_resume_latest_without_name_continues_the_newest_alike(tmp_path: Path) -> None:
-    config = Config(logs=str(tmp_path), resume="latest", workers=1)
-    other = Config(workers=11)
+    config = Config.of(logs=str(tmp_path), resume="latest", workers=1)
+    other = Config.of(workers=11)
     names = [automatic_name(config, NOW.replace(day=day)) for day in (5, 9, 20)]
     add_checkpoint(tmp_path / names[0])
     add_checkpoint(tmp_path / names[1])
@@ -159,14 +158,14 @@ def test_resume_latest_without_name_continues_the_newest_alike(tmp_path: Path) -
 
 
 def test_resume_latest_without_any_run_starts_a_new_one(tmp_path: Path) -> None:
-    config = Config(logs=str(tmp_path / "none-yet"), resume="latest")
+    config = Config.of(logs=str(tmp_path / "none-yet"), resume="latest")
     assert newest_run(config) is None
     assert opened(config).path.is_dir()
 
 
 def test_resume_latest_looks_for_remote_runs_when_there_are_none_here(tmp_path: Path) -> None:
     remote = f"file://{tmp_path}/there"
-    config = Config(logs=str(tmp_path / "here"), resume="latest", remote_sync=remote, remote_sync_protocol="fsspec")
+    config = Config.of(logs=str(tmp_path / "here"), resume="latest", remote_sync=remote, remote_sync_protocol="fsspec")
     assert newest_run(config) is None
     names = [automatic_name(config, NOW.replace(day=day)) for day in (5, 9)]
     for name in names:
@@ -180,22 +179,22 @@ def test_on_another_machine_a_run_goes_on_with_its_logs(tmp_path: Path) -> None:
     there = tmp_path / "there" / "a"
     there.mkdir(parents=True)
     (there / "train.jsonl").write_text("{}\n")
-    config = Config(
+    config = Config.of(
         logs=str(tmp_path / "here"), name="a", remote_sync=str(tmp_path / "there"), remote_sync_protocol="fsspec"
     )
     with pytest.raises(SetupError, match=r"there/a exists already: give another --name, or --resume latest"):
         opened(config)
     for resume in ("latest", f"{tmp_path}/there/a/checkpoints/epoch_1.pt"):
-        run = opened(dataclasses.replace(config, resume=resume))
+        run = opened(config.replace(resume=resume))
         assert run.train_log.read_text() == "{}\n"
         run.train_log.write_text("{}\n{}\n")
-        opened(dataclasses.replace(config, resume=resume))
+        opened(config.replace(resume=resume))
         assert run.train_log.read_text() == "{}\n{}\n", "what is here counts"
         run.train_log.unlink()
 
 
 def test_the_code_is_copied_where_asked_for(tmp_path: Path) -> None:
-    config = Config(logs=str(tmp_path), name="a", copy_codebase=True)
+    config = Config.of(logs=str(tmp_path), name="a", copy_codebase=True)
     opened(config)
     opened(config)
     code = tmp_path / "a" / "code" / "dissect_clip"
@@ -204,27 +203,27 @@ def test_the_code_is_copied_where_asked_for(tmp_path: Path) -> None:
 
 
 def test_only_a_run_with_remote_sync_is_copied(tmp_path: Path) -> None:
-    config = Config(remote_sync=str(tmp_path / "there"), remote_sync_protocol="fsspec")
+    config = Config.of(remote_sync=str(tmp_path / "there"), remote_sync_protocol="fsspec")
     run = RunFolder(tmp_path / "a", "a", None)
     sync = make_sync(config, run, World())
     assert isinstance(sync, RemoteSync)
     assert sync.url == f"{tmp_path}/there/a"
     assert isinstance(make_sync(config, run, World(rank=1)), NoSync)
     assert isinstance(make_sync(config, None, World()), NoSync)
-    assert isinstance(make_sync(Config(), run, World()), NoSync)
+    assert isinstance(make_sync(Config.of(), run, World()), NoSync)
 
 
 def _on_ranks(world: World, folder: str) -> dict[str, tuple[str, str | None]]:
     """Names and log files of this rank, for three ways to open a run; the message where it is refused."""
     node = World(rank=world.rank, local_rank=0, size=world.size)
-    shared = opened(Config(logs=folder), world)
-    local = opened(Config(logs=folder, name="a", log_local=True), node)
+    shared = opened(Config.of(logs=folder), world)
+    local = opened(Config.of(logs=folder, name="a", log_local=True), node)
     answers = {
         kind: (run.name, None if run.log_file is None else run.log_file.name)
         for kind, run in (("shared", shared), ("local", local))
     }
     with pytest.raises(SetupError) as error:
-        open_run(Config(logs=f"{folder}/a/params.txt"), world)
+        open_run(Config.of(logs=f"{folder}/a/params.txt"), world)
     return {**answers, "refused": (str(error.value), None)}
 
 

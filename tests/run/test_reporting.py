@@ -223,7 +223,7 @@ def test_there_is_no_bar_elsewhere(world: World, stream: type[io.StringIO], monk
 
 
 def test_json_lines_hold_steps_and_epochs(run: RunFolder) -> None:
-    reporter = make_reporter(Config(), run, World())
+    reporter = make_reporter(Config.of(), run, World())
     reporter.train(100, {"loss": 2.5, "lr": 1e-4})
     reporter.train(200, {"loss": 2.0})
     reporter.evaluation(1, 250, {"image_to_text_R@1": 0.5, "num_samples": 7})
@@ -242,7 +242,7 @@ def test_lines_are_on_the_disk_at_once_and_appended(run: RunFolder) -> None:
 
 @pytest.mark.parametrize("choice", ["continue", "stop"])
 def test_lines_that_cannot_be_written(run: RunFolder, caplog: pytest.LogCaptureFixture, choice: str) -> None:
-    reporter = make_reporter(Config(on_save_error=choice), run, World())
+    reporter = make_reporter(Config.of(on_save_error=choice), run, World())
     run.train_log.mkdir()
     if choice == "stop":
         with pytest.raises(TrainingError, match=r"cannot write .*train\.jsonl: .*Make room"):
@@ -263,7 +263,7 @@ def test_lines_that_cannot_be_written(run: RunFolder, caplog: pytest.LogCaptureF
 def test_a_torn_line_does_not_spoil_the_next(run: RunFolder, torn: bytes) -> None:
     for path in (run.train_log, run.results):
         path.write_bytes(b'{"step": 1, "epoch": 1}\n' + torn)
-    reporter = make_reporter(Config(), run, World())
+    reporter = make_reporter(Config.of(), run, World())
     reporter.train(2, {})
     reporter.evaluation(2, 2, {})
     assert lines(run.train_log) == [{"step": 1, "epoch": 1}, {"step": 2}]
@@ -278,7 +278,7 @@ def test_evaluated_epochs(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null(run: RunFolder) -> None:
-    reporter = make_reporter(Config(), run, World())
+    reporter = make_reporter(Config.of(), run, World())
     reporter.train(1, {"loss": float("nan"), "norm": float("inf"), "scale": float(np.float32(2))})
     reporter.evaluation(1, 1, {"loss": float("-inf")})
     reporter.close()
@@ -293,7 +293,7 @@ def test_only_rank_0_reports(run: RunFolder) -> None:
         def on_main(self, work: Any) -> Any:
             return None
 
-    reporter = make_reporter(Config(report_to="wandb,tensorboard"), run, Second(rank=1, size=2))
+    reporter = make_reporter(Config.of(report_to="wandb,tensorboard"), run, Second(rank=1, size=2))
     reporter.train(1, {"loss": 1.0})
     reporter.evaluation(1, 1, {})
     reporter.close()
@@ -302,7 +302,7 @@ def test_only_rank_0_reports(run: RunFolder) -> None:
 
 def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    reporter = make_reporter(Config(logs="none"), None, World())
+    reporter = make_reporter(Config.of(logs="none"), None, World())
     reporter.train(1, {"loss": 1.0})
     reporter.evaluation(1, 1, {"loss": 1.0})
     reporter.close()
@@ -312,14 +312,14 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path, monkeypatch: pytest
 def test_tensorboard_needs_a_folder() -> None:
     pytest.importorskip("tensorboard")
     with pytest.raises(SetupError, match="--logs none"):
-        make_reporter(Config(logs="none", report_to="tensorboard"), None, World())
+        make_reporter(Config.of(logs="none", report_to="tensorboard"), None, World())
 
 
 @pytest.mark.parametrize(("package", "module"), [("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")])
 def test_a_missing_package_is_named(run: RunFolder, package: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SetupError, match=f"pip install {package}"):
-        make_reporter(Config(report_to=package), run, World())
+        make_reporter(Config.of(report_to=package), run, World())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -327,7 +327,7 @@ def test_tensorboard_holds_train_by_step_and_val_by_epoch(run: RunFolder) -> Non
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    reporter = make_reporter(Config(report_to="tensorboard"), run, World())
+    reporter = make_reporter(Config.of(report_to="tensorboard"), run, World())
     reporter.train(100, {"loss": 2.5})
     reporter.evaluation(3, 300, {"clip_val_loss": 1.25})
     reporter.close()
@@ -350,7 +350,7 @@ def test_tensorboard_that_cannot_be_written(
     def full(*_: object) -> None:
         raise OSError("the disk is full")
 
-    reporter = make_reporter(Config(report_to="tensorboard", on_save_error=choice), run, World())
+    reporter = make_reporter(Config.of(report_to="tensorboard", on_save_error=choice), run, World())
     monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     if choice == "stop":
         with pytest.raises(TrainingError, match=r"cannot write to .*tensorboard: the disk is full"):
@@ -389,7 +389,7 @@ def test_wandb_is_used_as_openclip_does(
 ) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    config = Config(report_to="all", wandb_notes="why", resume=resume)
+    config = Config.of(report_to="all", wandb_notes="why", resume=resume)
     monkeypatch.setattr("dissect_clip.run.reporting.TensorBoard", lambda folder, _: JsonLines(folder, folder))
     reporter = make_reporter(config, run, World())
     reporter.train(5, {"loss": 2.0})
@@ -407,7 +407,7 @@ def test_wandb_is_used_as_openclip_does(
 def test_wandb_takes_any_name_of_a_run(monkeypatch: pytest.MonkeyPatch, run: RunFolder) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
-    make_reporter(Config(report_to="wandb"), dataclasses.replace(run, name="a/model_hf-hub:x"), World())
+    make_reporter(Config.of(report_to="wandb"), dataclasses.replace(run, name="a/model_hf-hub:x"), World())
     assert (fake.asked["name"], fake.asked["id"]) == ("a/model_hf-hub:x", "a-model_hf-hub-x")
 
 
@@ -416,7 +416,7 @@ def test_wandb_works_offline(tmp_path: Path, run: RunFolder, monkeypatch: pytest
     pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off", "DIR": str(tmp_path)}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    reporter = make_reporter(Config(report_to="wandb"), run, World())
+    reporter = make_reporter(Config.of(report_to="wandb"), run, World())
     reporter.train(1, {"loss": 2.0, "norm": float("nan")})
     reporter.evaluation(1, 1, {"R": 0.5})
     reporter.close()

@@ -106,7 +106,7 @@ def test_every_kind_of_difference_is_found(tmp_path: Path, change, expected):
 def test_every_strategy_can_be_run(tmp_path: Path, strategy: str):
     plan = chaos.Plan(tmp_path, "train.tar", "val.tar", 1, 1, 3, 64, 1, 0, (strategy,), ())
     config = parse_args(plan.command(strategy, "run")[2:], summaries())
-    assert config.select == (strategy != "none")
+    assert config.selection.select == (strategy != "none")
 
 
 @pytest.mark.slow

@@ -68,13 +68,27 @@ def called(place: Path, script: str, *flags: str, **environment: str) -> tuple[l
 def test_the_defaults_are_the_published_settings(place: Path, script: str, epochs: int) -> None:
     launcher, config = called(place, script)
     assert launcher == ["--standalone", "--nproc_per_node=3"]
-    assert (config.train_data, config.val_data, config.name) == ("shards/{000..001}.tar", None, None)
-    assert (config.model, config.batch_size, config.epochs) == ("RN50", 1280, epochs)
-    assert (config.lr, config.warmup, config.wd, config.precision, config.seed) == (2e-3, 10000, 0.1, "amp", 0)
-    assert (config.opt, config.lr_scheduler) == ("adamw", "cosine")
-    assert config.select
-    assert (config.select_strategy, config.select_rate, config.warmup_point) == ("warmup_base_sampling", 0.2, 10)
-    assert config.train_num_samples is None, "the size comes from the shards"
+    assert (config.data.train_data, config.evaluation.val_data, config.run.name) == (
+        "shards/{000..001}.tar",
+        None,
+        None,
+    )
+    assert (config.model.model, config.training.batch_size, config.training.epochs) == ("RN50", 1280, epochs)
+    assert (
+        config.training.lr,
+        config.training.warmup,
+        config.training.wd,
+        config.training.precision,
+        config.training.seed,
+    ) == (2e-3, 10000, 0.1, "amp", 0)
+    assert (config.training.opt, config.training.lr_scheduler) == ("adamw", "cosine")
+    assert config.selection.select
+    assert (config.selection.select_strategy, config.selection.select_rate, config.selection.warmup_point) == (
+        "warmup_base_sampling",
+        0.2,
+        10,
+    )
+    assert config.data.train_num_samples is None, "the size comes from the shards"
 
 
 def test_every_variable_arrives(place: Path) -> None:
@@ -84,15 +98,29 @@ def test_every_variable_arrives(place: Path) -> None:
         TORCHRUN_ARGS="--nnodes=2 --rdzv_backend=c10d",
     )  # fmt: skip
     assert launcher == ["--nnodes=2", "--rdzv_backend=c10d", "--nproc_per_node=5"]
-    assert (config.select_rate, config.warmup_point, config.batch_size, config.epochs) == (0.5, 3, 32, 7)
-    assert (config.model, config.workers, config.name, config.logs) == ("ViT-B-32", 2, "mine", "some where")
-    assert (config.train_data, config.val_data) == ("shards/*.tar", "shards/*.tar")
+    assert (
+        config.selection.select_rate,
+        config.selection.warmup_point,
+        config.training.batch_size,
+        config.training.epochs,
+    ) == (0.5, 3, 32, 7)
+    assert (config.model.model, config.data.workers, config.run.name, config.run.logs) == (
+        "ViT-B-32",
+        2,
+        "mine",
+        "some where",
+    )
+    assert (config.data.train_data, config.evaluation.val_data) == ("shards/*.tar", "shards/*.tar")
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
 def test_every_strategy_may_be_chosen(place: Path, strategy: str) -> None:
     _, config = called(place, "train_cc3m.sh", STRATEGY=strategy)
-    assert (config.select, config.select_strategy, config.select_rate) == (True, strategy, 0.2)
+    assert (config.selection.select, config.selection.select_strategy, config.selection.select_rate) == (
+        True,
+        strategy,
+        0.2,
+    )
 
 
 @pytest.mark.parametrize(("strategy", "epochs"), [("learnability", 10), ("clean_posterior", 5)])
@@ -107,7 +135,7 @@ def test_strategy_none_trains_on_everything(place: Path) -> None:
 
 def test_flags_of_the_script_win(place: Path) -> None:
     _, config = called(place, "train_cc3m.sh", "--lr", "1e-4", "--aug-cfg", "scale=(0.5, 1.0)", "--batch-size", "8")
-    assert (config.lr, config.batch_size, config.aug_cfg) == (1e-4, 8, {"scale": (0.5, 1.0)})
+    assert (config.training.lr, config.training.batch_size, config.model.aug_cfg) == (1e-4, 8, {"scale": (0.5, 1.0)})
 
 
 @pytest.mark.parametrize(("visible", "count"), [("0,3", 2), ("7", 1), ("", 1)])
@@ -190,7 +218,7 @@ def test_slurm_meets_at_the_first_node_and_can_be_requeued(place: Path) -> None:
         "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=41234-0", "--rdzv_endpoint=node07:21234", "--nproc_per_node=3",
     ]  # fmt: skip
     config = parse_args(words[6:], summaries())
-    assert (config.resume, config.name, config.wd) == ("latest", "train_cc3m-41234", 0.3)
+    assert (config.checkpoint.resume, config.run.name, config.training.wd) == ("latest", "train_cc3m-41234", 0.3)
     assert not (place / "requeued").exists()
 
 

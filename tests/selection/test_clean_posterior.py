@@ -1,6 +1,5 @@
 """Drawing by P(clean): what is remembered, what is found, what is drawn; with the selector, ranks and the loader."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -203,7 +202,7 @@ def with_decoys(share_wrong: float, size: int = 4000, **changes: object) -> tupl
     strategy = make_strategy(clean_decoys=0.05, **changes)
     random = torch.Generator().manual_seed(1)
     wrong = torch.rand(size, generator=random) < share_wrong
-    decoys = decoy_ids(size, 0.05, strategy.config.seed)
+    decoys = decoy_ids(size, 0.05, strategy.config.training.seed)
     average = torch.randn(size, generator=random) * 0.7 + torch.where(wrong.index_fill(0, decoys, True), 1.0, 3.0)
     memory = rows(average)
     memory = torch.cat([memory[:, :4], average[:, None], memory[:, 4:]], dim=1)
@@ -291,7 +290,7 @@ def test_of_a_decoy_there_is_no_verdict():
     memory, _, strategy = with_decoys(0.4)
     ids = torch.arange(1000, 1100)
     verdict = strategy.verdict(memory[:100], ids, 4000, 6)
-    decoys = torch.isin(ids, decoy_ids(4000, 0.05, strategy.config.seed))
+    decoys = torch.isin(ids, decoy_ids(4000, 0.05, strategy.config.training.seed))
     assert 0 < decoys.sum() < 20
     assert verdict["is_decoy"].equal(decoys)
     for name in ("p_clean", "p_clean_low", "p_clean_high", "statistic", "standard_error"):
@@ -419,7 +418,7 @@ def test_what_a_record_holds():
 
 
 def test_the_loader_draws_by_what_was_found_when_the_epoch_began():
-    config = dataclasses.replace(make_config(NAME, rate=0.5, clean_decoys=0.0), select_before_load=True)
+    config = make_config(NAME, rate=0.5, clean_decoys=0.0).replace(select_before_load=True)
     world = World()
     selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
     chooser = build_chooser(config, selector)
@@ -465,8 +464,16 @@ def parse(*words: str) -> Config:
 
 def test_by_default_it_is_chosen_before_loading_after_a_warm_up_on_everything():
     config = parse()
-    assert (config.select_preset, config.score_refresh, config.select_before_load) == ("fast", 0.0, True)
-    assert (config.warmup_point, config.warmup_select_rate, config.select_rate) == (5, 1.0, 0.3)
+    assert (config.selection.select_preset, config.selection.score_refresh, config.selection.select_before_load) == (
+        "fast",
+        0.0,
+        True,
+    )
+    assert (config.selection.warmup_point, config.selection.warmup_select_rate, config.selection.select_rate) == (
+        5,
+        1.0,
+        0.3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -480,7 +487,7 @@ def test_by_default_it_is_chosen_before_loading_after_a_warm_up_on_everything():
 )
 def test_other_ways(words: list[str], refresh: float, before: bool):
     config = parse(*words)
-    assert (config.score_refresh, config.select_before_load) == (refresh, before)
+    assert (config.selection.score_refresh, config.selection.select_before_load) == (refresh, before)
 
 
 @pytest.mark.parametrize(

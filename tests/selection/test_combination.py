@@ -19,7 +19,7 @@ BOTH = "historical_base_sampling:1+warmup_base_sampling:1"
 
 def make_strategy(text: str, **changes: object) -> Strategy:
     settings: dict[str, object] = {"warmup_point": 2, "warmup_select_rate": 0.9, "select_rate": 0.5} | changes
-    return build_strategy(Config(select=True, select_strategy=text, **settings))  # type: ignore[arg-type]
+    return build_strategy(Config.of(select=True, select_strategy=text, **settings))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

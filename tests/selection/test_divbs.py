@@ -103,7 +103,7 @@ def scalars(known: Candidates) -> tuple[Tensor, Tensor | None]:
 @pytest.mark.parametrize("on", ["gradients", "features"])
 def test_the_kept_share_is_what_is_picked_in_its_order(on):
     known = candidates(size=10)
-    rank = STRATEGIES["divbs"](Config(select_rate=0.4, divbs_on=on)).rank(known)
+    rank = STRATEGIES["divbs"](Config.of(select_rate=0.4, divbs_on=on)).rank(known)
     both = torch.cat([known.image_features, known.text_features], dim=1)
     picks, _ = greedy_span(feature_gradients(known, sigmoid=False) if on == "gradients" else both, 4, exact=False)
     assert rank.argsort(descending=True)[:4].tolist() == picks.tolist()

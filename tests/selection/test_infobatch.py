@@ -1,7 +1,5 @@
 """InfoBatch: unbiased whatever the batch holds, K as asked, and losses that training gives."""
 
-import dataclasses
-
 import pytest
 import torch
 from selection.test_selector import SAMPLES, N, make_batch, never
@@ -19,7 +17,7 @@ from dissect_clip.selection.strategy import kept
 
 
 def make_strategy(mean: float = 2.0, below: float = 0.5, rate: float = 0.5, **changes: object) -> InfoBatch:
-    config = Config(select=True, select_strategy="infobatch", select_rate=rate, **changes)  # type: ignore[arg-type]
+    config = Config.of(select=True, select_strategy="infobatch", select_rate=rate, **changes)  # type: ignore[arg-type]
     return InfoBatch(config).informed((mean, below))
 
 
@@ -213,7 +211,7 @@ def test_nothing_is_learned_that_no_epoch_will_read(epochs: int, wanted: bool):
 
 
 def test_it_cannot_choose_before_loading():
-    config = Config(select=True, select_strategy="infobatch", select_before_load=True)
+    config = Config.of(select=True, select_strategy="infobatch", select_before_load=True)
     selector = make_selector()
     selector.strategy = InfoBatch(config)
     with pytest.raises(SetupError, match=r"--select-before-load, .* does not go with --select-strategy infobatch"):
@@ -222,7 +220,7 @@ def test_it_cannot_choose_before_loading():
 
 def test_without_weights_it_chooses_before_loading_by_the_mean_of_the_epochs_beginning():
     """The loader knows it, too, though it was built before."""
-    config = Config(select=True, select_strategy="infobatch", select_rate=0.5, select_rescale="off",
+    config = Config.of(select=True, select_strategy="infobatch", select_rate=0.5, select_rescale="off",
                     select_before_load=True)  # fmt: skip
     world = make_selector().world
     selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
@@ -244,11 +242,11 @@ def test_without_weights_it_chooses_before_loading_by_the_mean_of_the_epochs_beg
     [({"model": "coca_ViT-B-32"}, "CoCa"), ({"distill_model": "a", "distill_pretrained": "b"}, "--distill-model")],
 )
 def test_it_is_refused_with_losses_that_cannot_be_weighted(changes: dict[str, str], named: str):
-    config = Config(select=True, select_strategy="infobatch", **changes)  # type: ignore[arg-type]
+    config = Config.of(select=True, select_strategy="infobatch", **changes)  # type: ignore[arg-type]
     world = make_selector().world
     with pytest.raises(SetupError, match=rf"--select-strategy infobatch weights .*{named}"):
         build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
-    unweighted = dataclasses.replace(config, select_rescale="off")
+    unweighted = config.replace(select_rescale="off")
     assert build_selector(unweighted, SAMPLES, SampleLoss(world, siglip=False), world) is not None
 
 

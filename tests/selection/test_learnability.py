@@ -157,7 +157,7 @@ def test_learnability_is_the_loss_minus_that_of_the_reference():
 @pytest.mark.parametrize("kind", [Jest, Learnability])
 def test_without_a_given_reference_it_warms_up_uniformly_and_scores_nothing(kind):
     name = kind.__name__.lower()
-    config = Config(select=True, select_strategy=name, select_rate=0.2, warmup_point=3, warmup_select_rate=0.5)
+    config = Config.of(select=True, select_strategy=name, select_rate=0.2, warmup_point=3, warmup_select_rate=0.5)
     strategy = kind(config)
     assert [strategy.rate(epoch) for epoch in (0, 2, 3)] == [0.5, 0.5, 0.2]
     assert [bool(strategy.looks_at(epoch)) for epoch in (0, 2, 3)] == [False, False, True]

@@ -39,7 +39,7 @@ def encode_with_broken(batch: Batch) -> Encoded:
 
 def make_config(name: str = "clipscore", refresh: float = 0.0, rate: float = 0.3, **changes: object) -> Config:
     settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate} | changes
-    return Config(select=True, select_strategy=name, select_rate=rate, score_refresh=refresh, **settings)  # type: ignore[arg-type]
+    return Config.of(select=True, select_strategy=name, select_rate=rate, score_refresh=refresh, **settings)  # type: ignore[arg-type]
 
 
 def make_selector(name: str = "clipscore", refresh: float = 0.0, world: World | None = None, **changes: object):
@@ -301,7 +301,9 @@ def test_stores_of_all_ranks_stay_equal(name):
 
 
 def published(selector: Selector, **changes: object):
-    chooser = build_chooser(make_config(selector.strategy.config.select_strategy, select_before_load=True), selector)
+    chooser = build_chooser(
+        make_config(selector.strategy.config.selection.select_strategy, select_before_load=True), selector
+    )
     assert chooser is not None
     chooser.publish(selector.store.scores)
     return chooser

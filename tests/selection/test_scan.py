@@ -1,7 +1,5 @@
 """SCAN: the cycle, the candidates, and what is learned when."""
 
-import dataclasses
-
 import pytest
 import torch
 from selection.test_selector import SAMPLES, N, make_batch, make_selector, never
@@ -13,7 +11,7 @@ from dissect_clip.selection.strategies.scan import Scan, places
 
 
 def make_strategy(rate: float = 0.4, **changes: object) -> Scan:
-    return Scan(Config(select=True, select_strategy="scan", select_rate=rate, **changes))  # type: ignore[arg-type]
+    return Scan(Config.of(select=True, select_strategy="scan", select_rate=rate, **changes))  # type: ignore[arg-type]
 
 
 def choose(strategy: Scan, place: torch.Tensor, epoch: int, seed: int = 0) -> list[int]:
@@ -81,7 +79,7 @@ def test_places_of_values():
 def test_it_chooses_before_loading():
     selector = make_selector("scan", rate=0.4, scan_warmup=0)
     selector.store.scores[:, 0] = torch.linspace(0, 1, SAMPLES)
-    chooser = build_chooser(dataclasses.replace(selector.strategy.config, select_before_load=True), selector)
+    chooser = build_chooser(selector.strategy.config.replace(select_before_load=True), selector)
     chooser.publish(selector.store.scores)
     ids, first = torch.arange(SAMPLES), torch.ones(SAMPLES, dtype=torch.bool)
     choice = chooser(ids, first, 3, 0)

@@ -22,9 +22,9 @@ SAMPLES, N = 40, 10
 
 def make_selector(name: str, world: World | None = None, rate: float = 0.3, **changes: object) -> Selector:
     settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate, "scan_warmup": 0} | changes
-    if Needs.REFERENCE in STRATEGIES[name](Config()).needs:
+    if Needs.REFERENCE in STRATEGIES[name](Config.of()).needs:
         settings |= {"select_reference": "given"}
-    config = Config(select=True, select_strategy=name, select_rate=rate, **settings)  # type: ignore[arg-type]
+    config = Config.of(select=True, select_strategy=name, select_rate=rate, **settings)  # type: ignore[arg-type]
     world = world or World()
     selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
     assert selector is not None
@@ -184,7 +184,7 @@ def test_a_strategy_that_needs_no_scores_ranks_and_remembers_all_the_same():
         def remember(self, candidates: Candidates) -> Tensor:
             return candidates.memory.nan_to_num() + 1
 
-    config, world = Config(select=True, select_rate=0.5), World()
+    config, world = Config.of(select=True, select_rate=0.5), World()
     store = ScoreStore(SAMPLES, LeastVisited.remembers, world)
     selector = Selector(LeastVisited(config), store, SampleLoss(world, siglip=False), world, seed=0)
     selector.select(make_batch(torch.arange(5)), never, 0, 0)

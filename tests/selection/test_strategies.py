@@ -16,7 +16,7 @@ N = 8
 
 
 def make_config(**changes: object) -> Config:
-    return Config(select=True, warmup_select_rate=changes.pop("warmup_select_rate", 0.5), select_rate=0.5, **changes)  # type: ignore[arg-type]
+    return Config.of(select=True, warmup_select_rate=changes.pop("warmup_select_rate", 0.5), select_rate=0.5, **changes)  # type: ignore[arg-type]
 
 
 def make_candidates(epoch: int = 20, columns: int = 1, seed: int = 0, **parts: object) -> Candidates:

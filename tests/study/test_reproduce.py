@@ -331,14 +331,18 @@ def test_what_a_cell_types_is_a_command_line_of_the_trainer(tmp_path: Path):
     point = next(point for point in grid.points() if point.method == "DISSect")
     cell = grid.cell(point, tmp_path / "runs")
     config = parse_args(cell.words, summaries())
-    assert (config.name, config.resume, config.seed) == (cell.name, "latest", 0)
-    assert (config.train_data, config.val_data) == (f"{tmp_path}/train.tar", "v1.tar")
-    assert (config.select_strategy, config.select_rate, config.warmup_point) == ("warmup_base_sampling", 0.3, 2)
+    assert (config.run.name, config.checkpoint.resume, config.training.seed) == (cell.name, "latest", 0)
+    assert (config.data.train_data, config.evaluation.val_data) == (f"{tmp_path}/train.tar", "v1.tar")
+    assert (config.selection.select_strategy, config.selection.select_rate, config.selection.warmup_point) == (
+        "warmup_base_sampling",
+        0.3,
+        2,
+    )
     assert config.record
     (evaluation,) = cell.evaluations
     config = parse_args(evaluation.words, summaries())
-    assert (config.trains, config.val_data) == (False, f"{tmp_path}/v2.tar")
-    assert config.resume == f"{tmp_path}/runs/{cell.name}/checkpoints/epoch_4.pt"
+    assert (config.data.trains, config.evaluation.val_data) == (False, f"{tmp_path}/v2.tar")
+    assert config.checkpoint.resume == f"{tmp_path}/runs/{cell.name}/checkpoints/epoch_4.pt"
 
 
 def test_runs_from_elsewhere_are_not_run_again_and_give_the_same_tables(

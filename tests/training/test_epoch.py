@@ -94,7 +94,7 @@ VARIANTS: list[dict[str, Any]] = [
 def test_selection_works_with_every_way_to_train(tmp_path: Path, variant: dict[str, Any], name: str):
     state = make_state(tmp_path, select=True, select_strategy=name, select_rate=0.5, warmup_point=1, **variant)
     before = weights(state)
-    lines = train(state, image_size=32 if state.config.model in ("toy-rn", "toy-timm") else 16)
+    lines = train(state, image_size=32 if state.config.model.model in ("toy-rn", "toy-timm") else 16)
     assert all(torch.isfinite(torch.tensor(line["loss"])) for line in lines)
     assert not same(before, weights(state))
     assert state.counters.trained == state.counters.seen / 2
@@ -363,7 +363,7 @@ def _train_on_rank(world: World, folder: str) -> list[tuple[float, list[float]]]
     results = []
     for variant in RANK_VARIANTS:
         state = make_state(Path(folder), world, **({"select": True, "select_rate": 0.5} | variant))
-        train(state, image_size=32 if state.config.model == "toy-rn" else 16)
+        train(state, image_size=32 if state.config.model.model == "toy-rn" else 16)
         total = sum(value.double().sum().item() for value in state.module.state_dict().values())
         scores = [] if state.selector is None else state.selector.store.scores.nan_to_num(-1).flatten().tolist()
         results.append((total, scores))

@@ -13,7 +13,7 @@ BASE, WARMUP, STEPS, EPOCHS, COOLDOWN = 0.3, 5, 6, 4, 2
 
 @pytest.mark.parametrize("name", ["cosine", "const", "const-cooldown"])
 def test_equals_openclip_at_every_step(name: str):
-    config = Config(
+    config = Config.of(
         warmup=WARMUP,
         epochs=EPOCHS,
         lr_scheduler=name,
@@ -36,12 +36,12 @@ def test_equals_openclip_at_every_step(name: str):
 
 
 def test_a_run_shorter_than_its_warmup_only_rises():
-    rates = [learning_rate(Config(warmup=100, epochs=1), 1.0, 4)(step) for step in range(4)]
+    rates = [learning_rate(Config.of(warmup=100, epochs=1), 1.0, 4)(step) for step in range(4)]
     assert rates == pytest.approx([0.01, 0.02, 0.03, 0.04])
 
 
 def rates(first: int = 0, full_last: float = 0.0, epochs: int = 5, **changes: object) -> list[float]:
-    config = Config(select=True, select_rate=0.3, epochs=epochs, **changes)  # type: ignore[arg-type]
+    config = Config.of(select=True, select_rate=0.3, epochs=epochs, **changes)  # type: ignore[arg-type]
     return [select_rate(config, epoch, first, full_last) for epoch in range(epochs)]
 
 
@@ -79,6 +79,6 @@ def test_full_epochs_are_a_share_of_all(share: float, epochs: int, expected: int
 
 
 def test_epochs_after_the_last_keep_the_last_rate():
-    config = Config(select=True, select_rate=0.3, epochs=2, select_rate_schedule="linear")
+    config = Config.of(select=True, select_rate=0.3, epochs=2, select_rate_schedule="linear")
     assert select_rate(config, 2, 0, 0.0) == 0.3
     assert select_rate(config, 9, 0, 0.5) == 1.0

@@ -64,8 +64,8 @@ def _fetch_latest(url: str, folder: Path) -> Path | None:
 
 def _newest(config: Config, run: RunFolder) -> str | None:
     found = find_latest(run.checkpoints)
-    if found is None and config.remote_sync is not None:
-        found = _fetch_latest(f"{config.remote_sync.rstrip('/')}/{run.name}/checkpoints", run.checkpoints)
+    if found is None and config.run.remote_sync is not None:
+        found = _fetch_latest(f"{config.run.remote_sync.rstrip('/')}/{run.name}/checkpoints", run.checkpoints)
     if found is None:
         if damaged := sorted(path.name for path in run.checkpoints.glob("epoch_*.pt")):
             raise SetupError(
@@ -83,6 +83,6 @@ def find_resume(config: Config, run: RunFolder | None, world: World) -> str | No
 
     ``latest`` is the newest in the run folder, else the newest of the run in the ``--remote-sync`` folder.
     """
-    if config.resume != "latest" or run is None:
-        return config.resume
+    if config.checkpoint.resume != "latest" or run is None:
+        return config.checkpoint.resume
     return world.on_main(lambda: _newest(config, run))

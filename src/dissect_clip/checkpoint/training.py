@@ -36,25 +36,25 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
     return RunState(
         step=counters.step,
         epoch_step=counters.epoch_step,
-        steps_per_epoch=data.num_batches // config.accum_freq,
+        steps_per_epoch=data.num_batches // config.training.accum_freq,
         batch=counters.batch,
         seen=counters.seen,
         trained=counters.trained,
         scored=counters.scored,
         seconds=dict(counters.seconds),
-        seed=config.seed,
-        model=config.model,
-        strategy=None if selector is None else config.select_strategy,
-        select_rate=config.select_rate,
+        seed=config.training.seed,
+        model=config.model.model,
+        strategy=None if selector is None else config.selection.select_strategy,
+        select_rate=config.selection.select_rate,
         num_samples=data.num_samples,
         fingerprint=data.fingerprint,
         world_size=state.world.size,
-        workers=config.workers,
-        batch_size=config.batch_size,
-        accum_freq=config.accum_freq,
+        workers=config.data.workers,
+        batch_size=config.training.batch_size,
+        accum_freq=config.training.accum_freq,
         columns=() if selector is None else selector.store.columns,
-        score_refresh=config.score_refresh,
-        select_before_load=config.select_before_load,
+        score_refresh=config.selection.score_refresh,
+        select_before_load=config.selection.select_before_load,
         survey=() if selector is None else selector.survey,
         survey_of="" if selector is None else selector.strategy.survey_of,
         depends_on="" if selector is None else selector.strategy.depends_on,
@@ -125,7 +125,7 @@ def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
     if decoys is None or checkpoint.state is None:
         return
     captions, then = checkpoint.decoys, checkpoint.state
-    if captions is not None and then.seed == state.config.seed and decoys.load(captions, then.world_size):
+    if captions is not None and then.seed == state.config.training.seed and decoys.load(captions, then.world_size):
         return
     if checkpoint.epoch > 0 or then.epoch_step > 0:
         log.warning(
@@ -166,8 +166,8 @@ def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData,
         if note is not None:
             log.warning("%s", note)
         data.set_epoch(checkpoint.epoch)
-        counters.step += steps_per_epoch - data.batches_left // state.config.accum_freq
-    counters.batch = counters.step * state.config.accum_freq
+        counters.step += steps_per_epoch - data.batches_left // state.config.training.accum_freq
+    counters.batch = counters.step * state.config.training.accum_freq
     if then is not None:
         counters.epoch_step = then.epoch_step
         counters.seen, counters.trained, counters.scored = then.seen, then.trained, then.scored
@@ -231,7 +231,7 @@ class Saver:
         assert self.writer is not None
         assert self.folder is not None
         state, counters = self.state, self.state.counters
-        if self.sync.failed is not None and state.config.on_save_error == "stop":
+        if self.sync.failed is not None and state.config.checkpoint.on_save_error == "stop":
             raise TrainingError(f"{self.sync.failed} (--on-save-error stop); see that it can be reached, then resume")
         content = checkpoint_content(
             name=self.folder.name,

@@ -167,10 +167,10 @@ def wanted_names(config: Config, epoch: int, step: int | None, stopping: bool = 
     """Names, without their ending, of the checkpoints that ``config`` asks for now; at least one in a stop."""
     if step is not None:
         return [f"epoch_{epoch}_step_{step}"]
-    due = config.save_frequency > 0 and epoch % config.save_frequency == 0
-    last = epoch == config.epochs or (stopping and not config.save_most_recent)
+    due = config.checkpoint.save_frequency > 0 and epoch % config.checkpoint.save_frequency == 0
+    last = epoch == config.training.epochs or (stopping and not config.checkpoint.save_most_recent)
     names = [f"epoch_{epoch}"] if due or last else []
-    return [*names, LATEST] if config.save_most_recent else names
+    return [*names, LATEST] if config.checkpoint.save_most_recent else names
 
 
 def save_checkpoint(
@@ -207,7 +207,7 @@ def save_checkpoint(
         if not paths:
             return None
         kept = paths[0].stem == f"epoch_{epoch}"
-        _delete_replaced(folder, (epoch, step or 0), config.delete_previous_checkpoint and kept)
+        _delete_replaced(folder, (epoch, step or 0), config.checkpoint.delete_previous_checkpoint and kept)
     except OSError as error:  # of a file system that has gone
         raise _cannot_write(folder, error) from error
     return paths[0]

@@ -137,7 +137,7 @@ class CheckpointWriter:
                 self.folder, epoch, content, scores, config=self.config, step=step, stopping=stopping
             )
         except TrainingError as error:
-            if self.config.on_save_error == "stop":
+            if self.config.checkpoint.on_save_error == "stop":
                 raise
             self._failed = True
             newest = self._last or "the one that this run began from, if any"

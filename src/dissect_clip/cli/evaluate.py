@@ -31,8 +31,9 @@ from dissect_clip.cli.results import (
     write_result,
     write_text,
 )
+from dissect_clip.config.fields import Range, section, setting
 from dissect_clip.config.parser import Parser, add_argument, parse_values
-from dissect_clip.config.settings import Config, Range, section, setting
+from dissect_clip.config.settings import Config, declared
 from dissect_clip.config.validation import wrong_lengths
 from dissect_clip.data import ClassificationData, RetrievalData, left_out, tell_left_out
 from dissect_clip.data.evaluation.benchmark import Found, Kind, Layout, find_split, locate
@@ -114,10 +115,10 @@ def build_parser() -> Parser:
         if "section" in field.metadata:
             group = parser.add_argument_group(field.metadata["section"])
         add_argument(group, field, hints[field.name])
-    hints, fields = typing.get_type_hints(Config), {field.name: field for field in dataclasses.fields(Config)}
+    settings = declared()
     group = parser.add_argument_group("as in training")
     for name in SHARED:
-        add_argument(group, fields[name], hints[name])
+        add_argument(group, *settings[name])
     group.add_argument("--checkpoint", dest="pretrained", help="the same as --pretrained; also any fsspec URL")
     return parser
 
@@ -144,7 +145,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Settings, Config]:
     values = parse_values(parser, argv)
     own = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{name: value for name, value in values.items() if name in own})
-    config = Config(**{name: value for name, value in values.items() if name not in own})
+    config = Config.of(**{name: value for name, value in values.items() if name not in own})
     for line in (*contradictions(settings), *wrong_lengths(config)):
         parser.error(line)
     return settings, config
@@ -214,7 +215,9 @@ def make_plan(job: Job, settings: Settings, config: Config) -> Plan:
     """
     job.layout.shards("test")
     task = _task(job, settings.task)
-    output = fill_output(settings.output, dataset=job.name, model=config.model, pretrained=config.pretrained, task=task)
+    output = fill_output(
+        settings.output, dataset=job.name, model=config.model.model, pretrained=config.model.pretrained, task=task
+    )
     make_folder(output)
     finished = None if settings.overwrite else _finished(output, job, task, config)
     if finished is not None:
@@ -264,14 +267,14 @@ def _finished(output: Path, job: Job, task: str, config: Config) -> Result | Non
     result = read_result(output)
     if result is None:
         return None
-    wanted = {"dataset": job.name, "model": config.model, "pretrained": config.pretrained, "task": task}
+    wanted = {"dataset": job.name, "model": config.model.model, "pretrained": config.model.pretrained, "task": task}
     other = [f"{name} {getattr(result, name)}" for name, value in wanted.items() if getattr(result, name) != value]
     if other:
         raise SetupError(
             f"{output} has the result of {', '.join(other)}: give another --output, with {{pretrained_full_path}} for "
             "instance, or --overwrite"
         )
-    if os.path.isfile(config.pretrained) and output.stat().st_mtime <= os.path.getmtime(config.pretrained):
+    if os.path.isfile(config.model.pretrained) and output.stat().st_mtime <= os.path.getmtime(config.model.pretrained):
         log.info("%s: the checkpoint is newer than %s, evaluating anew", job.name, output)
         return None
     return result
@@ -304,8 +307,8 @@ class Evaluation:
         log.info("%s: %s", name, plan.task)
         result = Result(
             dataset=name,
-            model=self.config.model,
-            pretrained=self.config.pretrained,
+            model=self.config.model.model,
+            pretrained=self.config.model.pretrained,
             task=plan.task,
             metrics=self.metrics(plan),
         )
@@ -329,7 +332,7 @@ class Evaluation:
 
     def _retrieval(self, found: Found) -> dict[str, float]:
         data = found.retrieval(self.config, self.world, self.model.preprocess_eval, self.model.tokenizer)
-        metrics = evaluate_retrieval(self.encoder, data, world=self.world, batch_size=self.config.batch_size)
+        metrics = evaluate_retrieval(self.encoder, data, world=self.world, batch_size=self.config.training.batch_size)
         self._check_skipped(data, int(metrics["num_samples"]))
         return {f"{name}_retrieval_recall@{k}": metrics[f"{way}_R@{k}"] for k in RECALL_AT for name, way in _WAYS}
 
@@ -351,7 +354,9 @@ class Evaluation:
     def _probe(self, test: Found, train: Found, validation: Found | None) -> dict[str, float]:
         train_features = self._features(train)
         if validation is None:
-            train_features, chosen_on = split_off(train_features, self.settings.val_proportion, self.config.seed)
+            train_features, chosen_on = split_off(
+                train_features, self.settings.val_proportion, self.config.training.seed
+            )
         else:
             chosen_on = self._features(validation)
         num_classes = len(test.classnames)
@@ -361,7 +366,7 @@ class Evaluation:
             "lp_acc5": probe.accuracy.top5 if num_classes >= 5 else math.nan,
             "lp_mean_per_class_recall": probe.accuracy.mean_per_class_recall,
             "C": 1 / probe.weight,
-            "seed": self.config.seed,
+            "seed": self.config.training.seed,
             "fewshot_k": -1,
             "normalized": True,
         }
@@ -396,17 +401,19 @@ def load_model(config: Config, world: World) -> Model:
     Raises:
         SetupError: there is no such model or there are no such weights, or they do not fit.
     """
-    if not config.pretrained and not has_own_weights(config.model):
+    if not config.model.pretrained and not has_own_weights(config.model.model):
         log.warning("Evaluating random weights: give --pretrained or --checkpoint to load some")
-    own = has_own_weights(config.model) and Path(config.pretrained).is_file()  # open_clip would keep the model's
-    if "://" not in config.pretrained and not own:
+    own = (
+        has_own_weights(config.model.model) and Path(config.model.pretrained).is_file()
+    )  # open_clip would keep the model's
+    if "://" not in config.model.pretrained and not own:
         return build_model(config, world)
-    model = build_model(dataclasses.replace(config, pretrained=""), world)
+    model = build_model(config.replace(pretrained=""), world)
     with world.watch.patient():
-        checkpoint = load_checkpoint(config.pretrained)
+        checkpoint = load_checkpoint(config.model.pretrained)
     check_fits(
         checkpoint,
-        model_name=config.model,
+        model_name=config.model.model,
         model_state_dict=model.module.state_dict(),
         num_samples=None,
         fingerprint=None,
@@ -424,9 +431,11 @@ def run(settings: Settings, config: Config, world: World) -> int:
     Raises:
         SetupError: the flags, or the model, are wrong.
     """
-    setup_logging(None, logging.DEBUG if config.debug else logging.INFO, world)
-    jobs = world.on_main(lambda: list_jobs(settings, config.data_timeout))
-    table = fill_output(settings.summary, dataset="", model=config.model, pretrained=config.pretrained, task="")
+    setup_logging(None, logging.DEBUG if config.run.debug else logging.INFO, world)
+    jobs = world.on_main(lambda: list_jobs(settings, config.data.data_timeout))
+    table = fill_output(
+        settings.summary, dataset="", model=config.model.model, pretrained=config.model.pretrained, task=""
+    )
     failed: dict[str, str] = {}
     plans: dict[str, Plan] = {}
     with world.watch.patient():
@@ -447,7 +456,7 @@ def run(settings: Settings, config: Config, world: World) -> int:
                 with _reporting(name, failed, world):
                     results[name] = evaluation.evaluate(name, plan)
     ordered = [results[job.name] for job in jobs if job.name in results]
-    text = summary(config.model, config.pretrained, ordered, failed)
+    text = summary(config.model.model, config.model.pretrained, ordered, failed)
     written = bool(ordered) or world.on_main(lambda: not Path(table).exists())  # it may be that of another checkpoint
     if written:
         world.on_main(lambda: write_text(table, text))
@@ -466,7 +475,9 @@ def prepare(settings: Settings, config: Config, world: World) -> Evaluation:
     """
     model = load_model(config, world)
     encoder = Encoder(
-        model.module, autocast_for(config.precision, world.device), open_clip.get_input_dtype(config.precision)
+        model.module,
+        autocast_for(config.training.precision, world.device),
+        open_clip.get_input_dtype(config.training.precision),
     )
     return Evaluation(model, encoder, settings, config, world)
 

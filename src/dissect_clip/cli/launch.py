@@ -58,11 +58,11 @@ def launch(config: Config, work: Callable[[World], int], afterwards: str) -> int
             if not first:
                 warnings.simplefilter("ignore")  # one rank's word is enough on a device that is not there
             world = init_world(
-                config.device,
-                config.dist_backend,
-                config.dist_url,
-                not config.no_set_device_rank,
-                config.rank_timeout,
+                config.distributed.device,
+                config.distributed.dist_backend,
+                config.distributed.dist_url,
+                not config.distributed.no_set_device_rank,
+                config.distributed.rank_timeout,
             )
     except SetupError as error:
         prefix = "error: " if first else f"error on rank {os.environ['RANK']}: "

@@ -83,8 +83,8 @@ def run(config: Config, world: World) -> None:
     """
     folder = open_run(config, world)
     if folder is not None:
-        config = dataclasses.replace(config, name=folder.name)
-    setup_logging(folder.log_file if folder else None, logging.DEBUG if config.debug else logging.INFO, world)
+        config = config.replace(name=folder.name)
+    setup_logging(folder.log_file if folder else None, logging.DEBUG if config.run.debug else logging.INFO, world)
     _introduce(config, world, folder)
     _allow_tf32(world)
     sync = make_sync(config, folder, world)
@@ -101,7 +101,7 @@ def run(config: Config, world: World) -> None:
             copied = sync.finish()
     if not copied:
         raise TrainingError(
-            f"the run folder could not be copied to --remote-sync {config.remote_sync}: copy it by hand"
+            f"the run folder could not be copied to --remote-sync {config.run.remote_sync}: copy it by hand"
         )
 
 
@@ -110,7 +110,7 @@ def _run_in(folder: RunFolder | None, config: Config, world: World, sync: Remote
     model = build_model(config, world)
     train_data = (
         build_train(config, world, model.preprocess_train, model.tokenizer, folder.path if folder else None)
-        if config.trains
+        if config.data.trains
         else None
     )
     retrieval = build_retrieval(config, world, model.preprocess_eval, model.tokenizer)
@@ -130,15 +130,19 @@ def _run_in(folder: RunFolder | None, config: Config, world: World, sync: Remote
 
 
 def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
-    log.info("Run %s in %s", config.name or "without a folder", folder.path if folder else "no folder")
+    log.info("Run %s in %s", config.run.name or "without a folder", folder.path if folder else "no folder")
     log.info(
-        "%d process%s, device %s, precision %s", world.size, "es" * (world.size > 1), world.device, config.precision
+        "%d process%s, device %s, precision %s",
+        world.size,
+        "es" * (world.size > 1),
+        world.device,
+        config.training.precision,
     )
-    if config.precision == "fp16":
+    if config.training.precision == "fp16":
         log.warning("--precision fp16 trains without a gradient scaler: amp is the safer choice")
-    if config.siglip and (config.local_loss or config.gather_with_grad):
+    if config.model.siglip and (config.training.local_loss or config.training.gather_with_grad):
         log.warning("--siglip exchanges features in its own way: --local-loss and --gather-with-grad have no effect")
-    for name, value in sorted(dataclasses.asdict(config).items()):
+    for name, value in sorted(config.flat().items()):
         log.debug("  %s: %s", name, value)
 
 
@@ -161,7 +165,7 @@ def _train(
     folder: RunFolder | None,
     sync: RemoteSync | NoSync,
 ) -> None:
-    steps_per_epoch = train_data.num_batches // config.accum_freq
+    steps_per_epoch = train_data.num_batches // config.training.accum_freq
     state = build_state(config, world, model, train_data, folder, steps_per_epoch)
     if checkpoint is not None:
         restore(state, checkpoint, train_data, steps_per_epoch)
@@ -169,11 +173,11 @@ def _train(
     _announce(state, train_data, steps_per_epoch)
     if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
         evaluator.after_epoch(state.module, state.counters)
-    if state.counters.epoch >= config.epochs:
-        log.info("All %d epochs are done already; give a larger --epochs to train on", config.epochs)
+    if state.counters.epoch >= config.training.epochs:
+        log.info("All %d epochs are done already; give a larger --epochs to train on", config.training.epochs)
     trained = False
     with Signals(world.watch, world.is_main), Saver(state, train_data, folder, sync) as save:
-        while state.counters.epoch < config.epochs:
+        while state.counters.epoch < config.training.epochs:
             signal = train_epoch(state, train_data, evaluator.reporter, save)
             save(stopping=signal is not None)
             if signal is not None:
@@ -233,15 +237,16 @@ def build_state(
     """
     module, wrapped = wrap_model(model.module, config, world)
     optimizer = build_optimizer(config, module)
-    autocast = autocast_for(config.precision, world.device)
-    selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.siglip), world)
+    autocast = autocast_for(config.training.precision, world.device)
+    selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.model.siglip), world)
     if selector is not None:
         selector.decoys = build_decoys(config, selector, world, train_data.num_kept, train_data.kept_ids)
     chooser = build_chooser(config, selector)
     scorer = build_scorer(config, module, autocast, model.tokenizer)
-    if config.score_keep_locked and not scorer.reusable:
+    if config.selection.score_keep_locked and not scorer.reusable:
         raise SetupError(
-            f"--score-keep-locked: no tower of --model {config.model} is locked as a whole and the same in training "
+            f"--score-keep-locked: no tower of --model {config.model.model} is locked as a whole and the same in "
+            "training "
             "as in scoring. Unlocked layers, BatchNorm that is not frozen, dropout and other --score flags prevent it"
         )
     reference: Reference | None = None
@@ -249,16 +254,16 @@ def build_state(
         reference = build_reference(config, world, module, autocast, model.tokenizer)
         selector.reference = reference
     recorder: Recorder | NullRecorder = NullRecorder()
-    if config.record and selector is not None and folder is not None:
+    if config.selection.record and selector is not None and folder is not None:
         recorder = Recorder(
             folder.record,
             world,
             train_data.shard_names,
             train_data.locate,
             selector.strategy.remembers,
-            config.accum_freq,
+            config.training.accum_freq,
             reports=selector.strategy.reports,
-            keep_going=config.on_save_error == "continue",
+            keep_going=config.checkpoint.on_save_error == "continue",
         )
     return TrainState(
         config=config,
@@ -271,12 +276,12 @@ def build_state(
         scaler=build_scaler(config, world.device),
         schedule=learning_rate(config, optimizer.param_groups[0]["lr"], steps_per_epoch),
         autocast=autocast,
-        input_dtype=open_clip.get_input_dtype(config.precision),
+        input_dtype=open_clip.get_input_dtype(config.training.precision),
         selector=selector,
         scorer=scorer,
         buffers=RunningBuffers(module, world),
         recorder=recorder,
-        skip_log=SkipLog(folder.skipped if folder else None, world, config.on_save_error == "continue"),
+        skip_log=SkipLog(folder.skipped if folder else None, world, config.checkpoint.on_save_error == "continue"),
         tally=Tally(world.device),
         chooser=chooser,
         reference=reference,
@@ -287,11 +292,11 @@ def build_state(
 def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     config = state.config
     trainable = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
-    step_size = config.batch_size * config.accum_freq * state.world.size
-    log.info("Model %s, %.1f M parameters to train", config.model, trainable / 1e6)
+    step_size = config.training.batch_size * config.training.accum_freq * state.world.size
+    log.info("Model %s, %.1f M parameters to train", config.model.model, trainable / 1e6)
     log.info(
         "Training data: %s%d samples in %d shards; %d steps an epoch of %d samples",
-        "" if config.train_keep is None else f"{data.num_kept} of ", data.num_samples,
+        "" if config.data.train_keep is None else f"{data.num_kept} of ", data.num_samples,
         len(data.shard_names), steps_per_epoch, step_size,
     )  # fmt: skip
     if data.num_kept < step_size and state.world.is_main:
@@ -300,7 +305,7 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     if state.selector is not None:
         log.info(
             "Selection: %s, keeping %s of every batch; %s%s",
-            config.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
+            config.selection.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
             "" if state.chooser is None else ", chosen before loading",
         )  # fmt: skip
         _announce_decoys(state, data)
@@ -334,17 +339,19 @@ class Evaluator:
     reporter: Reporter
 
     def _due(self, frequency: int, epoch: int) -> bool:
-        return frequency > 0 and (epoch % frequency == 0 or epoch == self.config.epochs)
+        return frequency > 0 and (epoch % frequency == 0 or epoch == self.config.training.epochs)
 
     def is_due(self, epoch: int) -> bool:
         """Whether there is anything to evaluate on after so many complete epochs."""
-        retrieval = self.retrieval is not None and self._due(self.config.val_frequency, epoch)
-        return retrieval or (bool(self.classification) and self._due(self.config.zeroshot_frequency, epoch))
+        retrieval = self.retrieval is not None and self._due(self.config.evaluation.val_frequency, epoch)
+        return retrieval or (bool(self.classification) and self._due(self.config.evaluation.zeroshot_frequency, epoch))
 
     def after_epoch(self, module: torch.nn.Module, counters: Counters) -> None:
         """Evaluate on what is due after so many complete epochs; after the last, on all."""
-        retrieval = self.retrieval if self._due(self.config.val_frequency, counters.epoch) else None
-        classification = self.classification if self._due(self.config.zeroshot_frequency, counters.epoch) else []
+        retrieval = self.retrieval if self._due(self.config.evaluation.val_frequency, counters.epoch) else None
+        classification = (
+            self.classification if self._due(self.config.evaluation.zeroshot_frequency, counters.epoch) else []
+        )
         spent = {f"{phase}_seconds": seconds for phase, seconds in counters.seconds.items()}
         samples = {"seen": counters.seen, "trained": counters.trained, "scored": counters.scored}
         progress = {**samples, **spent}
@@ -369,10 +376,10 @@ class Evaluator:
             retrieval,
             classification,
             world=self.world,
-            autocast=autocast_for(self.config.precision, self.world.device),
-            input_dtype=open_clip.get_input_dtype(self.config.precision),
+            autocast=autocast_for(self.config.training.precision, self.world.device),
+            input_dtype=open_clip.get_input_dtype(self.config.training.precision),
             tokenizer=self.tokenizer,
-            batch_size=self.config.batch_size,
+            batch_size=self.config.training.batch_size,
         )
         sets: list[RetrievalData | ClassificationData] = [*classification]
         if retrieval is not None:
@@ -396,7 +403,7 @@ def _evaluate_only(config: Config, model: Model, evaluator: Evaluator, checkpoin
     if checkpoint is not None:
         check_fits(
             checkpoint,
-            model_name=config.model,
+            model_name=config.model.model,
             model_state_dict=model.module.state_dict(),
             num_samples=None,
             fingerprint=None,
@@ -404,7 +411,7 @@ def _evaluate_only(config: Config, model: Model, evaluator: Evaluator, checkpoin
             columns=(),
         )
         model.module.load_state_dict(checkpoint.state_dict)
-    elif not config.pretrained:
+    elif not config.model.pretrained:
         log.warning("Evaluating random weights: give --resume or --pretrained to load some")
     epoch = 0 if checkpoint is None else checkpoint.epoch
     step = 0 if checkpoint is None or checkpoint.state is None else checkpoint.state.step

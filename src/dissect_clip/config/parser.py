@@ -13,7 +13,18 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Union
 
-from dissect_clip.config.settings import CLEAN_POSTERIOR, FAST, UNSUPPORTED, Config, Range, default_adam, parse_strategy
+from dissect_clip.config.fields import Range
+from dissect_clip.config.flags import UNSUPPORTED
+from dissect_clip.config.settings import (
+    CLEAN_POSTERIOR,
+    FAST,
+    GROUP_OF,
+    GROUPS,
+    Config,
+    declared,
+    default_adam,
+    parse_strategy,
+)
 from dissect_clip.config.validation import contradictions
 
 
@@ -146,13 +157,10 @@ def build_parser(strategies: Mapping[str, str], commands: Mapping[str, str] | No
         epilog=f"{others}strategies:\n{_listed(strategies)}\n\nflags of OpenCLIP that are not supported:\n{refused}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    hints = typing.get_type_hints(Config)
-    group: Any = parser
-    for field in dataclasses.fields(Config):
-        if "section" in field.metadata:
-            group = parser.add_argument_group(field.metadata["section"])
-        convert = _strategy_of(tuple(strategies)) if field.name == "select_strategy" else None
-        add_argument(group, field, hints[field.name], convert)
+    sections = {name: parser.add_argument_group(settings.title) for name, settings in GROUPS.items()}
+    for name, (field, hint) in declared().items():
+        convert = _strategy_of(tuple(strategies)) if name == "select_strategy" else None
+        add_argument(sections[GROUP_OF[name]], field, hint, convert)
     for flag, entry in UNSUPPORTED.items():
         parser.add_argument(flag, action=_Refuse, nargs=1 if entry.takes_value else 0, help=argparse.SUPPRESS)
     return parser
@@ -161,21 +169,23 @@ def build_parser(strategies: Mapping[str, str], commands: Mapping[str, str] | No
 def _complete(config: Config) -> Config:
     """Fill in the defaults that depend on other settings."""
     filled: dict[str, Any] = {}
-    if not config.opt.startswith("timm/"):
-        filled = {k: v for k, v in default_adam(config.model).items() if getattr(config, k) is None}
-    clean = config.select_strategy == CLEAN_POSTERIOR
-    if config.warmup_select_rate is None:
-        filled["warmup_select_rate"] = 1.0 if clean else config.select_rate
-    filled["warmup_point"] = config.warmup_epochs
-    filled["select_preset"] = config.preset
-    fast = config.select and config.preset == "fast"
-    if config.score_refresh is None:
+    if not config.training.opt.startswith("timm/"):
+        filled = {k: v for k, v in default_adam(config.model.model).items() if config.get(k) is None}
+    clean = config.selection.select_strategy == CLEAN_POSTERIOR
+    if config.selection.warmup_select_rate is None:
+        filled["warmup_select_rate"] = 1.0 if clean else config.selection.select_rate
+    filled["warmup_point"] = config.selection.warmup_epochs
+    filled["select_preset"] = config.selection.preset
+    fast = config.selection.select and config.selection.preset == "fast"
+    if config.selection.score_refresh is None:
         filled["score_refresh"] = FAST["score_refresh"] if fast else 1.0
     # By itself the strategy chooses before loading only where that can be done and saves anything.
-    implied = config.select_preset is None and (config.dataset_resampled or config.score_refresh == 1)
+    implied = config.selection.select_preset is None and (
+        config.data.dataset_resampled or config.selection.score_refresh == 1
+    )
     if fast and not implied:
         filled["select_before_load"] = FAST["select_before_load"]
-    return dataclasses.replace(config, **filled)
+    return config.replace(**filled)
 
 
 def parse_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
@@ -194,8 +204,8 @@ def parse_args(argv: Sequence[str], strategies: Mapping[str, str], commands: Map
         SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
     """
     parser = build_parser(strategies, commands)
-    names = {field.name for field in dataclasses.fields(Config)}
-    config = Config(**{name: value for name, value in parse_values(parser, argv).items() if name in names})
+    values = parse_values(parser, argv)
+    config = Config.of(**{name: value for name, value in values.items() if name in GROUP_OF})
     for line in contradictions(config):
         parser.error(line)
     return _complete(config)

@@ -1,8 +1,7 @@
 """Every setting of a run, declared once: type, default, help and range. The command line is derived from here.
 
 Names and defaults are those of OpenCLIP 3.3.0, so that its command lines work unchanged; the selection flags and the
-few others that OpenCLIP lacks are listed in ``ADDED``. Flags of OpenCLIP that mean nothing here stand in
-``UNSUPPORTED`` with the reason and the replacement.
+few others that OpenCLIP lacks are listed in :mod:`dissect_clip.config.flags`.
 """
 
 from __future__ import annotations
@@ -10,63 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
+import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
+from dissect_clip.config.fields import COUNT, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, setting
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The finite numbers a setting may take; an open end is None."""
+CLEAN_POSTERIOR = "clean_posterior"
 
-    above: float | None = None
-    at_least: float | None = None
-    at_most: float | None = None
-    below: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        return (
-            abs(value) < math.inf
-            and (self.above is None or value > self.above)
-            and (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
-        )
-
-    def __str__(self) -> str:
-        ends = [("above", self.above), ("at least", self.at_least), ("at most", self.at_most), ("below", self.below)]
-        return " and ".join(f"{name} {end:g}" for name, end in ends if end is not None) or "finite"
-
-
-POSITIVE = Range(above=0)
-NOT_NEGATIVE = Range(at_least=0)
-COUNT = Range(at_least=1)
-FRACTION = Range(above=0, at_most=1)
-FINITE = Range()
-
-
-def setting(
-    default: Any,
-    help: str,  # noqa: A002 - argparse's own name for it
-    *,
-    choices: Sequence[str] | None = None,
-    within: Range | None = None,
-    aliases: tuple[str, ...] = (),
-    metavar: str | None = None,
-) -> Any:
-    """One setting: its default, the line for ``--help``, and what it may be."""
-    facts = {"help": help, "choices": choices, "within": within, "aliases": aliases, "metavar": metavar}
-    factory = {"default_factory": dict} if default == {} else {"default": default}
-    return dataclasses.field(metadata=facts, **factory)
-
-
-def section(title: str, default: Any, help: str, **facts: Any) -> Any:  # noqa: A002
-    """A setting that opens a section of ``--help``."""
-    field = setting(default, help, **facts)
-    field.metadata = types.MappingProxyType({**field.metadata, "section": title})
-    return field
+WITH_REFERENCE = ("learnability", "jest")
+"""Strategies that rank against a reference model."""
 
 
 FAST: dict[str, Any] = {"score_refresh": 0.0, "select_before_load": True}
@@ -84,12 +38,12 @@ def _flags(values: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """A run's settings. Built by :func:`parse_args`; frozen, and saved as JSON in the run folder."""
+class DataSettings:
+    """The settings of the section "data" of ``--help``."""
 
-    # ---- data
-    train_data: str | None = section(
-        "data",
+    title: ClassVar[str] = "data"
+
+    train_data: str | None = setting(
         None,
         "training data: shards as path, brace or glob pattern, or URL, sources joined by `::`; or a csv/tsv file",
     )
@@ -102,14 +56,10 @@ class Config:
         "shard and key",
         metavar="FILE",
     )
-    val_data: str | None = setting(None, "validation data for retrieval, in the same forms as --train-data")
     train_num_samples: int | None = setting(
         None,
         "samples in the training data; needed only where nothing else tells, or as epoch length if resampled",
         within=COUNT,
-    )
-    val_num_samples: int | None = setting(
-        None, "samples in the validation data; informative only, the whole set is always read", within=COUNT
     )
     dataset_type: str = setting(
         "auto",
@@ -120,23 +70,9 @@ class Config:
     json_caption_key: str | None = setting(
         None, "webdataset: the field of KEY.json that holds the caption, where it is not in KEY.txt"
     )
-    val_captions: str = setting(
-        "lines",
-        "validation captions: each line of KEY.txt is one caption of the image, or the whole file is",
-        choices=("lines", "whole"),
-    )
     csv_separator: str = setting("\t", "csv data: what separates the columns")
     csv_img_key: str = setting("filepath", "csv data: the column with the image paths")
     csv_caption_key: str = setting("title", "csv data: the column with the captions")
-    imagenet_val: str | None = setting(
-        None,
-        "zero-shot classification: ImageNet's validation set, an ImageFolder or a CLIP_benchmark webdataset",
-    )
-    imagenet_v2: str | None = setting(None, "zero-shot classification: ImageNet-V2, in the same forms")
-    zeroshot_data: str | None = setting(
-        None,
-        "zero-shot classification on any set: an ImageFolder or a CLIP_benchmark webdataset; several joined by `::`",
-    )
     max_skip_fraction: float = setting(
         0.05,
         "stop when more than this share of the training samples cannot be used, naming the worst shards; 1 never stops",
@@ -151,8 +87,19 @@ class Config:
     )
     workers: int = setting(4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE)
 
-    # ---- model
-    model: str = section("model", "RN50", "name of an OpenCLIP model, or of one in --model-config")
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train on; otherwise the run only evaluates."""
+        return self.train_data is not None or self.dataset_type == "synthetic"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The settings of the section "model" of ``--help``."""
+
+    title: ClassVar[str] = "model"
+
+    model: str = setting("RN50", "name of an OpenCLIP model, or of one in --model-config")
     model_config: str | None = setting(None, "a JSON file, or a folder of them, with model configurations of your own")
     pretrained: str = setting("", "start from these weights: a tag that OpenCLIP knows, or a file")
     pretrained_image: bool = setting(False, "start from ImageNet weights in the image tower where there are any")
@@ -203,9 +150,25 @@ class Config:
     distill_model: str | None = setting(None, "distil from this model, with --distill-pretrained")
     distill_pretrained: str | None = setting(None, "the weights to distil from")
 
-    # ---- training
-    batch_size: int = section(
-        "training",
+    @property
+    def distill(self) -> bool:
+        """Whether a teacher is distilled from."""
+        return self.distill_model is not None and self.distill_pretrained is not None
+
+    @property
+    def image_size(self) -> int | tuple[int, ...] | None:
+        """``--force-image-size`` as open_clip takes it."""
+        size = self.force_image_size
+        return size[0] if size is not None and len(size) == 1 else size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """The settings of the section "training" of ``--help``."""
+
+    title: ClassVar[str] = "training"
+
+    batch_size: int = setting(
         64,
         "samples per GPU and step; with --select the oversampled batch that is scored",
         within=COUNT,
@@ -254,8 +217,14 @@ class Config:
     torchcompile: bool = setting(False, "compile the model with torch.compile")
     seed: int = setting(0, "seed of every random choice", within=Range(at_least=0, below=2**64))
 
-    # ---- selection
-    select: bool = section("online sample selection", False, "train on the best part of every batch only")
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionSettings:
+    """The settings of the section "online sample selection" of ``--help``."""
+
+    title: ClassVar[str] = "online sample selection"
+
+    select: bool = setting(False, "train on the best part of every batch only")
     select_strategy: str = setting(
         "warmup_base_sampling",
         "how samples are ranked: a name from the list below, or several with weights, as A:0.7+B:0.3, for the weighted "
@@ -461,73 +430,6 @@ class Config:
     )
     record: bool = setting(False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch")
 
-    # ---- evaluation, logs, checkpoints
-    val_frequency: int = section(
-        "evaluation, logs and checkpoints",
-        1,
-        "evaluate on --val-data every n epochs; 0 is never",
-        within=NOT_NEGATIVE,
-    )
-    zeroshot_frequency: int = setting(2, "classify zero-shot every n epochs; 0 is never", within=NOT_NEGATIVE)
-    logs: str = setting(
-        "./logs/",
-        "folder of the run folders; none writes nothing. Under torchrun use --output-dir, or put -- before the script",
-        aliases=("--output-dir",),
-    )
-    log_local: bool = setting(False, "write a log file on every node, not on the first only")
-    name: str | None = setting(None, "name of the run and its folder (default: time and main settings)")
-    log_every_n_steps: int = setting(100, "log every n steps", within=COUNT)
-    report_to: str = setting("", "where to report besides the console: tensorboard, wandb, or both with a comma")
-    wandb_notes: str = setting("", "notes for wandb")
-    wandb_project_name: str = setting("open-clip", "project name for wandb")
-    debug: bool = setting(False, "log more")
-    copy_codebase: bool = setting(False, "copy the package's source into the run folder")
-    resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run")
-    save_frequency: int = setting(1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE)
-    save_most_recent: bool = setting(False, "also keep the newest checkpoint as epoch_latest.pt")
-    save_every_n_steps: int = setting(
-        0, "also save in the middle of an epoch, every n steps; 0 is never", within=NOT_NEGATIVE
-    )
-    save_every_minutes: float = setting(
-        0.0, "also save in the middle of an epoch, when so many minutes have passed; 0 is never", within=NOT_NEGATIVE
-    )
-    on_save_error: str = setting(
-        "continue",
-        "when a checkpoint, a log or a record cannot be written: say so, train on and try again later, or stop",
-        choices=("continue", "stop"),
-    )
-    delete_previous_checkpoint: bool = setting(False, "delete the checkpoint before after storing a new one")
-    remote_sync: str | None = setting(None, "copy the run folder to this remote path as training goes on")
-    remote_sync_frequency: int = setting(300, "seconds between two copies", within=COUNT)
-    remote_sync_protocol: str = setting("s3", "how to copy", choices=("s3", "fsspec"))
-
-    # ---- distributed
-    device: str = section(
-        "distributed training", "cuda", "accelerator to use; falls back to the CPU where there is none"
-    )
-    dist_url: str | None = setting(None, "URL to set up the process group with")
-    dist_backend: str | None = setting(None, "backend of the process group (default: nccl on a GPU, gloo on a CPU)")
-    no_set_device_rank: bool = setting(
-        False, "leave the device index alone, where CUDA_VISIBLE_DEVICES gives each process one GPU"
-    )
-    rank_timeout: float = setting(
-        600.0,
-        "end the run when a rank has not answered, or has not gone on, for so many seconds, naming it and its phase; "
-        "longer than any step or evaluation batch, and not below 5, before which no rank counts as lost",
-        within=POSITIVE,
-    )
-    ddp_static_graph: bool = setting(False, "DistributedDataParallel with a static graph")
-
-    @property
-    def distill(self) -> bool:
-        """Whether a teacher is distilled from."""
-        return self.distill_model is not None and self.distill_pretrained is not None
-
-    @property
-    def trains(self) -> bool:
-        """Whether there is anything to train on; otherwise the run only evaluates."""
-        return self.train_data is not None or self.dataset_type == "synthetic"
-
     @property
     def warms_up(self) -> bool:
         """Whether selection begins after ``--warmup-point`` epochs of uniform sampling."""
@@ -551,121 +453,191 @@ class Config:
         always = self.preset == "fast" or self.select_strategy == CLEAN_POSTERIOR
         return self.select and (always or self.score_refresh not in (None, 1))
 
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """The settings of the section "evaluation" of ``--help``."""
+
+    title: ClassVar[str] = "evaluation"
+
+    val_data: str | None = setting(None, "validation data for retrieval, in the same forms as --train-data")
+    val_num_samples: int | None = setting(
+        None, "samples in the validation data; informative only, the whole set is always read", within=COUNT
+    )
+    val_captions: str = setting(
+        "lines",
+        "validation captions: each line of KEY.txt is one caption of the image, or the whole file is",
+        choices=("lines", "whole"),
+    )
+    imagenet_val: str | None = setting(
+        None,
+        "zero-shot classification: ImageNet's validation set, an ImageFolder or a CLIP_benchmark webdataset",
+    )
+    imagenet_v2: str | None = setting(None, "zero-shot classification: ImageNet-V2, in the same forms")
+    zeroshot_data: str | None = setting(
+        None,
+        "zero-shot classification on any set: an ImageFolder or a CLIP_benchmark webdataset; several joined by `::`",
+    )
+    val_frequency: int = setting(
+        1,
+        "evaluate on --val-data every n epochs; 0 is never",
+        within=NOT_NEGATIVE,
+    )
+    zeroshot_frequency: int = setting(2, "classify zero-shot every n epochs; 0 is never", within=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The settings of the section "run folder and logs" of ``--help``."""
+
+    title: ClassVar[str] = "run folder and logs"
+
+    logs: str = setting(
+        "./logs/",
+        "folder of the run folders; none writes nothing. Under torchrun use --output-dir, or put -- before the script",
+        aliases=("--output-dir",),
+    )
+    log_local: bool = setting(False, "write a log file on every node, not on the first only")
+    name: str | None = setting(None, "name of the run and its folder (default: time and main settings)")
+    log_every_n_steps: int = setting(100, "log every n steps", within=COUNT)
+    report_to: str = setting("", "where to report besides the console: tensorboard, wandb, or both with a comma")
+    wandb_notes: str = setting("", "notes for wandb")
+    wandb_project_name: str = setting("open-clip", "project name for wandb")
+    debug: bool = setting(False, "log more")
+    copy_codebase: bool = setting(False, "copy the package's source into the run folder")
+    remote_sync: str | None = setting(None, "copy the run folder to this remote path as training goes on")
+    remote_sync_frequency: int = setting(300, "seconds between two copies", within=COUNT)
+    remote_sync_protocol: str = setting("s3", "how to copy", choices=("s3", "fsspec"))
+
     @property
     def writes_logs(self) -> bool:
         """Whether the run has a folder."""
         return self.logs.lower() != "none"
 
-    @property
-    def image_size(self) -> int | tuple[int, ...] | None:
-        """``--force-image-size`` as open_clip takes it."""
-        size = self.force_image_size
-        return size[0] if size is not None and len(size) == 1 else size
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """The settings of the section "checkpoints" of ``--help``."""
+
+    title: ClassVar[str] = "checkpoints"
+
+    resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run")
+    save_frequency: int = setting(1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE)
+    save_most_recent: bool = setting(False, "also keep the newest checkpoint as epoch_latest.pt")
+    save_every_n_steps: int = setting(
+        0, "also save in the middle of an epoch, every n steps; 0 is never", within=NOT_NEGATIVE
+    )
+    save_every_minutes: float = setting(
+        0.0, "also save in the middle of an epoch, when so many minutes have passed; 0 is never", within=NOT_NEGATIVE
+    )
+    on_save_error: str = setting(
+        "continue",
+        "when a checkpoint, a log or a record cannot be written: say so, train on and try again later, or stop",
+        choices=("continue", "stop"),
+    )
+    delete_previous_checkpoint: bool = setting(False, "delete the checkpoint before after storing a new one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedSettings:
+    """The settings of the section "distributed training" of ``--help``."""
+
+    title: ClassVar[str] = "distributed training"
+
+    device: str = setting("cuda", "accelerator to use; falls back to the CPU where there is none")
+    dist_url: str | None = setting(None, "URL to set up the process group with")
+    dist_backend: str | None = setting(None, "backend of the process group (default: nccl on a GPU, gloo on a CPU)")
+    no_set_device_rank: bool = setting(
+        False, "leave the device index alone, where CUDA_VISIBLE_DEVICES gives each process one GPU"
+    )
+    rank_timeout: float = setting(
+        600.0,
+        "end the run when a rank has not answered, or has not gone on, for so many seconds, naming it and its phase; "
+        "longer than any step or evaluation batch, and not below 5, before which no rank counts as lost",
+        within=POSITIVE,
+    )
+    ddp_static_graph: bool = setting(False, "DistributedDataParallel with a static graph")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run's settings in groups; flat on the command line and in ``config.json``.
+
+    Built by :func:`dissect_clip.config.parser.parse_args`; frozen, and saved as JSON in the run folder.
+    """
+
+    data: DataSettings = field(default_factory=DataSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    selection: SelectionSettings = field(default_factory=SelectionSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
+
+    @classmethod
+    def of(cls, **settings: Any) -> Config:
+        """The settings with these values, by their names on the command line, and defaults for the others.
+
+        Raises:
+            TypeError: a name is no setting.
+        """
+        return cls().replace(**settings)
+
+    def replace(self, **settings: Any) -> Config:
+        """A copy with other values, by their names on the command line.
+
+        Raises:
+            TypeError: a name is no setting.
+        """
+        unknown = sorted(set(settings) - set(GROUP_OF))
+        if unknown:
+            raise TypeError(f"no such setting: {', '.join(unknown)}")
+        groups: dict[str, dict[str, Any]] = {}
+        for name, value in settings.items():
+            groups.setdefault(GROUP_OF[name], {})[name] = value
+        return dataclasses.replace(
+            self, **{group: dataclasses.replace(getattr(self, group), **own) for group, own in groups.items()}
+        )
+
+    def get(self, name: str) -> Any:
+        """The value of a setting, by its name on the command line."""
+        return getattr(getattr(self, GROUP_OF[name]), name)
+
+    def flat(self) -> dict[str, Any]:
+        """All values by name, in the order of ``--help``."""
+        return {name: self.get(name) for name in GROUP_OF}
 
     def to_json(self) -> str:
         """All settings as indented JSON, sorted by name."""
-        return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True)
+        return json.dumps(self.flat(), indent=2, sort_keys=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """A flag of OpenCLIP that is refused, and what to do instead."""
-
-    reason: str
-    instead: str
-    takes_value: bool = False
-
-
-ADDED: dict[str, str] = {
-    "json_caption_key": "captions inside KEY.json",
-    "val_captions": "retrieval sets with several captions an image",
-    "zeroshot_data": "zero-shot classification on sets other than ImageNet",
-    "model_config": "model configurations without changing open_clip",
-    "train_keep": "training on a list of samples",
-    "max_skip_fraction": "damaged data",
-    "data_timeout": "damaged data",
-    "fast_decode": "faster loading",
-    "channels_last": "faster convolutions",
-    "max_nonfinite_steps": "training that goes wrong",
-    "save_every_n_steps": "checkpoints in the middle of an epoch",
-    "save_every_minutes": "checkpoints in the middle of an epoch",
-    "on_save_error": "disks that are full or gone",
-    "rank_timeout": "ranks that die or stall",
-    "select": "online sample selection",
-    "select_strategy": "online sample selection",
-    "select_rate": "online sample selection",
-    "select_rate_schedule": "select rates that change",
-    "select_rate_start": "select rates that change",
-    "select_full_last": "select rates that change",
-    "select_rescale": "strategies that weight samples",
-    "infobatch_prune_ratio": "online sample selection",
-    "scan_warmup": "online sample selection",
-    "scan_period": "online sample selection",
-    "scan_redundant": "online sample selection",
-    "warmup_point": "online sample selection",
-    "warmup_select_rate": "online sample selection",
-    "select_momentum": "online sample selection",
-    "select_score_mode": "online sample selection",
-    "select_reference": "selection with a reference model",
-    "select_reference_model": "selection with a reference model",
-    "jest_chunks": "joint selection",
-    "jest_gain": "joint selection",
-    "jest_deterministic": "joint selection",
-    "clean_statistic": "selection by P(clean)",
-    "clean_ensemble": "selection by P(clean)",
-    "clean_ema": "selection by P(clean)",
-    "clean_drift": "selection by P(clean)",
-    "clean_model": "selection by P(clean)",
-    "clean_decoys": "selection by P(clean)",
-    "clean_quantile": "selection by P(clean)",
-    "clean_exponent": "selection by P(clean)",
-    "clean_floor": "selection by P(clean)",
-    "clean_forget": "selection by P(clean)",
-    "clean_gate": "selection by P(clean)",
-    "clean_ratio": "selection by P(clean)",
-    "divbs_on": "joint selection",
-    "divbs_greedy": "joint selection",
-    "negcliploss_batches": "selection by a normalised score",
-    "negcliploss_batch_size": "selection by a normalised score",
-    "negcliploss_temperature": "selection by a normalised score",
-    "select_preset": "cheaper selection",
-    "score_refresh": "cheaper selection",
-    "select_before_load": "cheaper selection",
-    "score_batch_size": "a cheaper scoring pass",
-    "score_image_size": "a cheaper scoring pass",
-    "score_patch_dropout": "a cheaper scoring pass",
-    "score_context_length": "a cheaper scoring pass",
-    "score_keep_locked": "a cheaper scoring pass",
-    "select_negatives": "online sample selection",
-    "record": "online sample selection",
+GROUPS: dict[str, Any] = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "training": TrainingSettings,
+    "selection": SelectionSettings,
+    "evaluation": EvaluationSettings,
+    "run": RunSettings,
+    "checkpoint": CheckpointSettings,
+    "distributed": DistributedSettings,
 }
-"""Our own settings, which OpenCLIP does not have, and what each is for."""
+"""The groups of settings by their names in :class:`Config`."""
 
-UNSUPPORTED: dict[str, Unsupported] = {
-    "--torchscript": Unsupported(
-        "a scripted model cannot be scored without gradients and trained in one run, and torch deprecates TorchScript",
-        "leave it out, or use --torchcompile",
-    ),
-    "--trace": Unsupported(
-        "a traced model has a fixed batch size, and selection changes it",
-        "leave it out; evaluation needs no tracing",
-    ),
-    "--horovod": Unsupported(
-        "horovod is no longer maintained, and its collectives are not those of torch",
-        "start with torchrun, which uses DistributedDataParallel",
-    ),
-    "--use-bnb-linear": Unsupported(
-        "it needs modules of an old bitsandbytes that do not work with the torch this project needs",
-        "use --precision amp_bf16 or bf16",
-        takes_value=True,
-    ),
+GROUP_OF: dict[str, str] = {
+    setting.name: group for group, settings in GROUPS.items() for setting in dataclasses.fields(settings)
 }
-"""OpenCLIP's training flags that are refused."""
+"""The group of every setting."""
 
-CLEAN_POSTERIOR = "clean_posterior"
 
-WITH_REFERENCE = ("learnability", "jest")
-"""Strategies that rank against a reference model."""
+def declared() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Every setting by its name: its declaration and its type."""
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    for settings in GROUPS.values():
+        hints = typing.get_type_hints(settings)
+        found |= {setting.name: (setting, hints[setting.name]) for setting in dataclasses.fields(settings)}
+    return found
 
 
 def default_adam(model: str) -> dict[str, float]:
@@ -707,7 +679,7 @@ def full_epochs(share: float, epochs: int) -> int:
     return round(Fraction(share) * epochs)  # of any size
 
 
-def warming_up(config: Config, strategies: Sequence[str]) -> tuple[str, ...]:
+def warming_up(config: SelectionSettings, strategies: Sequence[str]) -> tuple[str, ...]:
     """Those of the strategies that sample uniformly for ``--warmup-point`` epochs, and need what these give them."""
     own_reference = WITH_REFERENCE if config.select_reference is None else ()
     return tuple(name for name in strategies if name in ("warmup_base_sampling", CLEAN_POSTERIOR, *own_reference))

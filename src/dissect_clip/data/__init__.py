@@ -59,7 +59,7 @@ def build_train(
     Raises:
         SetupError: the data is missing, broken or of another size than the flags say.
     """
-    kind = world.on_main(lambda: dataset_type(config.dataset_type, config.train_data, "--train-data"))
+    kind = world.on_main(lambda: dataset_type(config.data.dataset_type, config.data.train_data, "--train-data"))
     if kind == "webdataset":
         return webdataset.build_train(config, world, transform, tokenizer, run_folder)
     if kind == "csv":
@@ -73,9 +73,9 @@ def build_retrieval(config: Config, world: World, transform: Transform, tokenize
     Raises:
         SetupError: the data is missing or broken.
     """
-    if config.val_data is None:
+    if config.evaluation.val_data is None:
         return None
-    kind = dataset_type(config.dataset_type, config.val_data, "--val-data")
+    kind = dataset_type(config.data.dataset_type, config.evaluation.val_data, "--val-data")
     if kind == "webdataset":
         return webdataset.build_retrieval(config, world, transform, tokenizer)
     if kind == "csv":

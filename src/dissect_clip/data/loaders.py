@@ -184,14 +184,14 @@ class TrainStream(IterableDataset[Batch]):
         """An epoch that was stopped, and what is left of it."""
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self.read_image, self.tokenizer = ImageReader(transform, config.fast_decode), tokenizer
+        self.read_image, self.tokenizer = ImageReader(transform, config.data.fast_decode), tokenizer
         self.chooser: Chooser | None = None  # set before the first pass
         self.warned: set[Skip] = set()  # in the process that this object is in
 
     @property
     def workers(self) -> int:
         """Of a rank; the training process itself counts as the only one."""
-        return max(1, self.config.workers)
+        return max(1, self.config.data.workers)
 
     @property
     def layout(self) -> dict[str, int | str | None]:
@@ -200,13 +200,13 @@ class TrainStream(IterableDataset[Batch]):
         return {
             "world size": self.world_size,
             "--workers": self.workers,
-            "--batch-size": config.batch_size,
-            "--accum-freq": config.accum_freq,
-            "--seed": config.seed,
+            "--batch-size": config.training.batch_size,
+            "--accum-freq": config.training.accum_freq,
+            "--seed": config.training.seed,
             "an epoch": coverage.value,
-            "--train-num-samples": None if coverage is Coverage.ONCE else config.train_num_samples,
+            "--train-num-samples": None if coverage is Coverage.ONCE else config.data.train_num_samples,
             "shuffle buffer": self.whole.source.shuffle_buffer,
-            "--train-data-upsampling-factors": config.train_data_upsampling_factors,
+            "--train-data-upsampling-factors": config.data.train_data_upsampling_factors,
         }
 
     def pass_of(self, epoch: int) -> Pass:
@@ -228,8 +228,10 @@ class TrainStream(IterableDataset[Batch]):
             for number in left:
                 here = (epoch, place.rank, place.worker, current.first + number)
                 # Nothing is yielded inside, so the training process's generators are as before when it goes on.
-                with seeded(derive_seed(self.config.seed, Stream.AUGMENT, *here)):
-                    chosen = pairs.take(self.config.batch_size, derive_seed(self.config.seed, Stream.SELECT, *here))
+                with seeded(derive_seed(self.config.training.seed, Stream.AUGMENT, *here)):
+                    chosen = pairs.take(
+                        self.config.training.batch_size, derive_seed(self.config.training.seed, Stream.SELECT, *here)
+                    )
                     batch = self._collate(chosen, pairs, number + 1)
                 yield batch
 
@@ -238,11 +240,11 @@ class TrainStream(IterableDataset[Batch]):
             image=stack_pixels([pair.image for pair in chosen]),
             text=self.tokenizer([pair.caption for pair in chosen]),
             sample_id=torch.tensor([pair.sample_id for pair in chosen], dtype=torch.int64),
-            key=pack_keys([pair.key for pair in chosen]) if self.config.record else None,
+            key=pack_keys([pair.key for pair in chosen]) if self.config.selection.record else None,
             progress=pairs.progress(batches).pack(),
             skipped=pairs.drain(),
             normalization=self.read_image.normalization,
-            chosen_from=None if self.chooser is None else self.config.batch_size,
+            chosen_from=None if self.chooser is None else self.config.training.batch_size,
             passed_over=pairs.passed_over,
         )
 
@@ -348,7 +350,7 @@ class _Pairs:
             self._samples = self._open(())
 
     def _decode(self, sample: RawSample) -> Pair:
-        caption = decode_captions(sample.files, self._stream.config.json_caption_key)[0]
+        caption = decode_captions(sample.files, self._stream.config.data.json_caption_key)[0]
         return Pair(self._stream.read_image(sample.files), caption, sample.sample_id, sample.key)
 
     def _explain(self) -> str:
@@ -587,7 +589,7 @@ class TrainData:
 
     def _batches(self, num_samples: int) -> int:
         config = self.stream.config
-        return count_batches(num_samples, config.batch_size, self.world.size, config.accum_freq)
+        return count_batches(num_samples, config.training.batch_size, self.world.size, config.training.accum_freq)
 
     def locate(self, sample_id: NDArray[np.int64]) -> NDArray[np.int32]:
         """[N] ids -> [N] places of their shards in ``shard_names``."""

@@ -5,7 +5,6 @@ Shapes: N captions, L tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import importlib.resources
 import inspect
@@ -123,10 +122,10 @@ def _create(
             created: tuple[Any, Any, Any] = open_clip.create_model_and_transforms(
                 name,
                 pretrained,
-                precision=config.precision,
+                precision=config.training.precision,
                 device=world.device,
                 output_dict=True,
-                cache_dir=config.cache_dir,
+                cache_dir=config.model.cache_dir,
                 **options,
             )
     except UnpicklingError as error:
@@ -147,7 +146,7 @@ def _create(
 
 
 def _siglip(config: Config) -> dict[str, Any]:
-    return {"init_logit_scale": math.log(10), "init_logit_bias": -10} if config.siglip else {}
+    return {"init_logit_scale": math.log(10), "init_logit_bias": -10} if config.model.siglip else {}
 
 
 def has_own_weights(name: str) -> bool:
@@ -161,52 +160,55 @@ def build_model(config: Config, world: World) -> Model:
     Raises:
         SetupError: if open_clip does not know it or cannot build it.
     """
-    register_model_configs(config.model_config)
-    seed_everything(config.seed)
-    if config.pretrained and has_own_weights(config.model):  # open_clip would ignore it
+    register_model_configs(config.model.model_config)
+    seed_everything(config.training.seed)
+    if config.model.pretrained and has_own_weights(config.model.model):  # open_clip would ignore it
         raise SetupError(
-            f"--pretrained {config.pretrained} has no effect with --model {config.model}, which brings its own "
+            f"--pretrained {config.model.pretrained} has no effect with --model {config.model.model}, which "
+            "brings its own "
             "weights: leave it out, or go on from a checkpoint with --resume"
         )
     module, preprocess_train, preprocess_eval = _create(
-        config.model,
-        config.pretrained or None,
+        config.model.model,
+        config.model.pretrained or None,
         config,
         world,
-        force_quick_gelu=config.force_quick_gelu,
-        force_custom_text=config.force_custom_text,
-        force_patch_dropout=config.force_patch_dropout,
-        force_image_size=config.image_size,
-        force_context_length=config.force_context_length,
-        image_mean=config.image_mean,
-        image_std=config.image_std,
-        image_interpolation=config.image_interpolation,
-        image_resize_mode=config.image_resize_mode,
-        aug_cfg=config.aug_cfg,
-        pretrained_image=config.pretrained_image,
+        force_quick_gelu=config.model.force_quick_gelu,
+        force_custom_text=config.model.force_custom_text,
+        force_patch_dropout=config.model.force_patch_dropout,
+        force_image_size=config.model.image_size,
+        force_context_length=config.model.force_context_length,
+        image_mean=config.model.image_mean,
+        image_std=config.model.image_std,
+        image_interpolation=config.model.image_interpolation,
+        image_resize_mode=config.model.image_resize_mode,
+        aug_cfg=config.model.aug_cfg,
+        pretrained_image=config.model.pretrained_image,
         **_siglip(config),
     )
     _refuse_code(config)
     is_coca = isinstance(module, open_clip.CoCa)
-    if config.trains and is_coca != ("coca" in config.model.lower()):
+    if config.data.trains and is_coca != ("coca" in config.model.model.lower()):
         raise SetupError(
-            f"--model {config.model} is {'a' if is_coca else 'no'} CoCa model, and CoCa's loss goes by a name with "
+            f"--model {config.model.model} is {'a' if is_coca else 'no'} CoCa model, and CoCa's loss goes by a "
+            "name with "
             "coca in it: rename its configuration"
         )
     tokenizer = open_clip.get_tokenizer(
-        config.model, cache_dir=config.cache_dir, context_length=config.force_context_length
+        config.model.model, cache_dir=config.model.cache_dir, context_length=config.model.force_context_length
     )
     if isinstance(tokenizer, open_clip.SimpleTokenizer):
         tokenizer.cache = KnownWords(tokenizer.cache)
-    if is_coca and not config.pretrained and not has_own_weights(config.model):
+    if is_coca and not config.model.pretrained and not has_own_weights(config.model.model):
         _initialise_decoder(module)
-    if config.distill and module.logit_bias is not None:
+    if config.model.distill and module.logit_bias is not None:
         raise SetupError(
-            f"--distill-model works with the CLIP loss only, and --model {config.model} has the bias of SigLIP's: use "
+            f"--distill-model works with the CLIP loss only, and --model {config.model.model} has the bias of "
+            "SigLIP's: use "
             "another --model"
         )
     _lock(module, config)
-    if config.grad_checkpointing:
+    if config.model.grad_checkpointing:
         module.set_grad_checkpointing()
     return Model(module, preprocess_train, preprocess_eval, tokenizer, _build_teacher(config, world))
 
@@ -236,15 +238,16 @@ def _refuse_code(config: Config) -> None:
     Raises:
         SetupError: if it does.
     """
-    kind, place = parse_model_name(config.model)
+    kind, place = parse_model_name(config.model.model)
     if kind == "hf-hub":
-        file = download_pretrained_from_hf(place, filename="open_clip_config.json", cache_dir=config.cache_dir)
+        file = download_pretrained_from_hf(place, filename="open_clip_config.json", cache_dir=config.model.cache_dir)
         model = json.loads(Path(file).read_text(encoding="utf-8")).get("model_cfg", {})
     else:
-        model = open_clip.get_model_config(config.model) or {}
+        model = open_clip.get_model_config(config.model.model) or {}
     if "trust_remote_code" in model.get("text_cfg", {}).get("tokenizer_kwargs", {}):
         raise SetupError(
-            f"--model {config.model}: its configuration has trust_remote_code, which would run code that comes with "
+            f"--model {config.model.model}: its configuration has trust_remote_code, which would run code that "
+            "comes with "
             "its tokenizer. Take a tokenizer that transformers knows"
         )
 
@@ -260,25 +263,28 @@ def _initialise_decoder(module: OpenClip) -> None:
 
 def _lock(module: OpenClip, config: Config) -> None:
     try:
-        if config.lock_image:
+        if config.model.lock_image:
             module.lock_image_tower(
-                unlocked_groups=config.lock_image_unlocked_groups, freeze_bn_stats=config.lock_image_freeze_bn_stats
+                unlocked_groups=config.model.lock_image_unlocked_groups,
+                freeze_bn_stats=config.model.lock_image_freeze_bn_stats,
             )
-        if config.lock_text:
+        if config.model.lock_text:
             # The text towers of CLIP itself know no other way than to lock LayerNorm with the layers it belongs to.
             own_tower = isinstance(module, open_clip.CLIP) or isinstance(module.text, TextTransformer)
-            freeze = config.lock_text_freeze_layer_norm or own_tower
-            module.lock_text_tower(unlocked_layers=config.lock_text_unlocked_layers, freeze_layer_norm=freeze)
+            freeze = config.model.lock_text_freeze_layer_norm or own_tower
+            module.lock_text_tower(unlocked_layers=config.model.lock_text_unlocked_layers, freeze_layer_norm=freeze)
     except (AttributeError, AssertionError, NotImplementedError) as error:
-        raise SetupError(f"--lock-image or --lock-text is not possible with --model {config.model}: {error}") from error
+        raise SetupError(
+            f"--lock-image or --lock-text is not possible with --model {config.model.model}: {error}"
+        ) from error
 
 
 def _build_teacher(config: Config, world: World) -> nn.Module | None:
-    if not config.distill:
+    if not config.model.distill:
         return None
-    assert config.distill_model is not None
+    assert config.model.distill_model is not None
     teacher: nn.Module = _create(
-        config.distill_model, config.distill_pretrained, config, world, flag="--distill-model"
+        config.model.distill_model, config.model.distill_pretrained, config, world, flag="--distill-model"
     )[0]
     return teacher.eval().requires_grad_(False)
 
@@ -291,34 +297,36 @@ def build_reference_model(
     Raises:
         SetupError: if it cannot be built, or was trained on other pixels or tokens than those it would get.
     """
-    assert config.select_reference is not None
-    name = config.select_reference_model or config.model
+    assert config.selection.select_reference is not None
+    name = config.selection.select_reference_model or config.model.model
     if ":" in name:
         raise SetupError(
-            f"--select-reference {config.select_reference}: a model such as {name} brings weights of its own. Give "
+            f"--select-reference {config.selection.select_reference}: a model such as {name} brings weights of "
+            "its own. Give "
             "--select-reference-model the name of an architecture that OpenCLIP knows"
         )
-    own = {"force_quick_gelu": config.force_quick_gelu, "force_custom_text": config.force_custom_text}
+    own = {"force_quick_gelu": config.model.force_quick_gelu, "force_custom_text": config.model.force_custom_text}
     reference: OpenClip = _create(
         name,
-        config.select_reference,
+        config.selection.select_reference,
         config,
         world,
-        flag="--select-reference-model" if config.select_reference_model else "--select-reference: --model",
+        flag="--select-reference-model" if config.selection.select_reference_model else "--select-reference: --model",
         force_image_size=module.visual.image_size,
-        force_context_length=config.force_context_length,
-        image_mean=config.image_mean,
-        image_std=config.image_std,
-        **(own if name == config.model else {}),
+        force_context_length=config.model.force_context_length,
+        image_mean=config.model.image_mean,
+        image_std=config.model.image_std,
+        **(own if name == config.model.model else {}),
         **_siglip(config),
     )[0]
     seen, expected = ((tuple(m.visual.image_mean), tuple(m.visual.image_std)) for m in (module, reference))
     if seen != expected:
         raise SetupError(
             f"--select-reference-model {name} takes images normalised with mean {expected[0]} and deviation "
-            f"{expected[1]}, --model {config.model} with {seen[0]} and {seen[1]}: give --image-mean and --image-std"
+            f"{expected[1]}, --model {config.model.model} with {seen[0]} and {seen[1]}: give --image-mean and "
+            "--image-std"
         )
-    if name != config.model:
+    if name != config.model.model:
         _check_tokens(config, name, tokenizer)
     frozen: nn.Module = reference.eval().requires_grad_(False)
     return frozen
@@ -326,12 +334,15 @@ def build_reference_model(
 
 def _check_tokens(config: Config, name: str, tokenizer: Callable[[list[str]], Tensor]) -> None:
     """Raises SetupError if the model ``name`` takes other tokens than ``tokenizer`` gives."""
-    _refuse_code(dataclasses.replace(config, model=name))
-    other = open_clip.get_tokenizer(name, cache_dir=config.cache_dir, context_length=config.force_context_length)
+    _refuse_code(config.replace(model=name))
+    other = open_clip.get_tokenizer(
+        name, cache_dir=config.model.cache_dir, context_length=config.model.force_context_length
+    )
     words = ["a photo of a cat", "Two words!"]
     if not torch.equal(tokenizer(words), other(words)):
         raise SetupError(
-            f"--select-reference-model {name} has another tokenizer than --model {config.model}, or another context "
+            f"--select-reference-model {name} has another tokenizer than --model {config.model.model}, or another "
+            "context "
             "length: give a model with the same"
         )
 
@@ -349,9 +360,9 @@ def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Modu
 
     The first shares its weights with the second, and its state dict has no prefixes.
     """
-    if config.channels_last:
+    if config.training.channels_last:
         module = module.to(memory_format=torch.channels_last)  # convolutions follow it
-    if world.size > 1 and config.use_bn_sync:
+    if world.size > 1 and config.training.use_bn_sync:
         if world.device.type == "cpu":
             raise SetupError("--use-bn-sync needs GPUs: torch has no synchronised BatchNorm for the CPU")
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
@@ -362,10 +373,10 @@ def wrap_model(module: nn.Module, config: Config, world: World) -> tuple[nn.Modu
             device_ids=None if world.device.type == "cpu" else [world.device],
             **_NO_COPIES,  # RunningBuffers does it after each step
             gradient_as_bucket_view=True,  # one copy of the gradients less, in time and in memory
-            static_graph=config.ddp_static_graph,
+            static_graph=config.distributed.ddp_static_graph,
         )
-    if config.torchcompile:
-        if config.grad_checkpointing and world.size > 1:
+    if config.training.torchcompile:
+        if config.model.grad_checkpointing and world.size > 1:
             # DDP's graph splitting does not work with checkpointed activations (as in OpenCLIP).
             torch._dynamo.config.optimize_ddp = False
         for name in ("torch._dynamo", "torch._inductor", "torch._functorch"):

@@ -21,14 +21,14 @@ def build_loss(config: Config, world: World) -> nn.Module:
     """open_clip's loss module for these settings: CLIP, SigLIP, CoCa or distillation."""
     loss: nn.Module = open_clip.create_loss(
         Namespace(
-            model=config.model,
-            distill=config.distill,
-            siglip=config.siglip,
-            loss_dist_impl=config.loss_dist_impl,
-            local_loss=config.local_loss,
-            gather_with_grad=config.gather_with_grad,
-            coca_caption_loss_weight=config.coca_caption_loss_weight,
-            coca_contrastive_loss_weight=config.coca_contrastive_loss_weight,
+            model=config.model.model,
+            distill=config.model.distill,
+            siglip=config.model.siglip,
+            loss_dist_impl=config.model.loss_dist_impl,
+            local_loss=config.training.local_loss,
+            gather_with_grad=config.training.gather_with_grad,
+            coca_caption_loss_weight=config.model.coca_caption_loss_weight,
+            coca_contrastive_loss_weight=config.model.coca_contrastive_loss_weight,
             rank=world.rank,
             world_size=world.size,
             horovod=False,

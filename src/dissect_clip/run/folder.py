@@ -10,7 +10,6 @@ A run writes nowhere else: a name that leads out of <logs> is refused.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import shutil
 import tempfile
@@ -75,8 +74,11 @@ class RunFolder:
 
 def _settings_part(config: Config) -> str:
     """The part of an automatic name that is the same for runs with the same main settings."""
-    model = "".join(c if c.isprintable() and c != "/" else "-" for c in config.model)
-    return f"-model_{model}-lr_{config.lr}-b_{config.batch_size}-j_{config.workers}-p_{config.precision}"
+    model = "".join(c if c.isprintable() and c != "/" else "-" for c in config.model.model)
+    return (
+        f"-model_{model}-lr_{config.training.lr}-b_{config.training.batch_size}"
+        f"-j_{config.data.workers}-p_{config.training.precision}"
+    )
 
 
 def automatic_name(config: Config, now: datetime) -> str:
@@ -91,18 +93,18 @@ def newest_run(config: Config) -> str | None:
     """
     alike = re.compile(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d" + re.escape(_settings_part(config)))
     pattern = "*/checkpoints/epoch_*.pt"
-    names = {path.parts[-3] for path in Path(config.logs).glob(pattern)}
+    names = {path.parts[-3] for path in Path(config.run.logs).glob(pattern)}
     found = max(filter(alike.fullmatch, names), default=None)
-    if found is None and config.remote_sync is not None:
-        names = {path.split("/")[0] for path in glob_remote(config.remote_sync, pattern)}
+    if found is None and config.run.remote_sync is not None:
+        names = {path.split("/")[0] for path in glob_remote(config.run.remote_sync, pattern)}
         found = max(filter(alike.fullmatch, names), default=None)
     return found
 
 
 def _name(config: Config) -> str:
-    if config.name is not None:
-        return _within_logs(config.name)
-    found = newest_run(config) if config.resume == "latest" else None
+    if config.run.name is not None:
+        return _within_logs(config.run.name)
+    found = newest_run(config) if config.checkpoint.resume == "latest" else None
     return found if found is not None else automatic_name(config, datetime.now())
 
 
@@ -122,9 +124,9 @@ def _within_logs(name: str) -> str:
 
 def _refuse_to_mix(config: Config, path: Path) -> None:
     """Raises SetupError if another run has logged into this folder and is not the one to continue."""
-    if config.resume == "latest" or not path.is_dir() or not any(path.glob("out*.log")):
+    if config.checkpoint.resume == "latest" or not path.is_dir() or not any(path.glob("out*.log")):
         return
-    if config.resume is not None and Path(config.resume).resolve().is_relative_to(path.resolve()):
+    if config.checkpoint.resume is not None and Path(config.checkpoint.resume).resolve().is_relative_to(path.resolve()):
         return
     raise SetupError(
         f"the run folder {path} exists already: give another --name, or --resume latest to continue that run"
@@ -138,7 +140,8 @@ def _writing_to(config: Config, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SetupError(
-            f"cannot write to the run folder {path} (--logs {config.logs}): {error.strerror or error}. Give a folder "
+            f"cannot write to the run folder {path} (--logs {config.run.logs}): {error.strerror or error}. Give a "
+            "folder "
             "that can be written to with --output-dir, or write nothing with --logs none"
         ) from error
 
@@ -152,13 +155,13 @@ def _try_to_write(path: Path) -> None:
 
 def _describe(config: Config, path: Path, name: str) -> None:
     """Write config.json and OpenCLIP's params.txt, and the code where asked for."""
-    named = dataclasses.replace(config, name=name)
+    named = config.replace(name=name)
     (path / "config.json").write_text(named.to_json() + "\n", encoding="utf-8")
-    settings = sorted(dataclasses.asdict(named).items())
+    settings = sorted(named.flat().items())
     lines = "".join(f"{setting}: {value}\n" for setting, value in settings)
     # Paths may hold bytes that are not UTF-8.
     (path / "params.txt").write_text(lines, encoding="utf-8", errors="surrogateescape")
-    if config.copy_codebase:
+    if config.run.copy_codebase:
         package = Path(__file__).resolve().parent.parent
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(package, path / "code" / package.name, ignore=ignore, dirs_exist_ok=True)
@@ -166,28 +169,35 @@ def _describe(config: Config, path: Path, name: str) -> None:
 
 def _prepare(config: Config) -> tuple[Path, str]:
     name = _name(config)
-    path = Path(config.logs) / name
+    path = Path(config.run.logs) / name
     _refuse_to_mix(config, path)
     with _writing_to(config, path):
         _try_to_write(path)
         (path / "checkpoints").mkdir(exist_ok=True)
         _describe(config, path, name)
-        if config.remote_sync is not None and not (path / "train.jsonl").exists():
+        if config.run.remote_sync is not None and not (path / "train.jsonl").exists():
             _fetch_logs(config, path, name)
     return path, name
 
 
 def _remote_url(config: Config, name: str) -> str:
-    assert config.remote_sync is not None
-    return f"{config.remote_sync.rstrip('/')}/{name}"
+    assert config.run.remote_sync is not None
+    return f"{config.run.remote_sync.rstrip('/')}/{name}"
 
 
 def _fetch_logs(config: Config, path: Path, name: str) -> None:
     """Go on with the logs of a run that has run on another machine; it may have been copied from there."""
     url = _remote_url(config, name)
-    goes_on = config.resume is not None and (config.resume == "latest" or config.resume.startswith(f"{url}/"))
-    logs = ("train.jsonl", "checkpoints/results.jsonl", "out-0.log" if config.log_local else "out.log", "sizes.json")
-    fetch_logs(path, url, config.remote_sync_protocol, logs, goes_on)
+    goes_on = config.checkpoint.resume is not None and (
+        config.checkpoint.resume == "latest" or config.checkpoint.resume.startswith(f"{url}/")
+    )
+    logs = (
+        "train.jsonl",
+        "checkpoints/results.jsonl",
+        "out-0.log" if config.run.log_local else "out.log",
+        "sizes.json",
+    )
+    fetch_logs(path, url, config.run.remote_sync_protocol, logs, goes_on)
 
 
 def _prepare_on_nodes(config: Config, path: Path, world: World) -> None:
@@ -217,13 +227,13 @@ def open_run(config: Config, world: World) -> RunFolder | None:
     Raises:
         SetupError: if the folder, here or there, belongs to another run, or cannot be written to or fetched.
     """
-    if not config.writes_logs:
-        if config.resume == "latest":
+    if not config.run.writes_logs:
+        if config.checkpoint.resume == "latest":
             raise SetupError("--resume latest looks into the run folder, and --logs none has none: name the checkpoint")
         return None
     with world.watch.patient():  # of a remote copy
         path, name = world.on_main(lambda: _prepare(config))
-    if config.log_local:
+    if config.run.log_local:
         _prepare_on_nodes(config, path, world)
         log_file = path / f"out-{world.rank}.log" if world.local_rank == 0 else None
     else:
@@ -233,7 +243,7 @@ def open_run(config: Config, world: World) -> RunFolder | None:
 
 def make_sync(config: Config, run: RunFolder | None, world: World) -> RemoteSync | NoSync:
     """What copies the run folder to ``--remote-sync``; a null object where nothing is to be copied. Not collective."""
-    if config.remote_sync is None or run is None or not world.is_main:
+    if config.run.remote_sync is None or run is None or not world.is_main:
         return NoSync()
     url = _remote_url(config, run.name)
-    return RemoteSync(run.path, url, config.remote_sync_protocol, config.remote_sync_frequency)
+    return RemoteSync(run.path, url, config.run.remote_sync_protocol, config.run.remote_sync_frequency)

@@ -7,7 +7,6 @@ Messages quote names and captions of the data, so nothing in them may move a cur
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import logging
@@ -297,12 +296,12 @@ class Wandb:
 
     def __init__(self, config: Config, name: str) -> None:
         self._run = _optional("wandb", "wandb").init(
-            project=config.wandb_project_name,
+            project=config.run.wandb_project_name,
             name=name,
             id=re.sub(r"[/\\#?%:]", "-", name),  # what wandb refuses in an id
-            notes=config.wandb_notes,
-            resume="auto" if config.resume == "latest" else None,
-            config=dataclasses.asdict(config),
+            notes=config.run.wandb_notes,
+            resume="auto" if config.checkpoint.resume == "latest" else None,
+            config=config.flat(),
         )
 
     def train(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -343,10 +342,10 @@ class Reporters:
 
 
 def _wanted(config: Config, run: RunFolder | None) -> list[Reporter]:
-    asked = set(config.report_to.replace(",", " ").split())
+    asked = set(config.run.report_to.replace(",", " ").split())
     asked |= {"tensorboard", "wandb"} if "all" in asked else set()
     reporters: list[Reporter] = []
-    keep_going = config.on_save_error == "continue"
+    keep_going = config.checkpoint.on_save_error == "continue"
     if run is not None:
         reporters.append(JsonLines(run.train_log, run.results, keep_going))
     if "tensorboard" in asked:
@@ -354,7 +353,7 @@ def _wanted(config: Config, run: RunFolder | None) -> list[Reporter]:
             raise SetupError("--report-to tensorboard writes to the run folder: leave --logs none out")
         reporters.append(TensorBoard(run.tensorboard, keep_going))
     if "wandb" in asked:
-        name = run.name if run is not None else config.name or automatic_name(config, datetime.now())
+        name = run.name if run is not None else config.run.name or automatic_name(config, datetime.now())
         reporters.append(Wandb(config, name))
     return reporters
 

@@ -62,18 +62,22 @@ def build_strategy(config: Config) -> Strategy:
     Raises:
         SetupError: if a strategy cannot be combined with others.
     """
-    members = parse_strategy(config.select_strategy)
+    members = parse_strategy(config.selection.select_strategy)
     if len(members) == 1:
-        return STRATEGIES[config.select_strategy](config)
+        return STRATEGIES[config.selection.select_strategy](config)
     return Combination(config, {name: (STRATEGIES[name](config), weight) for name, weight in members.items()})
 
 
 def _check_loss(config: Config, strategy: Strategy) -> None:
     """Raises SetupError if the strategy weights samples, and the loss of the run cannot be weighted."""
-    for kind, is_used in (("a CoCa model", "coca" in config.model.lower()), ("--distill-model", config.distill)):
+    for kind, is_used in (
+        ("a CoCa model", "coca" in config.model.model.lower()),
+        ("--distill-model", config.model.distill),
+    ):
         if strategy.weighs and is_used:
             raise SetupError(
-                f"--select-strategy {config.select_strategy} weights the contrastive loss of each pair, which does not "
+                f"--select-strategy {config.selection.select_strategy} weights the contrastive loss of each pair, "
+                "which does not "
                 f"go with the other losses of {kind}: choose another strategy, or give --select-rescale off"
             )
 
@@ -85,29 +89,32 @@ def build_selector(config: Config, num_samples: int, sample_loss: SampleLoss, wo
         SetupError: if the strategy cannot do with scores of earlier steps, or before loading, where it is asked to, or
             with the loss of the run, or in a combination.
     """
-    if not config.select:
+    if not config.selection.select:
         return None
     strategy = build_strategy(config)
     _check_loss(config, strategy)
-    if config.select_before_load and strategy.needs & ~REUSABLE:
+    if config.selection.select_before_load and strategy.needs & ~REUSABLE:
         raise SetupError(
-            f"--select-before-load chooses before samples are decoded, but --select-strategy {config.select_strategy} "
+            "--select-before-load chooses before samples are decoded, but --select-strategy "
+            f"{config.selection.select_strategy} "
             "looks at their features or at a reference model: leave it out, with --score-refresh and --select-preset"
         )
-    if strategy.needs is Needs.NOTHING or (config.score_refresh in (None, 1) and not strategy.reuses):
+    if strategy.needs is Needs.NOTHING or (config.selection.score_refresh in (None, 1) and not strategy.reuses):
         store = ScoreStore(num_samples, strategy.remembers, world)
         return Selector(
             strategy,
             store,
             sample_loss,
             world,
-            config.seed,
-            config.record,
-            keep_locked=config.score_keep_locked,
-            keep_others=config.select_negatives == "all",
+            config.training.seed,
+            config.selection.record,
+            keep_locked=config.selection.score_keep_locked,
+            keep_others=config.selection.select_negatives == "all",
         )
-    known = Known(strategy, 1.0 if config.score_refresh is None else config.score_refresh)
-    return ReusingSelector(known, ScoreStore(num_samples, known.columns, world), sample_loss, world, config.seed)
+    known = Known(strategy, 1.0 if config.selection.score_refresh is None else config.selection.score_refresh)
+    return ReusingSelector(
+        known, ScoreStore(num_samples, known.columns, world), sample_loss, world, config.training.seed
+    )
 
 
 def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
@@ -116,13 +123,14 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
     Raises:
         SetupError: if every sample is to be scored, and so has to be loaded, or all are needed to weight some.
     """
-    if selector is None or not config.select_before_load:
+    if selector is None or not config.selection.select_before_load:
         return None
     strategy = selector.strategy
     if strategy.weighs:
         raise SetupError(
             f"--select-before-load, also as a part of --select-preset fast, does not go with --select-strategy "
-            f"{config.select_strategy}, which weighs what it keeps against what it leaves out: leave it out, or give "
+            f"{config.selection.select_strategy}, which weighs what it keeps against what it leaves out: leave it "
+            "out, or give "
             "--select-rescale off"
         )
     if isinstance(selector, ReusingSelector):
@@ -130,7 +138,8 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
     if selector.strategy.needs is Needs.NOTHING:
         return Chooser(Known(selector.strategy, 0.0), len(selector.store.scores))
     raise SetupError(
-        f"--select-before-load does not load what it does not choose, but --select-strategy {config.select_strategy} "
+        "--select-before-load does not load what it does not choose, but --select-strategy "
+        f"{config.selection.select_strategy} "
         "scores every sample: add --score-refresh 0, or a small share such as 0.1"
     )
 
@@ -145,5 +154,5 @@ def build_decoys(
     strategy = selector.strategy
     if strategy.decoys == 0:
         return None
-    strategy.decoy_ids = kept_ids(decoy_ids(num_kept, strategy.decoys, config.seed))
+    strategy.decoy_ids = kept_ids(decoy_ids(num_kept, strategy.decoys, config.training.seed))
     return Decoys(strategy.decoy_ids, world) if len(strategy.decoy_ids) > 0 else None

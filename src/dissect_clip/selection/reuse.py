@@ -79,8 +79,10 @@ class Known:
         if self.strategy.needs & ~REUSABLE:
             config = self.strategy.config
             raise SetupError(
-                f"--score-refresh {config.score_refresh:g} ranks by scores of earlier steps, but --select-strategy "
-                f"{config.select_strategy} looks at more than scores, at features or at a reference model: leave "
+                f"--score-refresh {config.selection.score_refresh:g} ranks by scores of earlier steps, but "
+                "--select-strategy "
+                f"{config.selection.select_strategy} looks at more than scores, at features or at a reference model: "
+                "leave "
                 "--score-refresh and --select-preset out"
             )
 

@@ -13,12 +13,12 @@ def select_rate(config: Config, epoch: int, first: int, full_last: float) -> flo
     From ``--select-rate-start`` in epoch ``first`` to ``--select-rate`` in the last epoch before the ``full_last`` of
     all, in a line or in half a wave of the cosine; 1 in those. Where only one epoch selects, it has the end's rate.
     """
-    end = config.epochs - full_epochs(full_last, config.epochs)
+    end = config.training.epochs - full_epochs(full_last, config.training.epochs)
     if epoch >= end:
-        return 1.0 if end < config.epochs else config.select_rate
-    if config.select_rate_schedule == "constant":
-        return config.select_rate
+        return 1.0 if end < config.training.epochs else config.selection.select_rate
+    if config.selection.select_rate_schedule == "constant":
+        return config.selection.select_rate
     way = max(0, epoch - first) / (end - 1 - first) if end - 1 > first else 1.0
-    if config.select_rate_schedule == "cosine":
+    if config.selection.select_rate_schedule == "cosine":
         way = (1 - math.cos(math.pi * way)) / 2
-    return (1 - way) * config.select_rate_start + way * config.select_rate
+    return (1 - way) * config.selection.select_rate_start + way * config.selection.select_rate

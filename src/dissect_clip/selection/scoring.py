@@ -70,10 +70,10 @@ class Shortcuts:
     def of(cls, config: Config) -> Shortcuts:
         """Those of the settings."""
         return cls(
-            config.score_batch_size,
-            config.score_image_size,
-            config.score_patch_dropout,
-            config.score_context_length,
+            config.selection.score_batch_size,
+            config.selection.score_image_size,
+            config.selection.score_patch_dropout,
+            config.selection.score_context_length,
         )
 
     def __str__(self) -> str:
@@ -434,15 +434,15 @@ def build_scorer(
     Raises:
         SetupError: if the model cannot be scored in that way.
     """
-    shortcuts, seed = Shortcuts.of(config), derive_seed(config.seed, Stream.PATCHES)
+    shortcuts, seed = Shortcuts.of(config), derive_seed(config.training.seed, Stream.PATCHES)
     try:
-        mode = "eval" if reference else config.select_score_mode
-        scorer = Scorer(module, autocast, mode, config.torchcompile, shortcuts, seed)
+        mode = "eval" if reference else config.selection.select_score_mode
+        scorer = Scorer(module, autocast, mode, config.training.torchcompile, shortcuts, seed)
         if reference or shortcuts != Shortcuts():
-            scorer.try_out(tokenizer(["one", "another"]), open_clip.get_input_dtype(config.precision))
+            scorer.try_out(tokenizer(["one", "another"]), open_clip.get_input_dtype(config.training.precision))
     except SetupError as error:
-        named = f"--model {config.model}"
-        if reference and config.select_reference is not None:
-            named = f"--select-reference {config.select_reference}"
+        named = f"--model {config.model.model}"
+        if reference and config.selection.select_reference is not None:
+            named = f"--select-reference {config.selection.select_reference}"
         raise SetupError(f"{named}: {error}") from error
     return scorer

@@ -113,7 +113,7 @@ class Selector:
 
     def _matters_later(self, epoch: int) -> bool:
         """Whether what is remembered in this epoch may be read in a later one."""
-        later = range(epoch + 1, self.strategy.config.epochs)
+        later = range(epoch + 1, self.strategy.config.training.epochs)
         return bool(self.strategy.remembers) and any(map(self.strategy.may_select, later))
 
     def _scores(self, epoch: int) -> bool:
@@ -221,7 +221,7 @@ class Selector:
 
     def _report(self, candidates: Candidates) -> Tensor | None:
         """What the strategy has to say of each sample, where the run keeps a record."""
-        wanted = self.strategy.config.record and self.strategy.reports
+        wanted = self.strategy.config.selection.record and self.strategy.reports
         return self.strategy.report(candidates) if wanted else None
 
     def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:

@@ -161,7 +161,7 @@ class Strategy:
     @property
     def full_share(self) -> float:
         """The share of the epochs, the last ones, that train on everything."""
-        chosen = self.config.select_full_last
+        chosen = self.config.selection.select_full_last
         return self.full_last if chosen is None else chosen
 
     def rate(self, epoch: int) -> float:
@@ -171,7 +171,7 @@ class Strategy:
     @property
     def keeping(self) -> str:
         """The share of every batch that is kept over the epochs, for the log."""
-        rates = sorted({self.rate(epoch) for epoch in range(self.config.epochs)})
+        rates = sorted({self.rate(epoch) for epoch in range(self.config.training.epochs)})
         return " to ".join(f"{rate:g}" for rate in rates if rate in (rates[0], rates[-1])) or "nothing"
 
     def may_select(self, epoch: int) -> bool:
@@ -228,14 +228,14 @@ class WarmingUp(Strategy):
 
     @property
     def first_epoch(self) -> int:
-        return self.config.warmup_epochs
+        return self.config.selection.warmup_epochs
 
     def warms_up(self, epoch: int) -> bool:
         """Whether this epoch (0-based) is one of those."""
         return epoch < self.first_epoch
 
     def rate(self, epoch: int) -> float:
-        warmup_rate = self.config.warmup_select_rate
+        warmup_rate = self.config.selection.warmup_select_rate
         return warmup_rate if self.warms_up(epoch) and warmup_rate is not None else super().rate(epoch)
 
 

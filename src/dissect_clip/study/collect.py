@@ -72,7 +72,7 @@ def clean_share(grid: Grid, point: Point, runs: Path) -> float | None:
     if point.rate is None:
         return round(100 * (1 - len(swapped) / _captions(shards)), 3)
     config = grid.config(point)
-    begin = config.warmup_epochs if config.warms_up else 0
+    begin = config.selection.warmup_epochs if config.selection.warms_up else 0
     clean = total = 0
     for file in sorted((runs / point.name / "record").glob("epoch_*.parquet")):
         if int(file.stem.removeprefix("epoch_")) < begin:

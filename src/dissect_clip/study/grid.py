@@ -257,7 +257,7 @@ class Grid:
             train = str(self.shards(point, runs) / "*.tar")
             command += ["--noise-list", data.noise[point.noise]]
         own = ["--output-dir", str(runs), "--name", point.name, "--resume", "latest"]
-        last = runs / point.name / "checkpoints" / f"epoch_{self.config(point).epochs}.pt"
+        last = runs / point.name / "checkpoints" / f"epoch_{self.config(point).training.epochs}.pt"
         return Cell(
             name=point.name,
             label=str(point),

@@ -131,8 +131,8 @@ def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -
     Returns the losses by name, with their sum as ``loss``, and ``logit_scale``: scalars on the device, detached.
     """
     config, counters, watch = state.config, state.counters, state.world.watch
-    seed_everything(derive_seed(config.seed, Stream.MODEL, counters.step, state.world.rank))
-    if not config.skip_scheduler:
+    seed_everything(derive_seed(config.training.seed, Stream.MODEL, counters.step, state.world.rank))
+    if not config.training.skip_scheduler:
         set_learning_rate(state.optimizer, state.schedule(counters.step))
     watch.mark("score", counters.step)
     chosen = [_select(state, batch) for batch in batches]
@@ -142,7 +142,7 @@ def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -
     outputs = _forward_backward(state, chosen[0]) if len(chosen) == 1 else _accumulate(state, chosen)
     clock.lap("train")
     watch.mark("optimizer", counters.step)
-    finite = optimizer_step(state.optimizer, state.scaler, state.module.parameters(), config.grad_clip_norm)
+    finite = optimizer_step(state.optimizer, state.scaler, state.module.parameters(), config.training.grad_clip_norm)
     with torch.no_grad():
         state.module.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
     finite = finite & outputs["loss"].isfinite()
@@ -296,7 +296,7 @@ def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[
         data.taken(batch)
         batch, decoys = transfer(batch), state.decoys
         group.append(batch if decoys is None else decoys(batch))
-        if len(group) == state.config.accum_freq:
+        if len(group) == state.config.training.accum_freq:
             clock.lap("load")
             yield group
             group = []
@@ -324,7 +324,7 @@ def train_epoch(
         state.decoys.agree()
     if state.selector is not None and first == 0:
         state.selector.begin_epoch(counters.epoch)
-    steps = first + data.batches_left // state.config.accum_freq
+    steps = first + data.batches_left // state.config.training.accum_freq
     state.recorder.begin(counters.epoch, first)
     state.skip_log.begin(counters.epoch, 0 if data.meets_again else first)
     clock = PhaseClock(state.world.device)
@@ -339,7 +339,7 @@ def train_epoch(
             outputs = train_step(state, batches, clock)
             progress.advance()
             done = counters.epoch_step
-            if (done - 1) % state.config.log_every_n_steps == 0 or done == steps:
+            if (done - 1) % state.config.run.log_every_n_steps == 0 or done == steps:
                 metrics = window.close(outputs, batches)
                 progress.show(loss=metrics["loss"])
                 reporter.train(counters.step, metrics)
@@ -362,13 +362,13 @@ def train_epoch(
 
 def step_is_due(state: TrainState) -> bool:
     """Whether ``--save-every-n-steps`` asks for a checkpoint after this step."""
-    every = state.config.save_every_n_steps
+    every = state.config.checkpoint.save_every_n_steps
     return every > 0 and state.counters.step % every == 0
 
 
 def minutes_are_over(state: TrainState) -> bool:
     """Whether rank 0, whose clock counts for all, has waited long enough for a checkpoint."""
-    minutes = state.config.save_every_minutes
+    minutes = state.config.checkpoint.save_every_minutes
     return state.world.is_main and minutes > 0 and time.monotonic() - state.saved_at >= 60 * minutes
 
 
@@ -478,14 +478,14 @@ class Window:
     def _check_skipped(self, skipped: int) -> None:
         """An epoch has room for so many: a share of what was read so far would damn a run for one early bad shard."""
         config, world = self.state.config, self.state.world
-        samples = self.steps * config.accum_freq * config.batch_size * world.size
+        samples = self.steps * config.training.accum_freq * config.training.batch_size * world.size
         self.state.skip_log.add(self.data.skipped_rows())
-        self.state.skip_log.check(skipped, samples, config.max_skip_fraction)
+        self.state.skip_log.check(skipped, samples, config.data.max_skip_fraction)
 
     def _check_finite(self, counts: Tensor, values: dict[str, float], batches: Sequence[Batch]) -> None:
         state, last = self.state, self.state.counters.step - 1
         failed, in_a_row = int(counts[:, 0].max()), int(counts[:, 1].max())
-        if in_a_row >= state.config.max_nonfinite_steps:
+        if in_a_row >= state.config.training.max_nonfinite_steps:
             broken = counts[:, 2] + counts[:, 3] > 0
             ranks = (broken if broken.any() else counts[:, 1] > 0).nonzero().flatten().tolist()
             saved = self._keep_for_study(last, batches, ranks)
@@ -494,7 +494,7 @@ class Window:
             log.warning(
                 "%d of the steps %d to %d had a loss or gradient that was not finite, and changed no weights; "
                 "--max-nonfinite-steps %d in a row end the run",
-                failed, self.first_step, last, state.config.max_nonfinite_steps,
+                failed, self.first_step, last, state.config.training.max_nonfinite_steps,
             )  # fmt: skip
         excluded = int(counts[:, 3].sum())
         if excluded and state.world.is_main:
@@ -529,7 +529,8 @@ class Window:
             f"the loss or gradient was not finite in {in_a_row} steps in a row, {last - in_a_row + 1} to {last}, "
             f"on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} (last loss {values['loss']:g}, logit scale "
             f"{values['logit_scale']:g}, learning rate {self.state.optimizer.param_groups[0]['lr']:g}). {saved} Look "
-            f"at --lr {config.lr} and --warmup {config.warmup} (too steep a start), --precision {config.precision} "
+            f"at --lr {config.training.lr} and --warmup {config.training.warmup} (too steep a start), --precision "
+            f"{config.training.precision} "
             "(try amp_bf16 or fp32), --grad-clip-norm (try 1.0), and at the data of these steps. These steps changed "
             "no weights; --resume latest continues from the last checkpoint"
         )

@@ -29,20 +29,20 @@ def build_optimizer(config: Config, module: nn.Module) -> Optimizer:
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
     if not named:
         raise SetupError("every parameter is locked: unlock some layers, or evaluate without --train-data")
-    if config.opt.startswith("timm/"):
+    if config.training.opt.startswith("timm/"):
         return _timm_optimizer(config, module)
-    assert config.lr is not None
-    assert config.beta1 is not None
-    assert config.beta2 is not None
-    assert config.eps is not None
+    assert config.training.lr is not None
+    assert config.training.beta1 is not None
+    assert config.training.beta2 is not None
+    assert config.training.eps is not None
     return torch.optim.AdamW(
         [
             {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-            {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.wd},
+            {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.training.wd},
         ],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
+        lr=config.training.lr,
+        betas=(config.training.beta1, config.training.beta2),
+        eps=config.training.eps,
         fused=named[0][1].device.type in _FUSED_DEVICES,
     )
 
@@ -50,22 +50,26 @@ def build_optimizer(config: Config, module: nn.Module) -> Optimizer:
 def _timm_optimizer(config: Config, module: nn.Module) -> Optimizer:
     import timm.optim  # slow to import, and rarely needed
 
-    options: dict[str, Any] = {"eps": config.eps, "momentum": config.momentum, "lr": config.lr}
-    if config.beta1 is not None:
-        options["betas"] = (config.beta1, config.beta2)
+    options: dict[str, Any] = {
+        "eps": config.training.eps,
+        "momentum": config.training.momentum,
+        "lr": config.training.lr,
+    }
+    if config.training.beta1 is not None:
+        options["betas"] = (config.training.beta1, config.training.beta2)
     given = {name: value for name, value in options.items() if value is not None}
     try:
         optimizer: Optimizer = timm.optim.create_optimizer_v2(
-            module, config.opt.removeprefix("timm/"), weight_decay=config.wd, **given
+            module, config.training.opt.removeprefix("timm/"), weight_decay=config.training.wd, **given
         )
     except (ValueError, AssertionError, TypeError) as error:
-        raise SetupError(f"--opt {config.opt}: {error}") from error
+        raise SetupError(f"--opt {config.training.opt}: {error}") from error
     return optimizer
 
 
 def build_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler | None:
     """A gradient scaler for fp16 autocast on a GPU; None elsewhere."""
-    if config.precision == "amp" and device.type == "cuda":
+    if config.training.precision == "amp" and device.type == "cuda":
         return torch.amp.GradScaler(device=device.type)
     return None
 

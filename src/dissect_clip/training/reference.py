@@ -74,8 +74,8 @@ def build_reference(
     Raises:
         SetupError: if it cannot be built or does not take what ``module`` takes.
     """
-    given = config.select_reference is not None
+    given = config.selection.select_reference is not None
     model = build_reference_model(config, world, module, tokenizer) if given else copy.deepcopy(module)
     model.requires_grad_(False)
     scorer = build_scorer(config, model, autocast, tokenizer, reference=True)
-    return Reference(scorer, None if given else config.warmup_epochs)
+    return Reference(scorer, None if given else config.selection.warmup_epochs)

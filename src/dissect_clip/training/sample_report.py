@@ -52,7 +52,7 @@ def write_verdict(
     survey = strategy.survey(memory, epoch)
     strategy = strategy.informed(survey)
     about = {
-        "strategy": strategy.config.select_strategy,
+        "strategy": strategy.config.selection.select_strategy,
         "epochs": epoch,
         **dict(zip(strategy.surveys, survey, strict=True)),
     }

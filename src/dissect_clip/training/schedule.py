@@ -19,18 +19,20 @@ def learning_rate(config: Config, base: float, steps_per_epoch: int) -> Schedule
     All schedules rise linearly over ``--warmup`` steps. Then cosine falls to 0 at the last step, const stays, and
     const-cooldown stays until ``--epochs-cooldown`` before the end, then falls polynomially to ``--lr-cooldown-end``.
     """
-    total = steps_per_epoch * config.epochs
-    cooldown_start = total - steps_per_epoch * (config.epochs_cooldown or 0)
+    total = steps_per_epoch * config.training.epochs
+    cooldown_start = total - steps_per_epoch * (config.training.epochs_cooldown or 0)
 
     def at(step: int) -> float:
-        if step < config.warmup:
-            return base * (step + 1) / config.warmup
-        if config.lr_scheduler == "cosine":
-            done = (step - config.warmup) / max(1, total - config.warmup)
+        if step < config.training.warmup:
+            return base * (step + 1) / config.training.warmup
+        if config.training.lr_scheduler == "cosine":
+            done = (step - config.training.warmup) / max(1, total - config.training.warmup)
             return 0.5 * (1 + math.cos(math.pi * done)) * base
-        if config.lr_scheduler == "const-cooldown" and step >= cooldown_start:
+        if config.training.lr_scheduler == "const-cooldown" and step >= cooldown_start:
             left = 1 - (step - cooldown_start) / (total - cooldown_start)
-            return config.lr_cooldown_end + float(left**config.lr_cooldown_power) * (base - config.lr_cooldown_end)
+            return config.training.lr_cooldown_end + float(left**config.training.lr_cooldown_power) * (
+                base - config.training.lr_cooldown_end
+            )
         return base
 
     return at

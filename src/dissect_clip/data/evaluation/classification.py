@@ -160,14 +160,14 @@ def build_classification(config: Config, world: World, transform: Transform) -> 
     """
     sets = []
     for name, flag, path in (
-        ("imagenet", "--imagenet-val", config.imagenet_val),
-        ("imagenetv2", "--imagenet-v2", config.imagenet_v2),
+        ("imagenet", "--imagenet-val", config.evaluation.imagenet_val),
+        ("imagenetv2", "--imagenet-v2", config.evaluation.imagenet_v2),
     ):
         if path is not None:
-            sets.append(_imagenet(name, _find(path, flag, config.data_timeout), config, world, transform))
-    for path in (config.zeroshot_data or "").split("::"):
+            sets.append(_imagenet(name, _find(path, flag, config.data.data_timeout), config, world, transform))
+    for path in (config.evaluation.zeroshot_data or "").split("::"):
         if path:
-            found = _find(path, "--zeroshot-data", config.data_timeout)
+            found = _find(path, "--zeroshot-data", config.data.data_timeout)
             sets.append(_any_set(found, config, world, transform))
     _check_names(sets)
     return sets

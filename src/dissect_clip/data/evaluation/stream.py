@@ -66,10 +66,10 @@ class EvalStream(IterableDataset[B]):
         config: Config,
         world: World,
     ) -> None:
-        self.skips = SkipBoard(config.workers)
+        self.skips = SkipBoard(config.data.workers)
         self._source, self._decode, self._collate = source, decode, collate
         self._rank, self._world_size = world.rank, world.size
-        self._batch_size, self._seed = config.batch_size, config.seed
+        self._batch_size, self._seed = config.training.batch_size, config.training.seed
 
     def __iter__(self) -> Iterator[B]:
         place = place_here(self._rank, self._world_size)
@@ -219,9 +219,9 @@ def retrieval_data(
     source: EvalSource, config: Config, world: World, transform: Transform, tokenizer: Tokenizer, name: str = "val"
 ) -> RetrievalData:
     """Image-caption pairs of a source as a validation set."""
-    decode = DecodeRetrieval(transform, config.json_caption_key, config.val_captions == "lines")
+    decode = DecodeRetrieval(transform, config.data.json_caption_key, config.evaluation.val_captions == "lines")
     stream = EvalStream(source, decode, CollateRetrieval(tokenizer), config, world)
-    return RetrievalData(name, make_loader(stream, config.workers, world), stream)
+    return RetrievalData(name, make_loader(stream, config.data.workers, world), stream)
 
 
 def classification_data(
@@ -237,4 +237,4 @@ def classification_data(
     """Labelled images of a source as a set for zero-shot classification."""
     decode = DecodeLabelled(transform, len(classnames), multilabel)
     stream = EvalStream(source, decode, collate_labelled, config, world)
-    return ClassificationData(name, make_loader(stream, config.workers, world), stream, classnames, templates)
+    return ClassificationData(name, make_loader(stream, config.data.workers, world), stream, classnames, templates)

@@ -28,9 +28,9 @@ _LONG_ROW = f"a row has more than 1 MiB, as where a quote is not closed and the 
 
 
 def _separator(config: Config) -> str:
-    text = config.csv_separator.replace("\\t", "\t")
+    text = config.data.csv_separator.replace("\\t", "\t")
     if len(text) != 1:
-        raise SetupError(f"--csv-separator {config.csv_separator!r} should be one character, as , or \\t")
+        raise SetupError(f"--csv-separator {config.data.csv_separator!r} should be one character, as , or \\t")
     return text
 
 
@@ -98,7 +98,7 @@ class CsvTable:
 
     def __init__(self, path: str, config: Config, flag: str) -> None:
         self.name = os.path.basename(path)
-        separator, columns = _separator(config), [config.csv_img_key, config.csv_caption_key]
+        separator, columns = _separator(config), [config.data.csv_img_key, config.data.csv_caption_key]
         if not os.path.isfile(path):
             raise SetupError(f"{flag}: there is no file {path}")
         if columns[0] == columns[1]:
@@ -157,11 +157,12 @@ def build_train(config: Config, world: World, transform: Transform, tokenizer: T
     Raises:
         SetupError: the file cannot be read, lacks a column, or the flags do not fit it.
     """
-    assert config.train_data is not None
-    table = CsvTable(config.train_data, config, "--train-data")
-    if config.train_num_samples not in (None, len(table)):
+    assert config.data.train_data is not None
+    table = CsvTable(config.data.train_data, config, "--train-data")
+    if config.data.train_num_samples not in (None, len(table)):
         raise SetupError(
-            f"--train-num-samples {config.train_num_samples} is not the size of --train-data {config.train_data}, "
+            f"--train-num-samples {config.data.train_num_samples} is not the size of --train-data "
+            f"{config.data.train_data}, "
             f"which has {len(table)} rows. Remove --train-num-samples"
         )
     return table_train(table, table.fingerprint(), config, world, transform, tokenizer)
@@ -173,6 +174,6 @@ def build_retrieval(config: Config, world: World, transform: Transform, tokenize
     Raises:
         SetupError: the file cannot be read, or lacks a column.
     """
-    assert config.val_data is not None
-    table = CsvTable(config.val_data, config, "--val-data")
+    assert config.evaluation.val_data is not None
+    table = CsvTable(config.evaluation.val_data, config, "--val-data")
     return table_retrieval(table, config, world, transform, tokenizer)

@@ -11,7 +11,7 @@ import subprocess
 from webdataset.gopen import Pipe, gopen
 from webdataset.utils import enforce_security
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.settings import DataSettings
 
 _BUFFER = 1 << 20
 _GRACE = 5.0
@@ -81,7 +81,7 @@ class _Download(io.RawIOBase):
                 _end(self._process)
 
 
-def open_remote(url: str, timeout: float = Config.data_timeout) -> io.BufferedReader:
+def open_remote(url: str, timeout: float = DataSettings.data_timeout) -> io.BufferedReader:
     """The file at a URL of any scheme but ``file``, as a stream to be closed; closing never waits long.
 
     Reading raises TimeoutError when nothing comes for ``timeout`` seconds, and OSError at the end of the output of a

@@ -57,9 +57,9 @@ def build_train(config: Config, world: World, transform: Transform, tokenizer: T
     Raises:
         SetupError: --train-num-samples is not given.
     """
-    if config.train_num_samples is None:
+    if config.data.train_num_samples is None:
         raise SetupError("--dataset-type synthetic needs --train-num-samples")
-    table = SyntheticTable(config.train_num_samples, transform)
+    table = SyntheticTable(config.data.train_num_samples, transform)
     digest = hashlib.sha256(f"synthetic\t{len(table)}\n".encode()).hexdigest()
     return table_train(table, digest, config, world, transform, tokenizer)
 
@@ -70,7 +70,7 @@ def build_retrieval(config: Config, world: World, transform: Transform, tokenize
     Raises:
         SetupError: neither is given.
     """
-    num_samples = config.val_num_samples or config.train_num_samples
+    num_samples = config.evaluation.val_num_samples or config.data.train_num_samples
     if num_samples is None:
         raise SetupError("--dataset-type synthetic needs --val-num-samples for its validation data")
     return table_retrieval(SyntheticTable(num_samples, transform), config, world, transform, tokenizer)

@@ -115,7 +115,7 @@ class SharedTable:
 
 def _for_tables(config: Config) -> Config:
     """The settings with those that are about files inside shards at rest: a row is a pair, its caption one text."""
-    return dataclasses.replace(config, json_caption_key=None, val_captions="whole")
+    return config.replace(json_caption_key=None, val_captions="whole")
 
 
 def table_train(
@@ -126,19 +126,19 @@ def table_train(
     Raises:
         SetupError: with --dataset-resampled, or where the list of --train-keep does not fit.
     """
-    if config.dataset_resampled:
+    if config.data.dataset_resampled:
         raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
     left_out, num_kept, sizes = None, len(table), np.array([len(table)])
-    if config.train_keep is not None:
-        keep = read_list(config.train_keep, Names((table.name,), sizes, lambda _: table.keys()), "--train-keep")
+    if config.data.train_keep is not None:
+        keep = read_list(config.data.train_keep, Names((table.name,), sizes, lambda _: table.keys()), "--train-keep")
         left_out, num_kept = flipped(keep, len(table)), count_marked(keep)
         fingerprint = f"{fingerprint}+{list_digest(keep)}"
-    num_batches = count_batches(num_kept, config.batch_size, world.size, config.accum_freq)
-    source = TableSource(table, num_batches, config.batch_size, config.seed, left_out)
+    num_batches = count_batches(num_kept, config.training.batch_size, world.size, config.training.accum_freq)
+    source = TableSource(table, num_batches, config.training.batch_size, config.training.seed, left_out)
     stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer, left_out)
     return TrainData(
         world=world,
-        loader=make_loader(stream, config.workers, world),
+        loader=make_loader(stream, config.data.workers, world),
         stream=stream,
         num_samples=len(table),
         fingerprint=fingerprint,

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.decode import MAX_FILE_SIZE
 from dissect_clip.data.formats.download import open_remote
 from dissect_clip.data.formats.urls import is_local, local_path
@@ -264,7 +264,7 @@ class ShardReader:
         DamagedTarError, OSError: when made, where the shard cannot be opened or is empty.
     """
 
-    def __init__(self, url: str, suffixes: Collection[str] = (), timeout: float = Config.data_timeout) -> None:
+    def __init__(self, url: str, suffixes: Collection[str] = (), timeout: float = DataSettings.data_timeout) -> None:
         """``suffixes`` are wanted by :meth:`read`; a remote shard is given up after ``timeout`` silent seconds."""
         self._file = _open(url, timeout)
         self._suffixes = suffixes

@@ -282,25 +282,25 @@ class Found:
 
 
 def _total_workers(config: Config, world: World) -> int:
-    return world.size * max(1, config.workers)
+    return world.size * max(1, config.data.workers)
 
 
 def _too_few(num_shards: int, config: Config, world: World) -> bool:
     """Whether some worker would have no shard of its own, where it needs one."""
-    return not config.dataset_resampled and num_shards < _total_workers(config, world)
+    return not config.data.dataset_resampled and num_shards < _total_workers(config, world)
 
 
 def _needs_ids(config: Config) -> bool:
-    return config.select or config.train_keep is not None
+    return config.selection.select or config.data.train_keep is not None
 
 
 def _find(config: Config, world: World, run_folder: Path | None) -> Found:
-    assert config.train_data is not None
-    sources = expand(config.train_data)
+    assert config.data.train_data is not None
+    sources = expand(config.data.train_data)
     urls = [url for source in sources for url in source]
     check_present(urls, "--train-data")
-    needed = _needs_ids(config) or config.train_num_samples is None or _too_few(len(urls), config, world)
-    found = Found(sources, known_sizes(urls, run_folder, needed, config.data_timeout))
+    needed = _needs_ids(config) or config.data.train_num_samples is None or _too_few(len(urls), config, world)
+    found = Found(sources, known_sizes(urls, run_folder, needed, config.data.data_timeout))
     check_not_empty([url for url in urls if url not in found.known], "--train-data")
     return found
 
@@ -308,23 +308,24 @@ def _find(config: Config, world: World, run_folder: Path | None) -> Found:
 def _index(found: Found, config: Config, world: World, run_folder: Path | None) -> ShardIndex | None:
     """The shards' sizes, counted where they are needed; None where the run can do without. Collective."""
     # Local headers are read quickly. Remote shards would be read whole, which a run must not do unless it has to.
-    worth_it = all(map(is_local, found.urls)) and not config.dataset_resampled
-    if found.complete or _needs_ids(config) or config.train_num_samples is None or worth_it:
-        return index_shards(found.urls, found.known, world, run_folder, config.data_timeout)
+    worth_it = all(map(is_local, found.urls)) and not config.data.dataset_resampled
+    if found.complete or _needs_ids(config) or config.data.train_num_samples is None or worth_it:
+        return index_shards(found.urls, found.known, world, run_folder, config.data.data_timeout)
     if not _too_few(len(found.urls), config, world):
         return None
     raise SetupError(
         f"--train-data has {len(found.urls)} shards, fewer than the {_total_workers(config, world)} loader workers "
-        f"({world.size} ranks x --workers {max(1, config.workers)}), and their sizes are not known. Count them once "
+        f"({world.size} ranks x --workers {max(1, config.data.workers)}), and their sizes are not known. "
+        "Count them once "
         "with\n"
-        f"    python scripts/index_shards.py '{config.train_data}' --output sizes.json\n"
+        f"    python scripts/index_shards.py '{config.data.train_data}' --output sizes.json\n"
         "and put the file beside the shards, or give fewer --workers"
     )
 
 
 def _check_num_samples(index: ShardIndex, config: Config) -> None:
-    given = config.train_num_samples
-    if given is not None and given != index.num_samples and not config.dataset_resampled:
+    given = config.data.train_num_samples
+    if given is not None and given != index.num_samples and not config.data.dataset_resampled:
         raise SetupError(
             f"--train-num-samples {given} is not the size of --train-data, which has {index.num_samples} samples by "
             f"{index.origin}. Remove --train-num-samples, or add --dataset-resampled for epochs of another length"
@@ -346,23 +347,25 @@ def shard_names(index: ShardIndex, timeout: float) -> Names:
 
 
 def _read_keep(config: Config, world: World, index: ShardIndex) -> Bits:
-    assert config.train_keep is not None
-    return read_list(config.train_keep, shard_names(index, config.data_timeout), "--train-keep", world.watch.alive)
+    assert config.data.train_keep is not None
+    return read_list(
+        config.data.train_keep, shard_names(index, config.data.data_timeout), "--train-keep", world.watch.alive
+    )
 
 
 def _plan(
     config: Config, num_batches: int, index: ShardIndex | None, kept: Kept | None, sources: list[list[str]]
 ) -> Plan:
-    if config.dataset_resampled:
-        text = config.train_data_upsampling_factors
+    if config.data.dataset_resampled:
+        text = config.data.train_data_upsampling_factors
         factors = [1.0] * len(sources) if text is None else parse_factors(text, len(sources))
         weights = [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
-        return DrawPlan(weights, None if index is None else index.sizes, config.seed, kept)
+        return DrawPlan(weights, None if index is None else index.sizes, config.training.seed, kept)
     if index is None:
-        return CyclePlan(sum(map(len, sources)), config.seed)
+        return CyclePlan(sum(map(len, sources)), config.training.seed)
     if kept is not None:
-        return KeptPlan(kept, num_batches, config.batch_size, config.seed)
-    return SpanPlan(index.sizes, num_batches, config.batch_size, config.seed)
+        return KeptPlan(kept, num_batches, config.training.batch_size, config.training.seed)
+    return SpanPlan(index.sizes, num_batches, config.training.batch_size, config.training.seed)
 
 
 def _shards(urls: list[str], names: tuple[str, ...], index: ShardIndex | None, timeout: float) -> tuple[Shard, ...]:
@@ -396,21 +399,21 @@ def train_data(
     names = display_names(urls)
     if index is not None:
         _check_num_samples(index, config)
-    num_samples = config.train_num_samples if index is None else index.num_samples
+    num_samples = config.data.train_num_samples if index is None else index.num_samples
     assert num_samples is not None
     print_of_all = fingerprint(names, [-1] * len(names)) if index is None else index.fingerprint
     left_out = None if keep is None else flipped(keep, num_samples)
     kept = None if left_out is None or index is None else Kept.of(index.sizes, left_out)
     num_kept = num_samples if kept is None else int(kept.counts.sum())
-    length = config.train_num_samples if config.dataset_resampled else None
-    num_batches = count_batches(length or num_kept, config.batch_size, world.size, config.accum_freq)
+    length = config.data.train_num_samples if config.data.dataset_resampled else None
+    num_batches = count_batches(length or num_kept, config.training.batch_size, world.size, config.training.accum_freq)
     plan = _plan(config, num_batches, index, kept, sources)
-    suffixes = caption_suffixes(config.json_caption_key)
-    source = ShardSource(_shards(urls, names, index, config.data_timeout), plan, suffixes, config.seed)
+    suffixes = caption_suffixes(config.data.json_caption_key)
+    source = ShardSource(_shards(urls, names, index, config.data.data_timeout), plan, suffixes, config.training.seed)
     stream = TrainStream(source, config, world, num_batches, num_samples, transform, tokenizer, left_out)
     return TrainData(
         world=world,
-        loader=make_loader(stream, config.workers, world),
+        loader=make_loader(stream, config.data.workers, world),
         stream=stream,
         num_samples=num_samples,
         fingerprint=print_of_all if keep is None else f"{print_of_all}+{list_digest(keep)}",
@@ -434,7 +437,7 @@ def build_train(
     found = world.on_main(lambda: _find(config, world, run_folder))
     index = _index(found, config, world, run_folder)
     keep = None
-    if config.train_keep is not None and index is not None:
+    if config.data.train_keep is not None and index is not None:
         whole = index
         keep = world.on_main(lambda: _read_keep(config, world, whole))
     data = train_data(config, world, transform, tokenizer, found.sources, index, keep)
@@ -444,7 +447,7 @@ def build_train(
     if world.is_main and index is not None and _too_few(len(found.urls), config, world):
         _log.warning(
             "%d shards for %d loader workers (%d ranks x --workers %d): workers share shards, each reading a part",
-            len(found.urls), _total_workers(config, world), world.size, max(1, config.workers),
+            len(found.urls), _total_workers(config, world), world.size, max(1, config.data.workers),
         )  # fmt: skip
     return data
 
@@ -515,9 +518,9 @@ def build_retrieval(config: Config, world: World, transform: Transform, tokenize
     Raises:
         SetupError: shards are missing or empty.
     """
-    assert config.val_data is not None
-    urls = benchmark_shards(config.val_data, "--val-data")
+    assert config.evaluation.val_data is not None
+    urls = benchmark_shards(config.evaluation.val_data, "--val-data")
     if urls is None:
-        urls = [url for source in expand(config.val_data, "--val-data") for url in source]
-    source = shared_shards(urls, caption_suffixes(config.json_caption_key), "--val-data", config.data_timeout)
+        urls = [url for source in expand(config.evaluation.val_data, "--val-data") for url in source]
+    source = shared_shards(urls, caption_suffixes(config.data.json_caption_key), "--val-data", config.data.data_timeout)
     return retrieval_data(source, config, world, transform, tokenizer)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.tar import DamagedTarError, ShardReader
 from dissect_clip.data.formats.urls import is_local, name_some, shard_name
 from dissect_clip.data.sampling.shard_sizes import SIZES_FILE, keep_sizes
@@ -77,7 +77,7 @@ class ShardIndex:
         return places
 
 
-def count_samples(url: str, timeout: float = Config.data_timeout) -> int:
+def count_samples(url: str, timeout: float = DataSettings.data_timeout) -> int:
     """Samples in a shard, by its headers; a damaged shard counts up to the damage, with a warning.
 
     A remote shard that sends nothing for ``timeout`` seconds cannot be read.
@@ -108,7 +108,7 @@ class Scan:
         self,
         urls: Sequence[str],
         threads: int = _SCAN_THREADS,
-        timeout: float = Config.data_timeout,
+        timeout: float = DataSettings.data_timeout,
     ) -> None:
         self._left = len(urls)
         self._done: SimpleQueue[tuple[str, Future[int]]] = SimpleQueue()
@@ -160,7 +160,7 @@ def _announce(urls: Sequence[str]) -> None:
 def count_shards(
     urls: Sequence[str],
     world: World,
-    timeout: float = Config.data_timeout,
+    timeout: float = DataSettings.data_timeout,
     keep: Callable[[dict[str, int]], object] = lambda sizes: None,
 ) -> dict[str, int]:
     """Samples by URL, counted on rank 0; collective.
@@ -205,7 +205,7 @@ def index_shards(
     known: dict[str, int],
     world: World,
     run_folder: Path | None,
-    timeout: float = Config.data_timeout,
+    timeout: float = DataSettings.data_timeout,
 ) -> ShardIndex:
     """The index of shards of which some sizes are known (by URL); counts the others. Collective.
 

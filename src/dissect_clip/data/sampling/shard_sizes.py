@@ -16,7 +16,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.download import open_remote
 from dissect_clip.data.formats.urls import is_local, is_shard, local_path, shard_name, sibling
 from dissect_clip.errors import SetupError
@@ -143,7 +143,7 @@ def _by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
 
 
 def known_sizes(
-    urls: Sequence[str], run_folder: Path | None, ask_remote: bool, timeout: float = Config.data_timeout
+    urls: Sequence[str], run_folder: Path | None, ask_remote: bool, timeout: float = DataSettings.data_timeout
 ) -> dict[str, int]:
     """Sizes by URL of the shards that a file beside them, or in the run's folder, tells about.
 

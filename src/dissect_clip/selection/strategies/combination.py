@@ -48,7 +48,9 @@ class Combination(Strategy):
         super().__init__(config)
         for name, (strategy, _) in members.items():
             if strategy.learns or strategy.weighs or strategy.reuses:
-                raise SetupError(f"--select-strategy {config.select_strategy}: {name} cannot be combined with others")
+                raise SetupError(
+                    f"--select-strategy {config.selection.select_strategy}: {name} cannot be combined with others"
+                )
         self.members = [strategy for strategy, _ in members.values()]
         self.shares = [weight for _, weight in members.values()]
         self.needs = functools.reduce(operator.or_, (strategy.needs for strategy in self.members), Needs.NOTHING)

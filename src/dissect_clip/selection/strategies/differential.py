@@ -51,5 +51,5 @@ class MomentumDifferential(Strategy):
 
     def remember(self, candidates: Candidates) -> Tensor:
         current, history = required(candidates.score), candidates.memory[:, 0]
-        average = torch.lerp(current, history, self.config.select_momentum)
+        average = torch.lerp(current, history, self.config.selection.select_momentum)
         return torch.where(history.isnan(), current, average)[:, None]

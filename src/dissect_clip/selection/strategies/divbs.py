@@ -70,9 +70,9 @@ class DivBS(Strategy):
     needs = Needs.FEATURES
 
     def rank(self, candidates: Candidates) -> Tensor:
-        if self.config.divbs_on == "features":
+        if self.config.selection.divbs_on == "features":
             vectors = torch.cat([required(candidates.image_features), required(candidates.text_features)], dim=1)
         else:
-            vectors = feature_gradients(candidates, self.config.siglip)
+            vectors = feature_gradients(candidates, self.config.model.siglip)
         count = kept(self.rate(candidates.epoch), len(vectors))
-        return in_order(*greedy_span(vectors, count, self.config.divbs_greedy == "exact"))
+        return in_order(*greedy_span(vectors, count, self.config.selection.divbs_greedy == "exact"))

@@ -55,28 +55,30 @@ class InfoBatch(Strategy):
         super().__init__(config)
         self.mean = 0.0  # of all remembered losses, in nats, when the epoch began; no loss is below 0
         self.below = 0.0  # share of them that are below it
-        self.ratio = PRUNE_RATIO if config.infobatch_prune_ratio is None else config.infobatch_prune_ratio
+        self.ratio = (
+            PRUNE_RATIO if config.selection.infobatch_prune_ratio is None else config.selection.infobatch_prune_ratio
+        )
 
     @property
     def weighs(self) -> bool:
-        return self.config.select_rescale == "on"
+        return self.config.selection.select_rescale == "on"
 
     def _is_full(self, epoch: int) -> bool:
-        return epoch >= self.config.epochs - full_epochs(self.full_share, self.config.epochs)
+        return epoch >= self.config.training.epochs - full_epochs(self.full_share, self.config.training.epochs)
 
     def rate(self, epoch: int) -> float:
-        if self.config.infobatch_prune_ratio is None:
+        if self.config.selection.infobatch_prune_ratio is None:
             return super().rate(epoch)
         return 1.0 if self._is_full(epoch) else 1 - self.ratio * self.below
 
     @property
     def keeping(self) -> str:
-        if self.config.infobatch_prune_ratio is None:
+        if self.config.selection.infobatch_prune_ratio is None:
             return super().keeping
         return f"all but {self.ratio:g} of what is below the mean loss"
 
     def may_select(self, epoch: int) -> bool:
-        return self.rate(epoch) < 1 if self.config.infobatch_prune_ratio is None else not self._is_full(epoch)
+        return self.rate(epoch) < 1 if self.config.selection.infobatch_prune_ratio is None else not self._is_full(epoch)
 
     def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
         loss = memory[:, 0]

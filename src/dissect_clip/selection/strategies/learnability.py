@@ -27,7 +27,7 @@ class AgainstReference(WarmingUp):
 
     @property
     def first_epoch(self) -> int:
-        return self.config.warmup_epochs if self.config.select_reference is None else 0
+        return self.config.selection.warmup_epochs if self.config.selection.select_reference is None else 0
 
     def looks_at(self, epoch: int) -> Needs:
         return Needs.NOTHING if self.warms_up(epoch) else self.needs
@@ -116,10 +116,14 @@ class Jest(AgainstReference):
     needs = Needs.FEATURES | Needs.REFERENCE
 
     def _rank(self, candidates: Candidates) -> Tensor:
-        learnability = sigmoid_learnability if self.config.siglip else softmax_learnability
+        learnability = sigmoid_learnability if self.config.model.siglip else softmax_learnability
         alone, among = learnability(learner_logits(candidates), reference_logits(candidates))
-        sizes = chunk_sizes(kept(self.rate(candidates.epoch), len(alone)), self.config.jest_chunks)
-        noise = None if self.config.jest_deterministic else self._noise(candidates, len(sizes)) / self.config.jest_gain
+        sizes = chunk_sizes(kept(self.rate(candidates.epoch), len(alone)), self.config.selection.jest_chunks)
+        noise = (
+            None
+            if self.config.selection.jest_deterministic
+            else self._noise(candidates, len(sizes)) / self.config.selection.jest_gain
+        )
         return in_order(*draw_chunks(alone, among, sizes, noise))
 
     @staticmethod

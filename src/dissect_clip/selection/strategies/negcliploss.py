@@ -31,17 +31,17 @@ class NegCLIPLoss(Strategy):
 
     def rank(self, candidates: Candidates) -> Tensor:
         cosine = required(candidates.image_features) @ required(candidates.text_features).T
-        fixed = self.config.negcliploss_temperature
+        fixed = self.config.selection.negcliploss_temperature
         temperature = required(candidates.logit_scale).reciprocal()
         if fixed is not None:
             temperature = torch.full_like(temperature, fixed)
-        parts = [self._parts(candidates, len(cosine)) for _ in range(self.config.negcliploss_batches)]
+        parts = [self._parts(candidates, len(cosine)) for _ in range(self.config.selection.negcliploss_batches)]
         normalisers = torch.stack([normaliser(cosine, temperature, part) for part in parts])
         return cosine.diagonal() - normalisers.mean(dim=0)
 
     def _parts(self, candidates: Candidates, size: int) -> Tensor:
         """[N] int64, a random partition into sub-batches as even as can be."""
-        wanted = self.config.negcliploss_batch_size or kept(self.rate(candidates.epoch), size)
+        wanted = self.config.selection.negcliploss_batch_size or kept(self.rate(candidates.epoch), size)
         count = max(1, round(size / wanted))
         shuffled = torch.randperm(size, generator=candidates.generator, device=candidates.memory.device)
         return shuffled % count

@@ -44,14 +44,14 @@ class Scan(Strategy):
 
     @property
     def first_epoch(self) -> int:
-        return self.config.scan_warmup
+        return self.config.selection.scan_warmup
 
     def _share(self, epoch: int) -> float:
         """The share of the candidates that this epoch leaves out."""
-        if epoch < self.config.scan_warmup:
+        if epoch < self.config.selection.scan_warmup:
             return 0.0
-        period = self.config.scan_period
-        place = (epoch - self.config.scan_warmup) % (period + 1)
+        period = self.config.selection.scan_period
+        place = (epoch - self.config.selection.scan_warmup) % (period + 1)
         return (1 + math.cos(math.pi * (period - place) / period)) / 2 if place > 0 else 0.0
 
     def rate(self, epoch: int) -> float:
@@ -60,14 +60,14 @@ class Scan(Strategy):
 
     def learns_in(self, epoch: int) -> bool:
         """In preparations, while every sample is trained on."""
-        return epoch >= self.config.scan_warmup and self._share(epoch) == 0
+        return epoch >= self.config.selection.scan_warmup and self._share(epoch) == 0
 
     def rank(self, candidates: Candidates) -> Tensor:
         """0 for candidates, 1 for the others; so it is drawn among the candidates which of them are left out."""
         place = candidates.memory[:, 0]
         total = len(place)
         count = total - kept(super().rate(candidates.epoch), total)
-        redundant = round(self.config.scan_redundant * count)
+        redundant = round(self.config.selection.scan_redundant * count)
         order = place.nan_to_num(0.5).argsort(stable=True)
         rank = torch.ones(total, device=place.device)
         rank.index_fill_(0, order[:redundant], 0)

@@ -51,9 +51,9 @@ class CleanPosterior(WarmingUp):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.needs = Needs.SCORE
-        if config.clean_statistic == "loss":
+        if config.selection.clean_statistic == "loss":
             self.needs |= Needs.LOSS
-        if config.clean_statistic == "clipscore":
+        if config.selection.clean_statistic == "clipscore":
             self.needs |= Needs.CLIPSCORE
         if self.decoys > 0:
             self.remembers += ("first_average",)
@@ -69,17 +69,17 @@ class CleanPosterior(WarmingUp):
     @property
     def decoys(self) -> float:
         """See :attr:`Strategy.decoys`."""
-        return self.config.clean_decoys
+        return self.config.selection.clean_decoys
 
     @property
     def depends_on(self) -> str:
         """See :attr:`Strategy.depends_on`: which samples are decoys."""
-        return f"--clean-decoys {self.decoys:g} --seed {self.config.seed}" if self.decoys > 0 else ""
+        return f"--clean-decoys {self.decoys:g} --seed {self.config.training.seed}" if self.decoys > 0 else ""
 
     @property
     def survey_of(self) -> str:
         """See :attr:`Strategy.survey_of`."""
-        return f"--clean-model {self.config.clean_model}"
+        return f"--clean-model {self.config.selection.clean_model}"
 
     def has_decoys(self, epoch: int) -> bool:
         return self.decoys > 0 and self.warms_up(epoch)
@@ -93,29 +93,35 @@ class CleanPosterior(WarmingUp):
         if self.parts is None:
             return False
         if self.decoys > 0:
-            return self.by_decoys is not None and 1 - self.by_decoys.share >= self.config.clean_gate
-        return max(self.ratio, 0.0) < self.config.clean_ratio  # the lower part may lie below chance
+            return self.by_decoys is not None and 1 - self.by_decoys.share >= self.config.selection.clean_gate
+        return max(self.ratio, 0.0) < self.config.selection.clean_ratio  # the lower part may lie below chance
 
     def _decoy_ids(self, num_samples: int) -> Tensor:
-        return decoy_ids(num_samples, self.decoys, self.config.seed) if self.decoy_ids is None else self.decoy_ids
+        return (
+            decoy_ids(num_samples, self.decoys, self.config.training.seed) if self.decoy_ids is None else self.decoy_ids
+        )
 
     # ---- what is known of a sample
 
     def _statistic(self, candidates: Candidates) -> Tensor:
-        if self.config.clean_statistic == "loss":
+        if self.config.selection.clean_statistic == "loss":
             return -required(candidates.loss)
-        if self.config.clean_statistic == "clipscore":
+        if self.config.selection.clean_statistic == "clipscore":
             return required(candidates.last_clip_score)
         return required(candidates.score)
 
     def _trust(self, visits: Tensor) -> Tensor:
         """Variance of the average [N] of so many ``visits`` [N], where that of one is 1."""
-        if self.config.clean_ensemble == "mean":
+        if self.config.selection.clean_ensemble == "mean":
             return 1 / visits
-        if self.config.clean_ensemble == "ema":
-            keep = (1 - self.config.clean_ema) ** 2
+        if self.config.selection.clean_ensemble == "ema":
+            keep = (1 - self.config.selection.clean_ema) ** 2
             left = keep ** (visits - 1)
-            return left + self.config.clean_ema**2 * (1 - left) / (1 - keep) if keep < 1 else torch.ones_like(visits)
+            return (
+                left + self.config.selection.clean_ema**2 * (1 - left) / (1 - keep)
+                if keep < 1
+                else torch.ones_like(visits)
+            )
         return torch.ones_like(visits)
 
     def _visits(self, memory: Tensor) -> Tensor:
@@ -131,7 +137,7 @@ class CleanPosterior(WarmingUp):
             average = memory[:, _FIRST]
             visits = memory[:, _VISITS].nan_to_num(0).abs()
         step = value - average
-        if self.config.clean_drift == "removed" and not self.warms_up(candidates.epoch):
+        if self.config.selection.clean_drift == "removed" and not self.warms_up(candidates.epoch):
             # What is trained on rises, what is not stays behind: only how they differ among each other counts.
             drift = step.nanmean().nan_to_num(0)
             value, step = value - drift, step - drift
@@ -139,7 +145,9 @@ class CleanPosterior(WarmingUp):
         jump = step.square() / (1 + self._trust(visits.clamp(min=1)))
         variance = variance + (jump - variance) / visits.clamp(min=1)
         shares = {"last": torch.ones_like(visits), "mean": 1 / (visits + 1)}
-        share = shares.get(self.config.clean_ensemble, torch.full_like(visits, self.config.clean_ema))
+        share = shares.get(
+            self.config.selection.clean_ensemble, torch.full_like(visits, self.config.selection.clean_ema)
+        )
         first = visits == 0
         average = torch.where(first, value, average + share * step)
         columns = torch.stack(
@@ -170,11 +178,11 @@ class CleanPosterior(WarmingUp):
 
     def _survey_parts(self, memory: Tensor, epoch: int) -> list[float]:
         rows = self._some(memory, self._visits(memory) > 0, epoch).double()
-        parts = fit_parts(self.config.clean_model, rows[:, _AVERAGE], self.config.clean_quantile)
+        parts = fit_parts(self.config.selection.clean_model, rows[:, _AVERAGE], self.config.selection.clean_quantile)
         if parts is None:
             return [0.0] * (_SCALARS + 3)
         clean = parts.clean(rows[:, _AVERAGE])
-        z = rows[:, len(self.remembers) if self.config.clean_statistic == "clipscore" else _AVERAGE]
+        z = rows[:, len(self.remembers) if self.config.selection.clean_statistic == "clipscore" else _AVERAGE]
         low, high = (float((z * share).sum() / share.sum().clamp(min=_LEAST)) for share in (1 - clean, clean))
         ratio = low / high if high > 0 else 1.0
         noise = rows[:, _VARIANCE].nanmean().nan_to_num(0)
@@ -194,7 +202,7 @@ class CleanPosterior(WarmingUp):
         """Rows of ``memory`` [M, C] that are ``wanted`` [M] bool; of too many a random part."""
         places = wanted.nonzero()[:, 0]
         if len(places) > FIT_ROWS:
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, Stream.SELECT, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.config.training.seed, Stream.SELECT, epoch))
             places = places[torch.randint(len(places), (FIT_ROWS,), generator=generator).to(places.device)]
         return memory[places]
 
@@ -202,7 +210,7 @@ class CleanPosterior(WarmingUp):
         knowing = copy.copy(self)
         parts, (known, knowing.ratio, knowing.noise, *more) = survey[:_SCALARS], survey[_SCALARS:]
         knowing.known = int(known)
-        knowing.parts = Parts.of(self.config.clean_model, parts) if known else None
+        knowing.parts = Parts.of(self.config.selection.clean_model, parts) if known else None
         knowing.by_decoys, knowing.known_decoys = None, 0
         if more:
             count, *numbers = more
@@ -216,16 +224,22 @@ class CleanPosterior(WarmingUp):
         if parts is None or (self.decoys > 0 and known is None):
             return "Clean posterior: too little is known yet to part clean pairs from others"
         found = (
-            f"{self.config.clean_statistic} {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
+            f"{self.config.selection.clean_statistic} {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
             f"{parts.low_mean:.2f} ± {parts.low_deviation:.2f}"
         )
         if known is not None:
             wrong = f"{100 * (1 - known.share):.0f} % of the captions look wrong"
             why = f"beside {self.known_decoys} decoys in the warm-up {wrong}"
             if not self.told_apart:
-                return f"Clean posterior: {why}, --clean-gate {self.config.clean_gate:g}: all have the same weight"
+                return (
+                    f"Clean posterior: {why}, --clean-gate {self.config.selection.clean_gate:g}: all have the same "
+                    "weight"
+                )
             return f"Clean posterior: {why}; {100 * parts.share:.0f} % of {self.known} samples are drawn from ({found})"
-        means = f"mean z-scores of the parts in a ratio of {self.ratio:.2f}, --clean-ratio {self.config.clean_ratio:g}"
+        means = (
+            f"mean z-scores of the parts in a ratio of {self.ratio:.2f}, --clean-ratio "
+            f"{self.config.selection.clean_ratio:g}"
+        )
         if not self.told_apart:
             return f"Clean posterior: the two parts cannot be told apart ({means}): all samples have the same weight"
         return f"Clean posterior: {100 * parts.share:.0f} % of {self.known} samples look clean ({found}; {means})"
@@ -242,9 +256,9 @@ class CleanPosterior(WarmingUp):
             return torch.full_like(memory[:, _AVERAGE], torch.nan)
         clean = self.parts.clean(memory[:, _AVERAGE])
         share = self.parts.share
-        if self.config.clean_forget > 0:
+        if self.config.selection.clean_forget > 0:
             age = (epoch - 1 - memory[:, _EPOCH]).clamp(min=0)
-            clean = share + (clean - share) * (1 - self.config.clean_forget) ** age
+            clean = share + (clean - share) * (1 - self.config.selection.clean_forget) ** age
         return clean.where(clean.isfinite(), share)
 
     def rank(self, candidates: Candidates) -> Tensor:
@@ -252,9 +266,9 @@ class CleanPosterior(WarmingUp):
         noise = -torch.empty_like(candidates.memory[:, 0]).exponential_(generator=candidates.generator).log()
         if self.warms_up(candidates.epoch) or not self.told_apart:
             return noise
-        floor = self.config.clean_floor
+        floor = self.config.selection.clean_floor
         clean = self.posterior(candidates.memory, candidates.epoch)
-        weight = floor + (1 - floor) * clean**self.config.clean_exponent
+        weight = floor + (1 - floor) * clean**self.config.selection.clean_exponent
         return weight.clamp(min=_LEAST).log() + noise
 
     def certainty(self, memory: Tensor, epoch: int) -> Tensor:
