@@ -13,8 +13,9 @@ from open_clip_train.params import parse_args as open_clip_parse_args
 from dissect_clip.config.fields import Range
 from dissect_clip.config.flags import ADDED, UNSUPPORTED
 from dissect_clip.config.parser import build_parser, parse_args
-from dissect_clip.config.settings import Config, parse_strategy
+from dissect_clip.config.settings import Config, declared, parse_strategy
 
+FIELDS = [field for field, _ in declared().values()]
 STRATEGIES = {
     "random": "a uniformly random part",
     "infobatch": "a part of what is learned",
@@ -141,12 +142,12 @@ def test_a_refused_flag_takes_as_many_values_as_openclips(flag: str) -> None:
 @pytest.mark.parametrize("model", ["ViT-B-32", "RN50", "vit_relpos_medium_patch16_cls_224", "coca_ViT-L-14"])
 def test_the_optimizers_defaults_are_openclips(model: str) -> None:
     theirs = open_clip_parse_args(["--model", model])
-    ours = parse(*SYNTHETIC, "--model", model)
+    ours = parse(*SYNTHETIC, "--model", model).training
     assert (ours.lr, ours.beta1, ours.beta2, ours.eps) == (theirs.lr, theirs.beta1, theirs.beta2, theirs.eps)
 
 
 def test_vit_and_resnet_differ_in_beta2_and_eps() -> None:
-    vit, resnet = parse(*SYNTHETIC, "--model", "ViT-B-32"), parse(*SYNTHETIC, "--model", "RN50")
+    vit, resnet = (parse(*SYNTHETIC, "--model", name).training for name in ("ViT-B-32", "RN50"))
     assert (vit.lr, vit.beta1, vit.beta2, vit.eps) == (5e-4, 0.9, 0.98, 1e-6)
     assert (resnet.lr, resnet.beta1, resnet.beta2, resnet.eps) == (5e-4, 0.9, 0.999, 1e-8)
 
@@ -198,7 +199,7 @@ def test_openclips_own_smoke_commands_parse_to_what_openclip_reads(model: str) -
     ],
 )
 def test_a_flag_may_be_abbreviated(flag: str, value: str, setting: str, expected: object) -> None:
-    assert getattr(parse(*SELECT, "--epochs", "20", flag, value), setting) == expected
+    assert parse(*SELECT, "--epochs", "20", flag, value).get(setting) == expected
 
 
 @pytest.mark.parametrize("flag", ["--warmup", "--model", "--logs", "--select", "--momentum", "--name"])
@@ -209,19 +210,19 @@ def test_a_flag_that_others_begin_with_means_itself(flag: str) -> None:
 
 
 def test_output_dir_is_logs() -> None:
-    assert parse(*SYNTHETIC, "--output-dir", "runs").logs == "runs"
+    assert parse(*SYNTHETIC, "--output-dir", "runs").run.logs == "runs"
 
 
 @pytest.mark.parametrize(("logs", "writes"), [("none", False), ("None", False), ("./logs/", True)])
 def test_logs_none_writes_nothing(logs: str, writes: bool) -> None:
-    assert parse(*SYNTHETIC, "--logs", logs).writes_logs is writes
+    assert parse(*SYNTHETIC, "--logs", logs).run.writes_logs is writes
 
 
 # ---- help
 
 
 def test_every_setting_has_a_help_line() -> None:
-    assert [field.name for field in dataclasses.fields(Config) if not field.metadata["help"].strip()] == []
+    assert [field.name for field, _ in declared().values() if not field.metadata["help"].strip()] == []
 
 
 def test_help_shows_every_flag_strategy_and_refused_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +237,7 @@ def test_help_shows_every_flag_strategy_and_refused_flag(capsys: pytest.CaptureF
     assert [line for line in shown if line not in text] == []
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_help_names_the_default_and_the_range(field: dataclasses.Field[Any]) -> None:
     text = OURS["--" + field.name.replace("_", "-")].help or ""
     if field.metadata["within"] is not None:
@@ -283,7 +284,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(
     assert f"{value} is out of range: it must be {allowed}" in message
 
 
-@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_every_default_is_allowed(field: dataclasses.Field[Any]) -> None:
     if field.default is not None and field.metadata["within"] is not None:
         assert field.default in field.metadata["within"]
@@ -342,7 +343,7 @@ def test_a_combination_is_read_in_order() -> None:
 def test_the_strategies_belong_to_the_parser_they_were_given_to(capsys: pytest.CaptureFixture[str]) -> None:
     build_parser({"other": "another"})
     assert "other" not in refusal(capsys, *SELECT, "--select-strategy", "x")
-    assert parse(*SELECT, "--select-strategy", "random").select_strategy == "random"
+    assert parse(*SELECT, "--select-strategy", "random").selection.select_strategy == "random"
 
 
 @pytest.mark.parametrize(
@@ -390,7 +391,7 @@ def test_an_abbreviated_refused_flag_is_refused_too(capsys: pytest.CaptureFixtur
     ],
 )
 def test_aug_cfg(words: tuple[str, ...], expected: dict[str, object]) -> None:
-    assert parse(*SYNTHETIC, "--aug-cfg", *words).aug_cfg == expected
+    assert parse(*SYNTHETIC, "--aug-cfg", *words).model.aug_cfg == expected
 
 
 @pytest.mark.parametrize("word", ["scale", "=1"])
@@ -404,7 +405,7 @@ def test_aug_cfg_refuses_what_is_no_pair(word: str, capsys: pytest.CaptureFixtur
     ("words", "size"), [((), None), (("64",), 64), (("64", "96"), (64, 96))], ids=["unset", "square", "two sides"]
 )
 def test_image_size_is_as_open_clip_takes_it(words: tuple[str, ...], size: object) -> None:
-    assert parse(*SYNTHETIC, *(("--force-image-size", *words) if words else ())).image_size == size
+    assert parse(*SYNTHETIC, *(("--force-image-size", *words) if words else ())).model.image_size == size
 
 
 def test_settings_survive_json() -> None:
@@ -419,8 +420,8 @@ def test_settings_survive_json() -> None:
 
 
 def test_the_warm_up_trains_on_the_select_rate() -> None:
-    assert parse(*SELECT, "--select-rate", "0.4").warmup_select_rate == 0.4
-    assert parse(*SELECT, "--select-rate", "0.4", "--warmup-select-rate", "1.0").warmup_select_rate == 1.0
+    assert parse(*SELECT, "--select-rate", "0.4").selection.warmup_select_rate == 0.4
+    assert parse(*SELECT, "--select-rate", "0.4", "--warmup-select-rate", "1.0").selection.warmup_select_rate == 1.0
 
 
 @pytest.mark.parametrize(
@@ -429,12 +430,12 @@ def test_the_warm_up_trains_on_the_select_rate() -> None:
     ids=["shards", "synthetic", "evaluation"],
 )
 def test_a_run_without_training_data_only_evaluates(argv: tuple[str, ...], trains: bool) -> None:
-    assert parse(*argv).trains is trains
+    assert parse(*argv).data.trains is trains
 
 
 def test_distillation_needs_both_of_its_flags() -> None:
-    assert not parse(*SYNTHETIC).distill
-    assert parse(*SYNTHETIC, "--distill-model", "RN50", "--distill-pretrained", "openai").distill
+    assert not parse(*SYNTHETIC).model.distill
+    assert parse(*SYNTHETIC, "--distill-model", "RN50", "--distill-pretrained", "openai").model.distill
 
 
 # ---- contradictions: a command line, and a part of the message it is refused with
@@ -605,8 +606,8 @@ def test_a_run_without_its_data_is_refused(line: str, expected: str, capsys: pyt
     ],
 )
 def test_what_makes_sense_is_accepted(line: str) -> None:
-    assert parse(*SYNTHETIC, *line.split()).trains
+    assert parse(*SYNTHETIC, *line.split()).data.trains
 
 
 def test_epochs_0_only_loads_and_evaluates_whatever_the_warm_up() -> None:
-    assert parse(*SELECT, "--epochs", "0").epochs == 0
+    assert parse(*SELECT, "--epochs", "0").training.epochs == 0

@@ -13,13 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from dissect_clip.config.flags import UNSUPPORTED
 from dissect_clip.config.parser import parse_args
-from dissect_clip.config.settings import UNSUPPORTED, Config
+from dissect_clip.config.settings import Config, declared
 from dissect_clip.selection import summaries
 
-FLAGS = sorted(
-    {"--" + field.name.replace("_", "-") for field in dataclasses.fields(Config)} | {"--output-dir", *UNSUPPORTED}
-)
+FLAGS = sorted({"--" + name.replace("_", "-") for name in declared()} | {"--output-dir", *UNSUPPORTED})
 ODD = [
     "", " ", "-", "--", "---", "-1", "0", "1", "-0", "1e400", "nan", "inf", "1_000", "٣", "0x10", "9" * 5000, "none",
     "latest", "s3://x", "::", "{0..9}.tar", "{", "pipe:echo x", "../..", "\x00", "\n", "\x1b[2J", "\udcff", "🐈", "=",
@@ -67,7 +66,7 @@ def fitting(field: dataclasses.Field[Any]) -> st.SearchStrategy[list[str]]:
     return value.map(lambda text: [f"{name}={text}"])
 
 
-FITTING = st.sampled_from(dataclasses.fields(Config)).flatmap(fitting)
+FITTING = st.sampled_from([field for field, _ in declared().values()]).flatmap(fitting)
 LIKELY = st.lists(FITTING, max_size=4).map(lambda groups: [word for group in groups for word in group])
 UNLIKELY = st.lists(word, max_size=8)
 RUNS = ["--dataset-type", "synthetic", "--train-num-samples", "10"]

@@ -515,4 +515,4 @@ def test_refused(words: list[str], message: str, capsys: pytest.CaptureFixture[s
 
 
 def test_a_selection_from_the_first_epoch_on_is_allowed():
-    assert parse("--warmup-point", "0", "--clean-decoys", "0").warmup_point == 0
+    assert parse("--warmup-point", "0", "--clean-decoys", "0").selection.warmup_point == 0

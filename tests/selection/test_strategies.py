@@ -112,8 +112,8 @@ def test_the_command_line_knows_which_strategies_score_nothing_and_which_stand_a
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_full_epochs_end_the_run_and_schedules_go_to_the_select_rate(strategy, schedule):
-    config = dataclasses.replace(
-        strategy.config, epochs=20, select_full_last=0.1, select_rate_schedule=schedule, select_rate_start=0.9,
+    config = strategy.config.replace(
+        epochs=20, select_full_last=0.1, select_rate_schedule=schedule, select_rate_start=0.9,
         scan_warmup=2, scan_period=3, warmup_point=3,
     )  # fmt: skip
     strategy = type(strategy)(config)
