@@ -63,7 +63,7 @@ def make_candidates(size: int, features: int, device: torch.device) -> Candidate
 
 def milliseconds(name: str, candidates: Candidates, rate: float) -> Callable[[], float]:
     """How long a choice takes; waits for the device."""
-    config = Config(select=True, select_rate=rate, select_reference="given", **MODES[name])  # type: ignore[arg-type]
+    config = Config.of(select=True, select_rate=rate, select_reference="given", **MODES[name])  # type: ignore[arg-type]
     strategy = STRATEGIES[name.split()[0]](config)
 
     def choose() -> float:

@@ -63,7 +63,7 @@ def write_shards(folder: Path, count: int) -> str:
 
 
 def make_data(pattern: str, count: int) -> TrainData:
-    config = Config(train_data=pattern, workers=0, batch_size=BATCH)
+    config = Config.of(train_data=pattern, workers=0, batch_size=BATCH)
     sources = expand(pattern)
     index = ShardIndex(tuple(sources[0]), np.full(count, SHARD), "benchmark")
 

@@ -252,12 +252,12 @@ def test_flags_of_all_modes_are_known(bench: Any, tmp_path: Path):
     )
     configs = {mode: parse_args(made.command(mode, 7), summaries()) for mode in made.modes}
     assert all(config.training.seed == 7 and config.training.wd == 0.1 for config in configs.values())
-    assert configs["mine"].lr == 0.5
-    assert not configs["full"].select
-    assert configs["random, equal pairs"].select_rate == pytest.approx((8 + 32 * 0.3) / 40)
-    assert configs["full, fewer epochs"].epochs == 18
+    assert configs["mine"].training.lr == 0.5
+    assert not configs["full"].selection.select
+    assert configs["random, equal pairs"].selection.select_rate == pytest.approx((8 + 32 * 0.3) / 40)
+    assert configs["full, fewer epochs"].training.epochs == 18
     assert isinstance(configs["fast"], Config)
-    assert configs["fast"].select_before_load
+    assert configs["fast"].selection.select_before_load
 
 
 @pytest.mark.slow

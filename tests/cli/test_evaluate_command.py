@@ -352,8 +352,8 @@ def test_two_data_sets_of_one_name_are_refused(tmp_path, capfd):
 
 
 def test_checkpoint_is_another_word_for_pretrained():
-    assert parse_args(["--dataset", "a", "--checkpoint", "x.pt"])[1].pretrained == "x.pt"
-    assert parse_args(["--dataset", "a"])[1].pretrained == ""
+    assert parse_args(["--dataset", "a", "--checkpoint", "x.pt"])[1].model.pretrained == "x.pt"
+    assert parse_args(["--dataset", "a"])[1].model.pretrained == ""
 
 
 def test_help_of_training_names_the_commands(capsys):

@@ -229,7 +229,7 @@ def test_every_run_is_a_command_line_of_the_trainer(tmp_path: Path) -> None:
         for name, own in plan.runs().items()
     }
     assert [config.selection.select for config in configs.values()] == [False, True, True, True, True]
-    shared = {(c.model, c.batch_size, c.epochs, c.lr, c.seed, c.val_frequency) for c in configs.values()}
+    shared = {(c.model.model, c.training, c.evaluation.val_frequency) for c in configs.values()}
     assert len(shared) == 1
 
 

@@ -125,12 +125,12 @@ def test_every_strategy_may_be_chosen(place: Path, strategy: str) -> None:
 
 @pytest.mark.parametrize(("strategy", "epochs"), [("learnability", 10), ("clean_posterior", 5)])
 def test_warm_ups_last_as_long_as_the_usage_says(place: Path, strategy: str, epochs: int) -> None:
-    assert called(place, "train_cc3m.sh", STRATEGY=strategy)[1].warmup_point == epochs
-    assert called(place, "train_cc3m.sh", STRATEGY=strategy, WARMUP_POINT="3")[1].warmup_point == 3
+    assert called(place, "train_cc3m.sh", STRATEGY=strategy)[1].selection.warmup_point == epochs
+    assert called(place, "train_cc3m.sh", STRATEGY=strategy, WARMUP_POINT="3")[1].selection.warmup_point == 3
 
 
 def test_strategy_none_trains_on_everything(place: Path) -> None:
-    assert not called(place, "train_cc3m.sh", STRATEGY="none")[1].select
+    assert not called(place, "train_cc3m.sh", STRATEGY="none")[1].selection.select
 
 
 def test_flags_of_the_script_win(place: Path) -> None:
@@ -180,12 +180,14 @@ def test_missing_validation_shards_stop_too(place: Path) -> None:
     ],
 )
 def test_data_that_is_there_or_not_on_this_machine_is_passed_on(place: Path, data: str) -> None:
-    assert called(place, "train_cc3m.sh", DATA=data)[1].train_data == data
+    assert called(place, "train_cc3m.sh", DATA=data)[1].data.train_data == data
 
 
 def test_shards_in_a_folder_with_a_space(place: Path) -> None:
     (place / "shards").rename(place / "my shards")
-    assert called(place, "train_cc3m.sh", DATA="my shards/{000..001}.tar")[1].train_data == "my shards/{000..001}.tar"
+    assert (
+        called(place, "train_cc3m.sh", DATA="my shards/{000..001}.tar")[1].data.train_data == "my shards/{000..001}.tar"
+    )
 
 
 def test_no_torchrun_is_said(place: Path) -> None:

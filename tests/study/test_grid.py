@@ -188,7 +188,7 @@ def test_the_flags_of_every_row_are_known(file: Path, row: str):
         pytest.skip(f"the strategy {strategy} is not there yet")
     points = [point for point in grid.points() if point.method == row]
     grid.check(points)
-    assert {grid.config(point).select for point in points} == {strategy is not None}
+    assert {grid.config(point).selection.select for point in points} == {strategy is not None}
 
 
 def test_the_grid_of_the_documentation_can_be_read(tmp_path: Path):

@@ -338,7 +338,7 @@ def test_what_a_cell_types_is_a_command_line_of_the_trainer(tmp_path: Path):
         0.3,
         2,
     )
-    assert config.record
+    assert config.selection.record
     (evaluation,) = cell.evaluations
     config = parse_args(evaluation.words, summaries())
     assert (config.data.trains, config.evaluation.val_data) == (False, f"{tmp_path}/v2.tar")
