@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | bench-quality | reproduce: each sets up .venv by itself, from pyproject.toml.
+# make demo | test | lint | docs | bench | bench-quality | reproduce: each sets up .venv by itself, from pyproject.toml.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -12,7 +12,7 @@ REPRODUCE_FLAGS ?=
 # What tests compare evaluations with. Without its dependencies, of which dev has all but 100 MB of caption metrics.
 CLIP_BENCHMARK := 1.6.2
 
-.PHONY: demo test lint bench bench-quality reproduce clean
+.PHONY: demo test lint docs bench bench-quality reproduce clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -20,6 +20,7 @@ help:
 	@echo "make demo   make a data set, train five small CLIP models on it, compare them (CPU, minutes)"
 	@echo "make test   run the tests"
 	@echo "make lint   style and types"
+	@echo "make docs   build the documentation site into site/"
 	@echo "make bench  run the benchmarks (CPU, some ten minutes)"
 	@echo "make bench-quality TRAIN_DATA='...tar' VAL_DATA='...tar'   time to quality (hours)"
 	@echo "make reproduce GRID=configs/small/rates.yaml REPRODUCE_FLAGS='--data EMOJI=...'   a grid of runs, and its tables"
@@ -44,6 +45,10 @@ lint: $(VENV)/.installed
 	$(RUN) -m ruff format --check src tests scripts benchmarks
 	$(RUN) -m mypy
 
+# Strict: a broken link, a missing anchor or a page outside the navigation is an error.
+docs: $(VENV)/.installed
+	$(RUN) -m mkdocs build --strict
+
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/all.py $(BENCH_FLAGS)
 
@@ -60,4 +65,4 @@ reproduce: $(VENV)/.installed
 
 # Not logs and bench, which may hold days of training.
 clean:
-	rm -rf $(VENV) demo .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) demo site .mypy_cache .ruff_cache .pytest_cache

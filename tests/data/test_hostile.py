@@ -1,4 +1,4 @@
-"""Odd and damaged data: every row of the table in docs/data.md."""
+"""Odd and damaged data: every row of the table in docs/reference/data.md."""
 
 import gzip
 import logging
@@ -36,7 +36,7 @@ from dissect_clip.data.skips import Skip, SkipCounter
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
-DOCS = Path(__file__).resolve().parent.parent.parent / "docs" / "data.md"
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs" / "reference" / "data.md"
 TIMEOUT = 0.5
 
 
