@@ -128,7 +128,7 @@ class Ours:
         self.epoch += 1
         began, samples = time.perf_counter(), 0
         for batch in self.data.loader:
-            self.data.taken(batch)
+            self.data.consume(batch)
             samples += len(batch)
         return samples / (time.perf_counter() - began)
 

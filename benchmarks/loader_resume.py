@@ -31,10 +31,10 @@ from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData
 from dissect_clip.data.formats.urls import expand
 from dissect_clip.data.formats.webdataset import train_data
-from dissect_clip.data.sampling.plan import Place, RestPlan, SpanPlan, count_batches
-from dissect_clip.data.sampling.progress import Progress, mark, no_bits, pack_all
+from dissect_clip.data.sampling.plan import RemainderPlan, SpanPlan, WorkerInfo, count_batches
+from dissect_clip.data.sampling.progress import WorkerProgress, empty_bitmap, pack_all, set_bits
 from dissect_clip.data.sampling.shard_ids import ShardIndex
-from dissect_clip.data.skips import counted_before
+from dissect_clip.data.skips import silent_counter
 from dissect_clip.distributed.world import World
 
 SHARD, BATCH, BEFORE_END = 10_000, 1_000, 20_000
@@ -80,9 +80,9 @@ def resume_seconds(samples: int) -> dict[str, float]:
         data = make_data(pattern, count)
         first, _ = timed(lambda: next(iter(data.loader)))
         done = samples - BEFORE_END
-        reading = data.stream.whole.source.samples(Place(0, 1, 0, 1), 0, 0, counted_before(), ())
+        reading = data.stream.whole.source.samples(WorkerInfo(0, 1, 0, 1), 0, 0, silent_counter(), ())
         read, _ = timed(lambda: sum(1 for _ in itertools.islice(reading, done)))
-        row = Progress(0, usable=done, batches=done // BATCH, position=reading.position)
+        row = WorkerProgress(0, usable=done, batches=done // BATCH, position=reading.position)
         resumed = make_data(pattern, count)
         resumed.resume({**data.state_dict(), "workers": pack_all([row])}, 0)
         after, _ = timed(lambda: next(iter(resumed.loader)))
@@ -90,16 +90,16 @@ def resume_seconds(samples: int) -> dict[str, float]:
 
 
 def visited_seconds(samples: int) -> dict[str, float]:
-    bits, batch, world_size = no_bits(samples), 4096, 512
+    bits, batch, world_size = empty_bitmap(samples), 4096, 512
     draw = np.random.Generator(np.random.PCG64(0))
     bits[: len(bits) // 2] = 255
     batches = [draw.integers(0, samples, batch) for _ in range(50)]
-    noted, _ = timed(lambda: [mark(bits, ids) for ids in batches])
+    noted, _ = timed(lambda: [set_bits(bits, ids) for ids in batches])
     copied, _ = timed(bits.copy)
     sizes = np.full(samples // SHARD, SHARD)
     whole = SpanPlan(sizes, count_batches(samples, batch, world_size), batch, 0)
-    rest = RestPlan(whole, bits, count_batches(samples // 2, batch, world_size))
-    laid_out, _ = timed(lambda: rest.parts(Place(7, world_size, 3, 8), 0, 0))
+    rest = RemainderPlan(whole, bits, count_batches(samples // 2, batch, world_size))
+    laid_out, _ = timed(lambda: rest.parts(WorkerInfo(7, world_size, 3, 8), 0, 0))
     return {
         "visited_bytes": bits.nbytes,
         "note_batch_seconds": noted / len(batches),

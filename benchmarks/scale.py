@@ -30,15 +30,15 @@ from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_conte
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
-from dissect_clip.data.sampling.plan import Kept, KeptPlan, Place, RestPlan, SpanPlan, count_batches
+from dissect_clip.data.sampling.plan import RemainderPlan, ShardSubset, SpanPlan, SubsetPlan, WorkerInfo, count_batches
 from dissect_clip.data.sampling.progress import (
-    Bits,
-    Progress,
-    count_marked,
-    flipped,
-    mark,
-    no_bits,
+    Bitmap,
+    WorkerProgress,
+    count_set,
+    empty_bitmap,
+    inverted,
     pack_all,
+    set_bits,
     unpack_all,
 )
 from dissect_clip.data.sampling.shard_ids import ShardIndex
@@ -191,23 +191,23 @@ def loader(options: argparse.Namespace) -> None:
     """What a step checkpoint needs to know of the loaders, and what it costs to keep it."""
     random = np.random.default_rng(0)
     counts, position = (0,) * len(Skip), (1, 1, 1)
-    stands = [Progress(number % 8, counts=counts, position=position) for number in range(8 * options.ranks)]
+    stands = [WorkerProgress(number % 8, counts=counts, position=position) for number in range(8 * options.ranks)]
     progress = pack_all(stands)
     size = max(options.batch_sizes)
-    place = Place(rank=options.ranks // 2, world_size=options.ranks, worker=0, workers=8)
+    place = WorkerInfo(rank=options.ranks // 2, world_size=options.ranks, worker=0, workers=8)
     for samples in options.samples:
-        bits = no_bits(samples)
+        bits = empty_bitmap(samples)
         sizes = np.full(samples // SHARD, SHARD, np.int64)
         whole = SpanPlan(sizes, count_batches(samples, size, options.ranks), size, seed=0)
-        rest = RestPlan(whole, bits, whole.num_batches)
+        rest = RemainderPlan(whole, bits, whole.num_batches)
         report(
             "scale_loader",
             samples=samples,
             ranks=options.ranks,
             batch_size=size,
             visited_bytes=bits.nbytes,
-            mark_seconds=round(seconds(mark, bits, draw_ids(samples, 1, size, random).numpy()), 6),
-            count_seconds=round(seconds(count_marked, bits), 3),
+            mark_seconds=round(seconds(set_bits, bits, draw_ids(samples, 1, size, random).numpy()), 6),
+            count_seconds=round(seconds(count_set, bits), 3),
             union_repack_seconds=round(seconds(repack, bits), 3),
             union_reduced_bytes_computed=8 * bits.nbytes,
             plan_seconds=round(seconds(whole.parts, place, 0, 0), 4),
@@ -218,7 +218,7 @@ def loader(options: argparse.Namespace) -> None:
         )
 
 
-def repack(bits: Bits) -> None:
+def repack(bits: Bitmap) -> None:
     """What the ranks do to bring their flags together, but for the exchange; in parts, as they do."""
     for begin in range(0, len(bits), 1 << 20):
         np.packbits(np.unpackbits(bits[begin : begin + (1 << 20)]))
@@ -303,13 +303,13 @@ def lists(options: argparse.Namespace) -> None:
                 path = Path(folder, "list.parquet")
                 pq.write_table(pa.table({"sample_id": ids}), path)
                 file_bytes, began = path.stat().st_size, time.perf_counter()
-                left_out = flipped(read_list(str(path), names, "--train-keep"), samples)
+                left_out = inverted(read_list(str(path), names, "--train-keep"), samples)
                 read_seconds = time.perf_counter() - began
-            count_seconds = once(Kept.of, sizes, left_out)
-            kept = Kept.of(sizes, left_out)
-            plan = KeptPlan(kept, count_batches(len(ids), size, options.ranks), size, seed=0)
-            alone = KeptPlan(kept, count_batches(len(ids), size, 1), size, seed=0)
-            part = plan.parts(Place(0, options.ranks, 0, 8), 0, 0)[0]
+            count_seconds = once(ShardSubset.of, sizes, left_out)
+            kept = ShardSubset.of(sizes, left_out)
+            plan = SubsetPlan(kept, count_batches(len(ids), size, options.ranks), size, seed=0)
+            alone = SubsetPlan(kept, count_batches(len(ids), size, 1), size, seed=0)
+            part = plan.parts(WorkerInfo(0, options.ranks, 0, 8), 0, 0)[0]
             report(
                 "scale_lists",
                 samples=samples,
@@ -319,8 +319,8 @@ def lists(options: argparse.Namespace) -> None:
                 read_seconds=round(read_seconds, 2),
                 bytes_on_every_rank=left_out.nbytes,
                 count_seconds=round(count_seconds, 3),
-                plan_seconds=round(seconds(plan.parts, Place(0, options.ranks, 0, 8), 0, 0), 5),
-                plan_of_8_workers_seconds=round(seconds(alone.parts, Place(0, 1, 0, 8), 0, 0), 4),
+                plan_seconds=round(seconds(plan.parts, WorkerInfo(0, options.ranks, 0, 8), 0, 0), 5),
+                plan_of_8_workers_seconds=round(seconds(alone.parts, WorkerInfo(0, 1, 0, 8), 0, 0), 4),
                 unpack_a_shard_seconds=round(seconds(list, part.ordinals), 6),
             )
 

@@ -71,9 +71,9 @@ class MemoryData:
     """As much of TrainData as a state is built from."""
 
     def __init__(self, num_samples: int) -> None:
-        self.num_samples = self.num_kept = num_samples
+        self.num_samples = self.subset_size = num_samples
 
-    def kept_ids(self, numbers: torch.Tensor) -> torch.Tensor:
+    def subset_ids(self, numbers: torch.Tensor) -> torch.Tensor:
         """The ids of samples by their numbers: all are trained on."""
         return numbers
 
@@ -123,7 +123,7 @@ def as_loaded(state: TrainState, batch: Batch) -> Batch:
     size = len(batch)
     choice = state.chooser(batch.sample_id.cpu(), torch.ones(size, dtype=torch.bool), state.counters.epoch, 0)
     part = batch.take(choice.order[: choice.count].to(batch.image.device))
-    return dataclasses.replace(part, chosen_from=size)
+    return dataclasses.replace(part, num_read=size)
 
 
 def step_seconds(state: TrainState, batch: Batch) -> float:
@@ -155,7 +155,7 @@ class EpochRun:
         model = build_model(config, world)
         self.data = build_train(config, world, model.preprocess_train, model.tokenizer, None)
         self.state = build_state(config, world, model, self.data, None, self.data.num_batches)
-        self.data.stream.chooser = self.state.chooser
+        self.data.stream.preselector = self.state.chooser
         self.phases: list[dict[str, float]] = []
 
     def __call__(self) -> float:

@@ -33,7 +33,7 @@ from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.urls import check_present, expand
 from dissect_clip.data.formats.webdataset import shard_names
 from dissect_clip.data.sampling.shard_ids import index_shards
-from dissect_clip.data.sampling.shard_sizes import known_sizes
+from dissect_clip.data.sampling.shard_sizes import recorded_sizes
 from dissect_clip.data.sampling.subset import Names, as_recorded
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -219,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
         if args.train_data is not None:
             urls = [url for source in expand(args.train_data, "--train-data") for url in source]
             check_present(urls, "--train-data")
-            known = known_sizes(urls, None, ask_remote=True, timeout=args.data_timeout)
+            known = recorded_sizes(urls, None, ask_remote=True, timeout=args.data_timeout)
             index = index_shards(urls, known, World(), None, args.data_timeout)
             keys = pa.array(read_keys(shard_names(index, args.data_timeout), table), pa.string())
             if args.wrong is not None:

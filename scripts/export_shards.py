@@ -30,11 +30,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.tar import DamagedTarError, ShardReader, split_name
 from dissect_clip.data.formats.urls import check_present, expand
-from dissect_clip.data.formats.webdataset import Wanted, shard_names
-from dissect_clip.data.sampling.plan import Kept
-from dissect_clip.data.sampling.progress import Bits, flipped
+from dissect_clip.data.formats.webdataset import OrdinalSet, shard_names
+from dissect_clip.data.sampling.plan import ShardSubset
+from dissect_clip.data.sampling.progress import Bitmap, inverted
 from dissect_clip.data.sampling.shard_ids import ShardIndex, count_samples, index_shards
-from dissect_clip.data.sampling.shard_sizes import SIZES_FILE, known_sizes, write_sizes
+from dissect_clip.data.sampling.shard_sizes import SIZES_FILE, recorded_sizes, write_sizes
 from dissect_clip.data.sampling.subset import list_digest, read_list
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -84,7 +84,7 @@ class State:
 
 
 def read_samples(
-    index: ShardIndex, kept: Kept, last_id: int, timeout: float, lost: list[int], tolerant: bool
+    index: ShardIndex, kept: ShardSubset, last_id: int, timeout: float, lost: list[int], tolerant: bool
 ) -> Iterator[Sample]:
     """The kept samples after ``last_id``, whole; ids of what cannot be read go into ``lost``.
 
@@ -117,7 +117,7 @@ def _read_shard(url: str, offset: int, ids: list[int], timeout: float) -> Iterat
     """Samples of a shard whose first id is ``offset``. One that may lack files is not given."""
     current: Sample | None = None
     with ShardReader(url, timeout=timeout) as reader:
-        for ordinal, key, member, data in reader.files(Wanted([number - offset for number in ids])):
+        for ordinal, key, member, data in reader.files(OrdinalSet([number - offset for number in ids])):
             if current is not None and current.sample_id != offset + ordinal:
                 yield current
                 current = None
@@ -208,13 +208,13 @@ def begin(output: Path, of: str) -> tuple[Path, State]:
     return partial, state
 
 
-def export(index: ShardIndex, keep: Bits, args: argparse.Namespace) -> tuple[State, int]:
+def export(index: ShardIndex, keep: Bitmap, args: argparse.Namespace) -> tuple[State, int]:
     """Write the shards; what was done, and how many samples were to be written.
 
     Raises:
         SetupError: the output is in the way, or a sample cannot be read.
     """
-    kept = Kept.of(index.sizes, flipped(keep, index.num_samples))
+    kept = ShardSubset.of(index.sizes, inverted(keep, index.num_samples))
     of = f"{index.fingerprint}+{list_digest(keep)} {args.per_shard} {args.skip_damaged}"
     partial, state = begin(args.output, hashlib.sha256(of.encode()).hexdigest())
     lost = list(state.lost)
@@ -290,7 +290,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         urls = [url for source in expand(args.pattern, "PATTERN") for url in source]
         check_present(urls, "PATTERN")
-        known = known_sizes(urls, None, ask_remote=True, timeout=args.data_timeout)
+        known = recorded_sizes(urls, None, ask_remote=True, timeout=args.data_timeout)
         index = index_shards(urls, known, World(), None, args.data_timeout)
         state, wanted = export(index, read_list(args.keep, shard_names(index, args.data_timeout), "--keep"), args)
     except (SetupError, OSError) as error:

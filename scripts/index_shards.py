@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.urls import check_present, expand, name_some
-from dissect_clip.data.sampling.shard_ids import Scan
-from dissect_clip.data.sampling.shard_sizes import add_sizes, keep_sizes, known_sizes, merge_by_name, write_sizes
+from dissect_clip.data.sampling.shard_ids import ShardCounter
+from dissect_clip.data.sampling.shard_sizes import add_sizes, merge_by_name, recorded_sizes, save_sizes, write_sizes
 from dissect_clip.errors import SetupError
 
 _FOREVER = 1e9
@@ -67,7 +67,7 @@ def count(urls: list[str], workers: int, timeout: float, keep: Callable[[dict[st
     Raises:
         SetupError: a shard cannot be read.
     """
-    scan = Scan(urls, workers, timeout)
+    scan = ShardCounter(urls, workers, timeout)
     try:
         scan.wait(_FOREVER)
     except SetupError:
@@ -81,7 +81,7 @@ def keep_some(counted: dict[str, int], output: Path | None) -> None:
     if not counted:
         return
     if output is None:
-        kept = len(counted) - len(keep_sizes(counted, None))
+        kept = len(counted) - len(save_sizes(counted, None))
     else:
         kept = len(counted) if add_sizes(output, merge_by_name(counted)) else 0
     if kept:
@@ -102,7 +102,7 @@ def write(urls: list[str], counted: dict[str, int], output: Path | None) -> int:
     if output is not None:
         write_sizes(output, merge_by_name(counted))
         print(f"wrote {output}")
-    elif unwritten := keep_sizes(counted, None):
+    elif unwritten := save_sizes(counted, None):
         print(
             f"cannot write beside {name_some(unwritten)}: give --output FILE, then put the file beside the shards",
             file=sys.stderr,
@@ -122,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         urls = list(dict.fromkeys(url for source in expand(args.pattern, "PATTERN") for url in source))
         check_present(urls, "PATTERN")
-        recorded = known_sizes(urls, None, ask_remote=True, timeout=args.data_timeout) if args.check else {}
+        recorded = recorded_sizes(urls, None, ask_remote=True, timeout=args.data_timeout) if args.check else {}
         keep = (lambda sizes: None) if args.check else partial(keep_some, output=args.output)
         counted = count(urls, args.workers, args.data_timeout, keep)
         return check(urls, counted, recorded) if args.check else write(urls, counted, args.output)

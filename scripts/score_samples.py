@@ -73,11 +73,11 @@ def score_data_set(folder: Path, flags: Sequence[str], passes: int, remembered: 
             print(f"scored {facts['samples']} samples into {folder}; could not use: {facts['skipped'] or 'none'}")
     except Exception as error:
         if world.size > 1:
-            world.watch.fail(str(error), 1)  # else the others would wait for this one
+            world.watchdog.abort(str(error), 1)  # else the others would wait for this one
         raise
     finally:
         shutdown_world()
-        world.watch.close()
+        world.watchdog.close()
     return world.is_main
 
 
@@ -115,16 +115,16 @@ def _score(world: World, folder: Path, config: Config, passes: int, remembered: 
         data.set_epoch(number)
         recorder.begin(number)
         for step, batch in enumerate(data.loader):
-            world.watch.mark("score", number * data.num_batches + step)
-            data.taken(batch)
+            world.watchdog.begin_phase("score", number * data.num_batches + step)
+            data.consume(batch)
             memory = torch.empty(len(batch), 0) if before is None else before.scores[batch.sample_id]
             batch = batch.to(world.device, open_clip.get_input_dtype(config.training.precision))
             candidates = _scores(batch, scorer, sample_loss, memory.to(world.device), number)
             recorder.append(batch, Selection(none, candidates))
         recorder.end()
-    totals = {kind: int(world.sum(torch.tensor(n, device=world.device))) for kind, n in data.skipped().items()}
+    totals = {kind: int(world.sum(torch.tensor(n, device=world.device))) for kind, n in data.skip_counts().items()}
     skipped = {kind: count for kind, count in totals.items() if count}
-    return {"samples": data.num_kept, "passes": passes, "fingerprint": data.fingerprint, "skipped": skipped}
+    return {"samples": data.subset_size, "passes": passes, "fingerprint": data.fingerprint, "skipped": skipped}
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ from dissect_clip.data.batch import Batch
 from dissect_clip.data.formats import csv, synthetic
 from dissect_clip.data.formats.urls import expand
 from dissect_clip.data.formats.webdataset import train_data
-from dissect_clip.data.sampling.plan import Place
-from dissect_clip.data.sampling.progress import Bits
+from dissect_clip.data.sampling.plan import WorkerInfo
+from dissect_clip.data.sampling.progress import Bitmap
 from dissect_clip.data.sampling.shard_ids import ShardIndex
 from dissect_clip.distributed.world import World
 
@@ -68,7 +68,7 @@ def load(
     config: Config,
     world: World | None = None,
     sizes: Sequence[int] | None = None,
-    keep: Bits | None = None,
+    keep: Bitmap | None = None,
 ) -> TrainData:
     """The loader of one rank; of shards, of the sizes recorded for them or empty where none are, or of a table.
 
@@ -88,14 +88,14 @@ def _turns(data: TrainData) -> Iterator[Batch]:
     """The workers' batches in turn, as torch's loader hands them out, but all made in this process."""
     workers = data.stream.workers
     making = [iter(data.stream) for _ in range(workers)]
-    for turn in range(data.batches_left + workers):
-        place = Place(data.world.rank, data.world.size, turn % workers, workers)
-        original, stream.place_here = stream.place_here, lambda rank, size, place=place: place
+    for turn in range(data.remaining_batches + workers):
+        place = WorkerInfo(data.world.rank, data.world.size, turn % workers, workers)
+        original, stream.current_worker = stream.current_worker, lambda rank, size, place=place: place
         try:
             batch = next(making[turn % workers], None)
         finally:
-            stream.place_here = original
-        assert (batch is None) == (turn >= data.batches_left)
+            stream.current_worker = original
+        assert (batch is None) == (turn >= data.remaining_batches)
         if batch is not None:
             yield batch
 
@@ -104,7 +104,7 @@ def passing(data: TrainData, epoch: int, real: bool = False) -> Iterator[Batch]:
     """The batches of a pass, each taken when it is given; ``real`` asks torch's loader for them."""
     data.set_epoch(epoch)
     for batch in data.loader if real else _turns(data):
-        data.taken(batch)
+        data.consume(batch)
         yield batch
 
 

@@ -89,7 +89,7 @@ def test_a_batch_chosen_before_loading_holds_what_is_kept(bench: Any):
     assert len(step_cost.as_loaded(state, batch)) == 10  # in the first epoch nothing is known yet
     state.counters.epoch = 1
     loaded = step_cost.as_loaded(state, batch)
-    assert (len(loaded), loaded.drawn) == (3, 10)
+    assert (len(loaded), loaded.num_candidates) == (3, 10)
 
 
 @pytest.mark.dist

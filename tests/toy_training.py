@@ -26,7 +26,7 @@ class MemoryData:
     def __init__(self, world: World, image_size: int = 16) -> None:
         self.world = world
         self.image_size = image_size
-        self.num_batches = self.batches_left = STEPS
+        self.num_batches = self.remaining_batches = STEPS
         self.epochs: list[int] = []
         self.count = 2  # of samples skipped
 
@@ -37,12 +37,12 @@ class MemoryData:
             image, text = random_pairs(SAMPLES, self.image_size)
             yield self.change(Batch(image[ids], text[ids], ids), step)
 
-    meets_again = False
+    recounts_skips = False
 
     def change(self, batch: Batch, step: int) -> Batch:
         return batch
 
-    def taken(self, batch: Batch) -> None: ...
+    def consume(self, batch: Batch) -> None: ...
 
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
@@ -50,7 +50,7 @@ class MemoryData:
     def skipped(self) -> dict[str, int]:
         return {"bad_image": self.count, "no_caption": 0}
 
-    def skipped_rows(self) -> Tensor:
+    def drain_skips(self) -> Tensor:
         return pack_rows([SkipRow(int(Skip.BAD_IMAGE), "shard.tar", "key", "reason", self.count)])
 
 
@@ -76,7 +76,7 @@ def make_state(folder: Path, world: World | None = None, **changes: Any) -> Trai
             | changes
         ),
     )
-    data: Any = SimpleNamespace(num_samples=SAMPLES, num_kept=SAMPLES, kept_ids=lambda numbers: numbers)
+    data: Any = SimpleNamespace(num_samples=SAMPLES, subset_size=SAMPLES, subset_ids=lambda numbers: numbers)
     return build_state(config, world, build_model(config, world), data, None, STEPS)
 
 

@@ -9,7 +9,7 @@ from shards_util import data_config, image_bytes, make_shards
 from torch import Tensor
 
 from dissect_clip.data.formats import csv, pixels, webdataset
-from dissect_clip.data.sampling.progress import count_marked
+from dissect_clip.data.sampling.progress import count_set
 
 SIZES = [9, 5, 1, 8, 7]
 SAMPLES = sum(SIZES)
@@ -46,7 +46,7 @@ def _bounded(monkeypatch):
 
 def choosing(folder, bad=None, world=None, count=M, **flags):
     data = load(data_config(train_data=pattern(folder, bad), batch_size=N, record=True, **flags), world, SIZES)
-    data.stream.chooser = Best(count)
+    data.stream.preselector = Best(count)
     return data
 
 
@@ -59,12 +59,12 @@ def pattern(folder, bad):
 def test_a_batch_holds_what_is_wanted_and_names_the_others(tmp_path):
     data = choosing(tmp_path)
     batches = take(data, 0)
-    asked = data.stream.chooser.asked
+    asked = data.stream.preselector.asked
     assert len(batches) == SAMPLES // N
     for batch, (ids, once, epoch, _) in zip(batches, asked, strict=True):
         assert batch.sample_id.tolist() == sorted(ids, reverse=True)[:M]
-        assert sorted([*batch.sample_id.tolist(), *batch.passed_over.tolist()]) == sorted(ids)
-        assert (len(batch), batch.drawn) == (M, N)
+        assert sorted([*batch.sample_id.tolist(), *batch.undecoded_ids.tolist()]) == sorted(ids)
+        assert (len(batch), batch.num_candidates) == (M, N)
         assert batch.text[:, 0].tolist() == batch.sample_id.tolist()
         assert len(batch.image) == len(batch.key) == M
         assert (all(once), epoch) == (True, 0)
@@ -90,12 +90,12 @@ def test_the_next_best_stands_in_for_a_broken_sample(tmp_path):
     batches = take(data, 0)
     assert [len(batch) for batch in batches] == [M] * len(batches)
     found = set()
-    for batch, (ids, *_) in zip(batches, data.stream.chooser.asked, strict=True):
+    for batch, (ids, *_) in zip(batches, data.stream.preselector.asked, strict=True):
         good = [sample for sample in sorted(ids, reverse=True) if sample not in BAD]
         assert batch.sample_id.tolist() == good[:M]
         found |= {sample for sample in ids if sample in BAD and sample > good[M - 1]}
     assert found
-    assert sum(data.skipped().values()) == len(found)  # of the others nothing is known
+    assert sum(data.skip_counts().values()) == len(found)  # of the others nothing is known
 
 
 def test_broken_samples_beyond_a_whole_batch_are_made_up_for(tmp_path):
@@ -104,7 +104,7 @@ def test_broken_samples_beyond_a_whole_batch_are_made_up_for(tmp_path):
     batches = take(data, 0)
     assert [len(batch) for batch in batches] == [4] * len(batches)
     assert set(ids_of(batches)) <= set(range(9))
-    assert data.skipped()["bad_image"] == len(bad)
+    assert data.skip_counts()["bad_image"] == len(bad)
 
 
 def test_where_all_are_broken_the_run_ends(tmp_path):
@@ -129,21 +129,21 @@ def test_after_every_batch_the_rest_comes_as_it_would_have(tmp_path, workers, wo
         for rank, data in enumerate(again):
             assert data.resume(state, 1) is None
             assert same([*before[rank], *take(data, 1)], expected[rank])
-            assert data.skipped() == whole[rank].skipped()
+            assert data.skip_counts() == whole[rank].skip_counts()
 
 
 def test_what_was_passed_over_counts_as_seen(tmp_path):
     data = choosing(tmp_path)
     for number, _ in enumerate(passing(data, 0), 1):
-        assert count_marked(data._visited) == N * number
+        assert count_set(data._visited) == N * number
     stopped = choosing(tmp_path)
     take(stopped, 0, 4)
     other = choosing(tmp_path, workers=2)
     told = other.resume(reload(stopped.state_dict()), 0)
     assert f"the {SAMPLES - 4 * N} samples not yet seen" in told
     take(other, 0)
-    seen = [sample for ids, *_ in stopped.stream.chooser.asked for sample in ids]
-    rest = [sample for ids, *_ in other.stream.chooser.asked for sample in ids]
+    seen = [sample for ids, *_ in stopped.stream.preselector.asked for sample in ids]
+    rest = [sample for ids, *_ in other.stream.preselector.asked for sample in ids]
     assert sorted({*seen, *rest}) == list(range(SAMPLES))
     assert not set(seen) & set(rest)
 
@@ -161,9 +161,9 @@ def test_what_fills_up_the_epoch_is_named_as_coming_twice(tmp_path, world_size, 
     times, onces = Counter(), Counter()
     for world in worlds(world_size):
         rank = load(data_config(**data, **flags), world, None if table else SIZES)
-        rank.stream.chooser = Best()
+        rank.stream.preselector = Best()
         take(rank, 0)
-        for ids, once, *_ in rank.stream.chooser.asked:
+        for ids, once, *_ in rank.stream.preselector.asked:
             times.update(ids)
             onces.update(sample for sample, alone in zip(ids, once, strict=True) if alone)
     assert set(times) == set(range(SAMPLES))
@@ -186,7 +186,7 @@ def test_files_of_a_table_are_read_only_where_they_are_wanted(tmp_path, monkeypa
     real = csv.read_file
     monkeypatch.setattr(csv, "read_file", lambda path: (read.append(path), real(path))[1])
     data = load(data_config(train_data=str(tmp_path / "pairs.csv"), batch_size=N))
-    data.stream.chooser = Best()
+    data.stream.preselector = Best()
     batches = take(data, 0)
     assert len(read) == len(ids_of(batches)) == 2 * M
     assert [batch.text[:, 0].tolist() for batch in batches] == [batch.sample_id.tolist() for batch in batches]

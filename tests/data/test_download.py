@@ -8,16 +8,16 @@ import time
 import pytest
 
 from dissect_clip.data.formats import download
-from dissect_clip.data.formats.download import open_remote
+from dissect_clip.data.formats.download import open_stream
 
 
 def test_the_output_of_a_command_is_read_whole():
-    with open_remote("pipe:seq 1 100000") as stream:
+    with open_stream("pipe:seq 1 100000") as stream:
         assert stream.read().split() == [b"%d" % i for i in range(1, 100001)]
 
 
 def test_a_command_that_fails_says_so_at_its_end():
-    with open_remote("pipe:echo some; exit 3") as stream:
+    with open_stream("pipe:echo some; exit 3") as stream:
         assert stream.read(4) == b"some"
         with pytest.raises(OSError, match="ended with exit 3"):
             stream.read()
@@ -25,7 +25,7 @@ def test_a_command_that_fails_says_so_at_its_end():
 
 def test_a_command_that_stalls_is_ended_with_all_its_processes(tmp_path):
     command = f"pipe:echo some; (sleep 1.5; touch {tmp_path}/alive) | cat; true"
-    with open_remote(command, timeout=0.3) as stream:
+    with open_stream(command, timeout=0.3) as stream:
         assert stream.read(5) == b"some\n"
         with pytest.raises(TimeoutError, match=r"nothing came for 0\.3 seconds"):
             stream.read(1)
@@ -34,7 +34,7 @@ def test_a_command_that_stalls_is_ended_with_all_its_processes(tmp_path):
 
 
 def test_a_command_that_closes_its_output_and_goes_on_is_ended():
-    with open_remote("pipe:exec >&-; sleep 600", timeout=0.3) as stream, pytest.raises(TimeoutError):
+    with open_stream("pipe:exec >&-; sleep 600", timeout=0.3) as stream, pytest.raises(TimeoutError):
         stream.read()
 
 
@@ -42,14 +42,14 @@ def test_a_command_that_closes_its_output_and_goes_on_is_ended():
 def test_closing_waits_for_nobody(command, monkeypatch):
     monkeypatch.setattr(download, "_GRACE", 0.3)
     begun = time.monotonic()
-    stream = open_remote(f"pipe:{command}")
+    stream = open_stream(f"pipe:{command}")
     stream.close()
     assert time.monotonic() - begun < 5
 
 
 def test_an_unknown_scheme_is_an_error():
     with pytest.raises(OSError, match=r"no gopen handler defined; give a command .* pipe:"):
-        open_remote("gopher://host/0.tar")
+        open_stream("gopher://host/0.tar")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="webdataset reads http with curl")
@@ -68,7 +68,7 @@ def test_a_server_that_stalls_is_given_up():
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/0.tar"
         try:
-            with open_remote(url, timeout=1.0) as stream, pytest.raises(TimeoutError):
+            with open_stream(url, timeout=1.0) as stream, pytest.raises(TimeoutError):
                 stream.read()
         finally:
             released.set()

@@ -89,7 +89,7 @@ def test_what_is_left_out_is_counted_for_each_pass(tmp_path):
     (data,) = retrieval_ranks(data_config(val_data=make_shards(tmp_path, [6], bad)))
     for _ in range(2):
         assert sorted(captions_by_image(data.loader)) == [0, 2, 5]
-        assert nonzero(data.skipped()) == {"bad_image": 1, "empty_caption": 1, "no_caption": 1}
+        assert nonzero(data.skip_counts()) == {"bad_image": 1, "empty_caption": 1, "no_caption": 1}
 
 
 def benchmark_folder(folder, labels=None, split="test"):
@@ -218,7 +218,7 @@ def test_bad_labels_are_counted(tmp_path):
     (tmp_path / "classnames.txt").write_text("a\nb")
     (data,) = classify(zeroshot_data=str(tmp_path))
     assert labels_of(data) == {0: 0, 2: 1, 4: 1, 5: 0}
-    assert nonzero(data.skipped()) == {"bad_label": 2}
+    assert nonzero(data.skip_counts()) == {"bad_label": 2}
 
 
 def test_labels_of_no_class_are_counted(tmp_path):
@@ -226,7 +226,7 @@ def test_labels_of_no_class_are_counted(tmp_path):
     (tmp_path / "classnames.txt").write_text("a\nb")
     (data,) = classify(zeroshot_data=str(tmp_path))
     assert labels_of(data) == {0: 0, 4: 1, 5: 0}
-    assert nonzero(data.skipped()) == {"bad_label": 3}
+    assert nonzero(data.skip_counts()) == {"bad_label": 3}
 
 
 def test_files_that_cannot_be_read_are_counted(tmp_path):
@@ -234,7 +234,7 @@ def test_files_that_cannot_be_read_are_counted(tmp_path):
     (data,) = classify(zeroshot_data=path)
     (tmp_path / "set" / "x" / "0.png").unlink()
     assert labels_of(data) == {1: 0, 10: 1, 11: 1}
-    assert nonzero(data.skipped()) == {"no_image": 1}
+    assert nonzero(data.skip_counts()) == {"no_image": 1}
 
 
 def test_bad_sets_are_reported(tmp_path):

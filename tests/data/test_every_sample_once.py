@@ -80,7 +80,7 @@ def test_every_sample_once(pattern, world_size, workers, kind):
     for epoch in range(3):
         epochs = [take(data, epoch, real=True) for data in ranks]
         check_epoch(ranks, epochs, sum(sizes))
-        assert all(sum(data.skipped().values()) == 0 for data in ranks)
+        assert all(sum(data.skip_counts().values()) == 0 for data in ranks)
         orders.add(tuple(ids_of(list(chain(*epochs)))))
     assert len(orders) == 3
 
@@ -108,7 +108,7 @@ def test_bad_samples_are_counted_once(tmp_path, world_size, workers):
     ranks = ranks_of(make_shards(tmp_path, [9, 1, 13], bad), [9, 1, 13], world_size, workers=workers, batch_size=4)
     for epoch in range(2):
         batches = list(chain(*(take(data, epoch) for data in ranks)))
-        counts = sum((Counter(data.skipped()) for data in ranks), Counter())
+        counts = sum((Counter(data.skip_counts()) for data in ranks), Counter())
         assert {kind: count for kind, count in counts.items() if count} == {"no_caption": 3, "bad_image": 3}
         assert set(ids_of(batches)) == set(range(23)) - set(bad)
         check_belonging(batches)

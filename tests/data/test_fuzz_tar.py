@@ -24,7 +24,7 @@ from webdataset.tariterators import base_plus_ext
 
 from dissect_clip.data.formats.decode import decode_captions, decode_image, decode_label, transform_image
 from dissect_clip.data.formats.tar import WHOLE, DamagedTarError, ShardReader, split_name
-from dissect_clip.data.formats.webdataset import Shard
+from dissect_clip.data.formats.webdataset import ShardFile
 from dissect_clip.data.sampling.shard_ids import count_samples
 from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter
 from dissect_clip.errors import SetupError
@@ -199,7 +199,7 @@ def test_every_sample_is_used_or_counted(tmp_path, data, size, json_field):
     path.write_bytes(data)
     counts = torch.zeros(len(Skip), dtype=torch.int64)
     skips = SkipCounter(counts, set())
-    shard = Shard(str(path), "0.tar", 0, size, 1.0)
+    shard = ShardFile(str(path), "0.tar", 0, size, 1.0)
     used = 0
     for sample in shard.read(range(1 << 60 if size is None else size), SUFFIXES, skips):
         used += 1

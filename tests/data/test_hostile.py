@@ -45,10 +45,10 @@ def train_epoch(data):
     data.set_epoch(0)
     batches = []
     for batch in data.loader:
-        data.taken(batch)
+        data.consume(batch)
         batches.append(batch)
     pairs = {i: c for b in batches for i, c in zip(b.sample_id.tolist(), b.text[:, 0].tolist(), strict=True)}
-    return pairs, {kind: count for kind, count in data.skipped().items() if count}
+    return pairs, {kind: count for kind, count in data.skip_counts().items() if count}
 
 
 def load(pattern, **flags):
@@ -83,7 +83,7 @@ def test_a_sample(tmp_path, name, caplog, recwarn):
     config = data_config(val_data=f"{tmp_path}/0.tar", json_caption_key=json_field)
     validation = build_retrieval(config, World(), image_transform(8, is_train=False), tokenize)
     assert sum(len(batch.image) for batch in validation.loader) == len(pairs)
-    assert {kind: count for kind, count in validation.skipped().items() if count} == skipped
+    assert {kind: count for kind, count in validation.skip_counts().items() if count} == skipped
 
 
 def documented():
@@ -325,7 +325,7 @@ def test_a_remote(tmp_path, name):
     config = data_config(val_data=pattern, data_timeout=TIMEOUT)
     validation = build_retrieval(config, World(), to_tensor, tokenize)
     assert sum(len(batch.image) for batch in validation.loader) == len(pairs)
-    assert {kind: count for kind, count in validation.skipped().items() if count} == dict.fromkeys(expected, 1)
+    assert {kind: count for kind, count in validation.skip_counts().items() if count} == dict.fromkeys(expected, 1)
 
 
 @pytest.mark.parametrize(

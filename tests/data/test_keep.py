@@ -22,8 +22,16 @@ from dissect_clip.data import build_train
 from dissect_clip.data.formats import csv, pixels, webdataset
 from dissect_clip.data.formats.tar import ShardReader
 from dissect_clip.data.sampling import progress as position
-from dissect_clip.data.sampling.plan import Coverage, Kept, KeptPlan, Place, count_batches
-from dissect_clip.data.sampling.progress import Unmarked, count_marked, flipped, mark, no_bits, nth_unmarked, unmarked
+from dissect_clip.data.sampling.plan import Coverage, ShardSubset, SubsetPlan, WorkerInfo, count_batches
+from dissect_clip.data.sampling.progress import (
+    UnsetPositions,
+    count_set,
+    empty_bitmap,
+    inverted,
+    nth_unset,
+    set_bits,
+    unset_positions,
+)
 from dissect_clip.data.sampling.subset import Names, as_recorded, list_digest, read_list
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -47,8 +55,8 @@ def _bounded(monkeypatch):
 
 
 def bits_of(ids, num_samples=SAMPLES):
-    bits = no_bits(num_samples)
-    mark(bits, np.array(sorted(ids), np.int64))
+    bits = empty_bitmap(num_samples)
+    set_bits(bits, np.array(sorted(ids), np.int64))
     return bits
 
 
@@ -217,8 +225,8 @@ def test_every_sample_of_the_list_once_in_any_layout(
     config = data_config(train_data=shards, **flags)
     ranks = [load(config, World(rank=rank, size=world_size), SIZES, bits_of(kept)) for rank in range(world_size)]
     check_once([take(data, epoch) for data in ranks], kept, batch_size * accum_freq * world_size)
-    assert {(data.num_samples, data.num_kept) for data in ranks} == {(SAMPLES, len(kept))}
-    assert all(sum(data.skipped().values()) == 0 for data in ranks)
+    assert {(data.num_samples, data.subset_size) for data in ranks} == {(SAMPLES, len(kept))}
+    assert all(sum(data.skip_counts().values()) == 0 for data in ranks)
     assert ranks[0].num_batches == count_batches(len(kept), batch_size, world_size, accum_freq)
 
 
@@ -233,11 +241,11 @@ def test_every_sample_of_the_list_once_in_any_layout(
 def test_a_plan_lays_each_sample_of_the_list_out_once(sizes, data, world_size, workers, batch_size):
     num_samples = sum(sizes)
     kept = data.draw(st.sets(st.integers(0, num_samples - 1), min_size=1))
-    left_out = flipped(bits_of(kept, num_samples), num_samples)
+    left_out = inverted(bits_of(kept, num_samples), num_samples)
     num_batches = count_batches(len(kept), batch_size, world_size)
-    plan = KeptPlan(Kept.of(np.array(sizes), left_out), num_batches, batch_size, 0)
+    plan = SubsetPlan(ShardSubset.of(np.array(sizes), left_out), num_batches, batch_size, 0)
     offsets = np.cumsum(sizes) - sizes
-    places = [Place(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
+    places = [WorkerInfo(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
     parts = list(chain(*(plan.parts(place, 3, 0) for place in places)))
     once = [int(offsets[part.shard]) + ordinal for part in parts if not part.again for ordinal in part.ordinals]
     assert sorted(once) == sorted(kept)
@@ -255,8 +263,8 @@ def test_rows_of_a_table_once(tmp_path, world_size, workers):
     for epoch in range(2):
         epochs = [take(data, epoch) for data in ranks]
         assert set(ids_of(list(chain(*epochs)))) == {0, 3, 4, 10, 12, 21}
-        assert sum(data.skipped()["bad_image"] for data in ranks) == 1
-    assert (ranks[0].num_samples, ranks[0].num_kept) == (22, 7)
+        assert sum(data.skip_counts()["bad_image"] for data in ranks) == 1
+    assert (ranks[0].num_samples, ranks[0].subset_size) == (22, 7)
     assert ranks[0].fingerprint != load(data_config(**flags)).fingerprint
 
 
@@ -293,7 +301,7 @@ def test_bad_samples_of_the_list_are_made_up_for_by_others_of_it(tmp_path):
     ]
     epochs = [take(data, 0) for data in ranks]
     assert set(ids_of(list(chain(*epochs)))) == set(LIST) - set(BAD)
-    counts = sum((Counter(data.skipped()) for data in ranks), Counter())
+    counts = sum((Counter(data.skip_counts()) for data in ranks), Counter())
     assert {kind: n for kind, n in counts.items() if n} == {"bad_image": 1, "no_image": 1, "bad_caption": 1}
 
 
@@ -326,7 +334,7 @@ def test_a_choice_before_loading_is_among_the_samples_of_the_list(tmp_path):
             return self
 
     asked = []
-    data.stream.chooser = Largest()
+    data.stream.preselector = Largest()
     batches = take(data, 0)
     assert sorted(asked) == LIST
     assert [len(batch) for batch in batches] == [2, 2]
@@ -380,7 +388,7 @@ def test_after_every_batch_the_rest_comes_as_it_would_have(tmp_path, kind, world
         assert [data.resume(state, 1) for data in again] == [None] * world_size
         for rank, data in enumerate(again):
             assert same([*before[rank], *take(data, 1)], expected[rank])
-            assert data.skipped() == whole[rank].skipped()
+            assert data.skip_counts() == whole[rank].skip_counts()
         assert same(states(again)[0], end)
 
 
@@ -407,7 +415,7 @@ def test_another_layout_gives_what_is_left_of_the_list(shards, kept, done, world
     after = [take(data, 0) for data in again]
     if left:
         check_once(after, left, batch_size * world_size)
-    assert {count_marked(data._visited) for data in again} <= set(range(SAMPLES + 1))
+    assert {count_set(data._visited) for data in again} <= set(range(SAMPLES + 1))
     check_once([take(data, 1) for data in again], kept, batch_size * world_size)
 
 
@@ -415,9 +423,11 @@ def test_what_is_left_out_counts_as_visited(tmp_path):
     (data,) = kept_ranks("shards", tmp_path)
     for number, batch in enumerate(passing(data, 0), 1):
         good = len(set(LIST) - set(BAD))
-        assert count_marked(data._visited) == SAMPLES - len(LIST) + min(number, good)
+        assert count_set(data._visited) == SAMPLES - len(LIST) + min(number, good)
         assert int(batch.sample_id[0]) in LIST
-    assert not np.any(unmarked(reload(data.state_dict())["visited"].numpy(), 23, SAMPLES))  # all of the last shard
+    assert not np.any(
+        unset_positions(reload(data.state_dict())["visited"].numpy(), 23, SAMPLES)
+    )  # all of the last shard
 
 
 # ---- whole runs
@@ -487,12 +497,12 @@ def test_rank_0_reads_the_list_for_all(tmp_path):
 @given(st.sets(st.integers(0, 76)), st.integers(0, 77), st.integers(0, 77), st.integers(0, 77), st.integers(0, 77))
 def test_unmarked_samples_are_a_sequence(ids, first, last, begin, end):
     bits = bits_of(ids, 77)
-    assert ids_in(flipped(bits, 77), 77) == [i for i in range(77) if i not in ids]
-    assert count_marked(flipped(bits, 77)) == 77 - len(ids)
+    assert ids_in(inverted(bits, 77), 77) == [i for i in range(77) if i not in ids]
+    assert count_set(inverted(bits, 77)) == 77 - len(ids)
     first, last = min(first, last), max(first, last)
     expected = [i - first for i in range(first, last) if i not in ids]
     begin, end = min(begin, end, len(expected)), min(max(begin, end), len(expected))
-    found = Unmarked(bits, first, last, begin, end)
+    found = UnsetPositions(bits, first, last, begin, end)
     expected = expected[begin:end]
     assert (len(found), list(found), found[1:]) == (len(expected), expected, expected[1:])
     if expected:
@@ -505,7 +515,7 @@ def test_unmarked_samples_have_numbers(ids, data):
     numbers = sorted(data.draw(st.sets(st.sampled_from(range(len(others)))))) if others else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(position, "_PIECE", 3)
-        found = nth_unmarked(bits_of(ids, 77), np.array(numbers, np.int64))
+        found = nth_unset(bits_of(ids, 77), np.array(numbers, np.int64))
     assert found.tolist() == [others[number] for number in numbers]
 
 
@@ -514,7 +524,7 @@ def test_decoys_are_drawn_among_the_samples_on_the_list(tmp_path, caplog):
     config = data_config(train_data=make_shards(tmp_path, SIZES), train_keep=listed, batch_size=2, **CLEAN)
     data = webdataset.build_train(config, World(), jittered, tokenize, None)
     selector = build_selector(config, data.num_samples, SampleLoss(World(), False), World())
-    decoys = build_decoys(config, selector, World(), data.num_kept, data.kept_ids)
+    decoys = build_decoys(config, selector, World(), data.subset_size, data.subset_ids)
     assert len(decoys.ids) == len(LIST) // 2
     assert set(decoys.ids.tolist()) < set(LIST)
     verdict = selector.strategy.verdict(torch.zeros(SAMPLES, 5), torch.arange(SAMPLES), SAMPLES, 6)
@@ -544,7 +554,7 @@ def test_files_of_rows_that_are_not_on_the_list_are_not_read(tmp_path, monkeypat
 def test_whatever_a_list_holds_it_is_read_or_refused(tmp_path, suffix, head, rest):
     path = text(tmp_path, head + rest, f"list{suffix}")
     with suppress(SetupError):
-        assert 0 < count_marked(read_list(path, NAMES, "--train-keep")) <= 7
+        assert 0 < count_set(read_list(path, NAMES, "--train-keep")) <= 7
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):

@@ -16,8 +16,16 @@ from shards_util import data_config, image_bytes, make_shards
 
 from dissect_clip.data.formats import pixels, webdataset
 from dissect_clip.data.formats.tar import ShardReader
-from dissect_clip.data.sampling.plan import Place, RestPlan, SpanPlan, count_batches
-from dissect_clip.data.sampling.progress import Progress, count_marked, mark, no_bits, pack_all, unmarked, unpack_all
+from dissect_clip.data.sampling.plan import RemainderPlan, SpanPlan, WorkerInfo, count_batches
+from dissect_clip.data.sampling.progress import (
+    WorkerProgress,
+    count_set,
+    empty_bitmap,
+    pack_all,
+    set_bits,
+    unpack_all,
+    unset_positions,
+)
 from dissect_clip.data.skips import unpack_rows
 
 BAD = {3: {"png": b"no"}, 7: {"txt": None}, 12: {"png": None}, 13: {"png": b"no"}, 20: {"txt": b"\xff"}}
@@ -95,21 +103,21 @@ def test_after_every_batch_the_rest_comes_as_it_would_have(tmp_path, name, world
         return [load(config, world, sizes) for world in worlds(world_size)]
 
     whole = ranks()
-    notes = [[(data.skipped(), data.skipped_rows()) for _ in passing(data, 1)] for data in whole]
+    notes = [[(data.skip_counts(), data.drain_skips()) for _ in passing(data, 1)] for data in whole]
     end = states(whole)[0]
     for done in range(whole[0].num_batches + 1):
         stopped = ranks()
         before = [take(data, 1, done) for data in stopped]
         state, again = states(stopped)[0], ranks()
         assert [data.resume(state, 1) for data in again] == [None] * world_size
-        assert [data.batches_left for data in again] == [data.num_batches - done for data in again]
+        assert [data.remaining_batches for data in again] == [data.num_batches - done for data in again]
         for rank, data in enumerate(again):
-            assert data.skipped() == (notes[rank][done - 1][0] if done else dict.fromkeys(data.skipped(), 0))
+            assert data.skip_counts() == (notes[rank][done - 1][0] if done else dict.fromkeys(data.skip_counts(), 0))
             after = take(data, 1)
             assert same([*before[rank], *after], take(whole[rank], 1))
-            assert data.skipped() == notes[rank][-1][0]
+            assert data.skip_counts() == notes[rank][-1][0]
             told = [row for _, packed in notes[rank][done:] for row in unpack_rows(packed)]
-            assert unpack_rows(data.skipped_rows()) == told
+            assert unpack_rows(data.drain_skips()) == told
         assert same(states(again)[0], end)
 
 
@@ -118,7 +126,7 @@ def test_bad_samples_and_damage_are_in_the_plans(tmp_path):
     flags, sizes = plan("spans with damaged shards", tmp_path)
     data = load(data_config(**flags), sizes=sizes)
     take(data, 1)
-    met = {kind for kind, count in data.skipped().items() if count}
+    met = {kind for kind, count in data.skip_counts().items() if count}
     assert met >= {"damaged_shard", "unreadable_shard", "below_recorded_size", "beyond_recorded_size", "bad_image"}
     assert unpack_all(data.state_dict()["workers"])[0].attempt > 0
 
@@ -149,7 +157,7 @@ def test_torchs_loader_goes_on_with_the_worker_whose_turn_it_is(tmp_path, worker
         data.resume(stopped.state_dict(), 0)
         assert same([*before, *take(data, 0, real=True)], expected)
         assert same(take(data, 1, real=True), following)
-        assert data.batches_left == data.num_batches
+        assert data.remaining_batches == data.num_batches
         assert same(take(data, 0, 1), [expected[done]])
 
 
@@ -204,7 +212,7 @@ def test_a_replay_warns_of_nothing(tmp_path, caplog):
     data.resume(stopped.state_dict(), 0)
     take(data, 0)
     assert caplog.text == ""
-    assert data.skipped() == stopped.skipped()
+    assert data.skip_counts() == stopped.skip_counts()
 
 
 def test_samples_that_are_gone_since_are_counted(tmp_path):
@@ -220,7 +228,7 @@ def test_samples_that_are_gone_since_are_counted(tmp_path):
     gone = {9, 10, 11, 21, 22, 23}
     assert len(batches) == 9
     assert seen | set(ids_of(batches)) == set(range(24)) - (gone - seen)
-    assert data.skipped() == dict.fromkeys(data.skipped(), 0) | {"below_recorded_size": len(gone - seen)}
+    assert data.skip_counts() == dict.fromkeys(data.skip_counts(), 0) | {"below_recorded_size": len(gone - seen)}
 
 
 def test_workers_without_a_batch_yet_begin_at_their_beginning(tmp_path):
@@ -295,7 +303,7 @@ def test_in_another_layout_no_sample_comes_twice_and_none_is_left_out(shards, be
     steps = int(taken * first[0].num_batches / before["accum_freq"]) * before["accum_freq"]
     seen = set(ids_of(list(chain(*(take(data, 2, steps) for data in first)))))
     state = states(first)[0]
-    assert count_marked(state["visited"].numpy()) == len(seen)
+    assert count_set(state["visited"].numpy()) == len(seen)
 
     def second():
         ranks = ranks_of(after, shards, SHARDS, seed=seed)
@@ -304,7 +312,7 @@ def test_in_another_layout_no_sample_comes_twice_and_none_is_left_out(shards, be
         return ranks, told.pop()
 
     ranks, told = second()
-    assert len({data.batches_left for data in ranks}) == 1
+    assert len({data.remaining_batches for data in ranks}) == 1
     if told is None:
         return  # the same layout
     num_samples = sum(SHARDS)
@@ -313,7 +321,7 @@ def test_in_another_layout_no_sample_comes_twice_and_none_is_left_out(shards, be
     check_rest(seen, ids_of(list(chain(*whole))), num_samples, after)
 
     ranks, _ = second()
-    steps = int(more * ranks[0].batches_left / after["accum_freq"]) * after["accum_freq"]
+    steps = int(more * ranks[0].remaining_batches / after["accum_freq"]) * after["accum_freq"]
     seen |= set(ids_of(list(chain(*(take(data, 2, steps) for data in ranks)))))
     state = states(ranks)[0]
     again = ranks_of(after, shards, SHARDS, seed=seed)
@@ -350,11 +358,11 @@ def test_bad_samples_are_met_and_counted_again(tmp_path, name, taken):
     batches = take(data, 0)
     whole = load(data.stream.config, sizes=plan(name, tmp_path)[1])
     good = set(ids_of(take(whole, 0)))
-    assert len(batches) == data.batches_left
+    assert len(batches) == data.remaining_batches
     assert set(seen) | set(ids_of(batches)) == good
     assert "bad samples met before are met and counted again" in told
     # Where the last samples of a shard were seen, what is behind them is not met again.
-    assert data.skipped() | {"beyond_recorded_size": 0} == whole.skipped() | {"beyond_recorded_size": 0}
+    assert data.skip_counts() | {"beyond_recorded_size": 0} == whole.skip_counts() | {"beyond_recorded_size": 0}
 
 
 @pytest.mark.parametrize("name", ["spans with bad samples", "table"])
@@ -366,11 +374,11 @@ def test_bad_samples_alone_are_no_end_of_the_run(tmp_path, name):
     take(stopped, 0, stopped.num_batches - 1)
     state = stopped.state_dict()
     good = set(ids_of(take(load(config, sizes=sizes), 0)))
-    mark(state["visited"].numpy(), np.array(sorted(good)))
+    set_bits(state["visited"].numpy(), np.array(sorted(good)))
     data = load(data_config(**{**flags, "batch_size": 3}), sizes=sizes)
     data.resume(reload(state), 0)
     batches = take(data, 0)
-    assert len(batches) == data.batches_left == -(-(stopped.num_samples - len(good)) // 3)
+    assert len(batches) == data.remaining_batches == -(-(stopped.num_samples - len(good)) // 3)
     assert set(ids_of(batches)) <= good
 
 
@@ -378,7 +386,7 @@ def test_bad_samples_alone_are_no_end_of_the_run(tmp_path, name):
 def test_nothing_is_left_of_an_epoch_whose_samples_were_all_seen(tmp_path, real):
     (data,), _, seen = resumed(tmp_path, "spans", 8, after=BEFORE | {"world_size": 1, "batch_size": 5})
     assert set(seen) == set(range(30))
-    assert data.batches_left == 0
+    assert data.remaining_batches == 0
     assert take(data, 0, real=real) == []
     assert len(take(data, 1, real=real)) == data.num_batches == 6
 
@@ -387,8 +395,8 @@ def test_augmentation_is_drawn_anew_in_another_layout(tmp_path):
     """The seeds are of batches that no worker has made."""
     (data,), _, _ = resumed(tmp_path, "spans", 3)
     assert data.state_dict()["first"] == 3
-    assert data.stream.pass_of(0).first == 3
-    assert data.stream.pass_of(1).first == 0
+    assert data.stream.epoch_pass(0).first == 3
+    assert data.stream.epoch_pass(1).first == 0
 
 
 def test_draws_go_on_with_other_draws(tmp_path):
@@ -397,7 +405,7 @@ def test_draws_go_on_with_other_draws(tmp_path):
     assert "--batch-size is 3, was 2" in told
     assert [len(take(data, 0)) for data in ranks] == [4, 4]
     rows = unpack_all(states(ranks)[0]["workers"])
-    begun = {data.stream.pass_of(0).rows[0].attempt for data in ranks}
+    begun = {data.stream.epoch_pass(0).rows[0].attempt for data in ranks}
     assert len(begun) == 1
     assert min(row.attempt for row in rows) >= begun.pop() > 0
 
@@ -409,27 +417,27 @@ def test_counts_of_bad_samples_go_on_with_other_draws(tmp_path):
         take(data, 0, 5)
     before = Counter()
     for data in stopped:
-        before.update(data.skipped())
+        before.update(data.skip_counts())
     state = states(stopped)[0]
     for data in ranks:
         data.resume(state, 0)
-        assert not data.meets_again
+        assert not data.recounts_skips
     assert before.total() > 0
-    assert Counter(ranks[0].skipped()) == before
-    assert not any(ranks[1].skipped().values())
+    assert Counter(ranks[0].skip_counts()) == before
+    assert not any(ranks[1].skip_counts().values())
     take(ranks[0], 0)
-    new = Counter(row.kind for row in unpack_rows(ranks[0].skipped_rows()))
-    assert sum(ranks[0].skipped().values()) == before.total() + new.total()
+    new = Counter(row.kind for row in unpack_rows(ranks[0].drain_skips()))
+    assert sum(ranks[0].skip_counts().values()) == before.total() + new.total()
 
 
 def test_an_epoch_of_unknown_sizes_begins_again(tmp_path):
     (data,), told, seen = resumed(tmp_path, "unknown sizes", 4)
     assert f"begins again and repeats {len(seen)} samples" in told
     assert "world size is 1, was 2" in told
-    assert data.batches_left == data.num_batches == len(take(data, 0))
-    assert data.meets_again  # else skipped.parquet would name those twice that were met before
+    assert data.remaining_batches == data.num_batches == len(take(data, 0))
+    assert data.recounts_skips  # else skipped.parquet would name those twice that were met before
     take(whole := load(data.stream.config, sizes=[]), 0)
-    assert data.skipped() == whole.skipped()
+    assert data.skip_counts() == whole.skip_counts()
 
 
 def test_samples_that_were_drawn_are_not_told_apart_later(tmp_path):
@@ -464,7 +472,7 @@ def test_real_ranks_bring_together_what_they_have_seen(tmp_path):
     assert visited[0] == visited[1]
     assert workers[0] == workers[1]
     seen = set(chain(*before))
-    assert set(unmarked(np.array(visited[0], np.uint8), 0, 21).tolist()) == set(range(21)) - seen
+    assert set(unset_positions(np.array(visited[0], np.uint8), 0, 21).tolist()) == set(range(21)) - seen
     assert seen | set(chain(*after)) == set(range(21))
 
 
@@ -473,15 +481,15 @@ def test_real_ranks_bring_together_what_they_have_seen(tmp_path):
 
 @given(st.lists(st.integers(0, 99), max_size=40), st.integers(0, 100), st.integers(0, 100))
 def test_bits_are_a_set(ids, first, last):
-    bits = no_bits(100)
-    mark(bits, np.array(ids, np.int64))
-    assert count_marked(bits) == len(set(ids))
+    bits = empty_bitmap(100)
+    set_bits(bits, np.array(ids, np.int64))
+    assert count_set(bits) == len(set(ids))
     first, last = min(first, last), max(first, last)
-    assert (first + unmarked(bits, first, last)).tolist() == [i for i in range(first, last) if i not in ids]
+    assert (first + unset_positions(bits, first, last)).tolist() == [i for i in range(first, last) if i not in ids]
 
 
 def test_progress_is_numbers():
-    rows = [Progress(0), Progress(1, 2, 30, 4, (5, 0), (60, 1, 7, 3, 2)), Progress(2, counts=(1,))]
+    rows = [WorkerProgress(0), WorkerProgress(1, 2, 30, 4, (5, 0), (60, 1, 7, 3, 2)), WorkerProgress(2, counts=(1,))]
     assert unpack_all(pack_all(rows)) == rows
     assert pack_all(rows).dtype.itemsize == 8
 
@@ -500,13 +508,13 @@ def test_a_rest_is_laid_out_once(sizes, visited, world_size, workers, batch_size
     left = int(sizes.sum()) - len(ids)
     if left == 0:
         return
-    bits = no_bits(int(sizes.sum()))
-    mark(bits, ids)
+    bits = empty_bitmap(int(sizes.sum()))
+    set_bits(bits, ids)
     num_batches = count_batches(left, batch_size, world_size)
     whole = SpanPlan(sizes, count_batches(int(sizes.sum()), batch_size, world_size), batch_size, 0)
-    rest = RestPlan(whole, bits, num_batches)
+    rest = RemainderPlan(whole, bits, num_batches)
     offsets = np.cumsum(sizes) - sizes
-    places = [Place(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
+    places = [WorkerInfo(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
     parts = chain(*(rest.parts(place, 3, 0) for place in places))
     read = Counter(int(offsets[part.shard]) + ordinal for part in parts for ordinal in part.ordinals)
     assert set(read) == set(range(sizes.sum())) - set(ids.tolist())

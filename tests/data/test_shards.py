@@ -8,7 +8,7 @@ import pytest
 from shards_util import make_shards, write_tar
 
 from dissect_clip.data.formats.urls import expand
-from dissect_clip.data.sampling.shard_ids import Scan, ShardIndex, display_names, index_shards
+from dissect_clip.data.sampling.shard_ids import ShardCounter, ShardIndex, display_names, index_shards
 from dissect_clip.data.sampling.shard_sizes import SIZES_FILE
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -113,7 +113,7 @@ def test_a_cut_off_shard_counts_up_to_there(tmp_path, caplog):
 
 def test_a_scan_can_be_waited_for_in_steps(tmp_path):
     urls = expand(make_shards(tmp_path, [1] * 20))[0]
-    scan = Scan(urls, threads=2)
+    scan = ShardCounter(urls, threads=2)
     while not scan.wait(0.001):
         pass
     assert scan.sizes == dict.fromkeys(urls, 1)

@@ -7,11 +7,11 @@ import pytest
 from shards_util import make_shards, write_json
 
 from dissect_clip.data.sampling.shard_sizes import (
-    keep_sizes,
-    known_sizes,
     merge_by_name,
     parse_info,
     parse_sizes,
+    recorded_sizes,
+    save_sizes,
     write_sizes,
 )
 from dissect_clip.errors import SetupError
@@ -28,30 +28,30 @@ def test_pixparse_info(tmp_path):
     }
     splits["train"]["shard_lengths"] = [3, 4]
     write_json(tmp_path / "_info.json", {"name": "set", "splits": splits})
-    assert known_sizes(urls_in(tmp_path, 2), None, False) == dict(zip(urls_in(tmp_path, 2), [3, 4], strict=True))
+    assert recorded_sizes(urls_in(tmp_path, 2), None, False) == dict(zip(urls_in(tmp_path, 2), [3, 4], strict=True))
 
 
 def test_openclip_sizes_of_some_shards(tmp_path):
     write_json(tmp_path / "sizes.json", {"train-000.tar": 3, "train-001.tar": "4"})
-    assert list(known_sizes(urls_in(tmp_path, 3), None, False).values()) == [3, 4]
+    assert list(recorded_sizes(urls_in(tmp_path, 3), None, False).values()) == [3, 4]
 
 
 def test_info_goes_before_sizes(tmp_path):
     write_json(tmp_path / "sizes.json", {"train-000.tar": 3, "train-001.tar": 4})
     write_json(tmp_path / "_info.json", {"splits": {"train": {"filenames": ["train-000.tar"], "shard_lengths": [5]}}})
-    assert list(known_sizes(urls_in(tmp_path, 2), None, False).values()) == [5, 4]
+    assert list(recorded_sizes(urls_in(tmp_path, 2), None, False).values()) == [5, 4]
 
 
 def test_len_is_enough_for_the_only_shard(tmp_path):
     make_shards(tmp_path, [3])
     (tmp_path / "__len__").write_text("3\n")
-    assert known_sizes(urls_in(tmp_path, 1), None, False) == {urls_in(tmp_path, 1)[0]: 3}
+    assert recorded_sizes(urls_in(tmp_path, 1), None, False) == {urls_in(tmp_path, 1)[0]: 3}
 
 
 def test_len_of_a_folder_is_not_the_size_of_one_of_its_shards(tmp_path):
     make_shards(tmp_path, [3, 4])
     (tmp_path / "__len__").write_text("7")
-    assert known_sizes(urls_in(tmp_path, 1), None, False) == {}
+    assert recorded_sizes(urls_in(tmp_path, 1), None, False) == {}
 
 
 def test_each_source_has_its_own_files(tmp_path):
@@ -60,23 +60,23 @@ def test_each_source_has_its_own_files(tmp_path):
         (tmp_path / name).mkdir()
         write_json(tmp_path / name / "sizes.json", {"0.tar": size})
         urls.append(f"{tmp_path}/{name}/0.tar")
-    assert known_sizes(urls, None, False) == dict(zip(urls, [3, 5], strict=True))
+    assert recorded_sizes(urls, None, False) == dict(zip(urls, [3, 5], strict=True))
 
 
 def test_files_beside_remote_shards_are_asked_for(tmp_path):
     write_json(tmp_path / "sizes.json", {"0.tar": 3, "1.tar": 4})
     urls = [f"pipe:cat {tmp_path}/{i}.tar" for i in range(2)]
-    assert known_sizes(urls, None, ask_remote=True) == dict(zip(urls, [3, 4], strict=True))
-    assert known_sizes(urls, None, ask_remote=False) == {}
+    assert recorded_sizes(urls, None, ask_remote=True) == dict(zip(urls, [3, 4], strict=True))
+    assert recorded_sizes(urls, None, ask_remote=False) == {}
 
 
 def test_a_server_that_does_not_answer_is_no_missing_file():
     with pytest.raises(SetupError, match=r"_info\.json, where the shards' sizes may be, sent nothing for 0\.2 s"):
-        known_sizes(["pipe:sleep 20 # 0.tar"], None, ask_remote=True, timeout=0.2)
+        recorded_sizes(["pipe:sleep 20 # 0.tar"], None, ask_remote=True, timeout=0.2)
 
 
 def test_a_page_instead_of_a_remote_file_is_no_file():
-    assert known_sizes(["pipe:echo 'Entry not found' # 0.tar"], None, ask_remote=True) == {}
+    assert recorded_sizes(["pipe:echo 'Entry not found' # 0.tar"], None, ask_remote=True) == {}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_page_instead_of_a_remote_file_is_no_file():
 def test_a_broken_file_is_named(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(SetupError, match=f"{name}.*{message}|{message}"):
-        known_sizes([f"{tmp_path}/0.tar"], None, False)
+        recorded_sizes([f"{tmp_path}/0.tar"], None, False)
 
 
 def test_info_without_shards_tells_nothing():
@@ -109,7 +109,7 @@ def test_an_ambiguous_name_in_info_tells_nothing():
 
 def test_counts_are_added_beside_the_shards(tmp_path):
     write_json(tmp_path / "sizes.json", {"other.tar": 9})
-    assert keep_sizes({f"{tmp_path}/0.tar": 3}, None) == []
+    assert save_sizes({f"{tmp_path}/0.tar": 3}, None) == []
     assert parse_sizes((tmp_path / "sizes.json").read_text(), "") == {"0.tar": 3, "other.tar": 9}
 
 
@@ -119,10 +119,10 @@ def test_counts_of_a_read_only_folder_go_to_the_run_folder_and_are_found_there(t
     run.mkdir()
     data.chmod(0o555)
     url = f"{data}/0.tar"
-    assert keep_sizes({url: 3}, None) == [url]
-    assert keep_sizes({url: 3}, run) == []
+    assert save_sizes({url: 3}, None) == [url]
+    assert save_sizes({url: 3}, run) == []
     assert list(data.iterdir()) == []
-    assert known_sizes([url], run, False) == {url: 3}
+    assert recorded_sizes([url], run, False) == {url: 3}
     data.chmod(0o755)
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from dissect_clip.data.sampling.plan import (
     CyclePlan,
-    DrawPlan,
-    Place,
+    ResamplingPlan,
     SpanPlan,
+    WorkerInfo,
     count_batches,
     cut_shards,
     draw_shards,
@@ -25,7 +25,7 @@ GRIDS = [(1, 1), (1, 2), (2, 1), (3, 2), (4, 5)]
 
 
 def places(world_size, workers):
-    return [Place(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
+    return [WorkerInfo(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
 
 
 def cases():
@@ -91,7 +91,7 @@ def test_epochs_and_seeds_differ_and_repeat():
     sizes = np.full(20, 10)
 
     def parts(seed, epoch):
-        return SpanPlan(sizes, 25, 8, seed).parts(Place(0, 1, 0, 1), epoch, 0)
+        return SpanPlan(sizes, 25, 8, seed).parts(WorkerInfo(0, 1, 0, 1), epoch, 0)
 
     assert parts(0, 0) == parts(0, 0)
     assert parts(0, 0) != parts(0, 1)
@@ -99,7 +99,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 
 def test_a_later_attempt_reads_the_same_samples():
-    plan, place = SpanPlan(np.array([5, 9, 4, 7]), 4, 3, seed=0), Place(1, 2, 0, 1)
+    plan, place = SpanPlan(np.array([5, 9, 4, 7]), 4, 3, seed=0), WorkerInfo(1, 2, 0, 1)
     assert sorted(samples_of(plan.parts(place, 0, 1))) == sorted(samples_of(plan.parts(place, 0, 0)))
 
 
@@ -120,23 +120,23 @@ def test_draws_follow_the_factors_of_the_sources():
 
 
 def test_a_shard_without_samples_is_never_drawn():
-    plan = DrawPlan([1.0, 1.0, 1.0], np.array([3, 0, 2]), seed=0)
-    place = Place(0, 1, 0, 1)
+    plan = ResamplingPlan([1.0, 1.0, 1.0], np.array([3, 0, 2]), seed=0)
+    place = WorkerInfo(0, 1, 0, 1)
     drawn = {(part.shard, len(part.ordinals)) for epoch in range(30) for part in plan.parts(place, epoch, 0)}
     assert drawn == {(0, 3), (2, 2)}  # else an attempt of nothing but such shards would end the run
 
 
 def test_draws_differ_by_place_epoch_and_attempt():
-    plan = DrawPlan([1.0] * 50, None, seed=0)
+    plan = ResamplingPlan([1.0] * 50, None, seed=0)
     drawn = [
-        tuple(part.shard for part in plan.parts(Place(rank, 2, worker, 2), epoch, attempt))
+        tuple(part.shard for part in plan.parts(WorkerInfo(rank, 2, worker, 2), epoch, attempt))
         for rank in (0, 1)
         for worker in (0, 1)
         for epoch in (0, 1)
         for attempt in (0, 1)
     ]
     assert len(set(drawn)) == 16
-    assert plan.parts(Place(1, 2, 1, 2), 1, 1) == plan.parts(Place(1, 2, 1, 2), 1, 1)
+    assert plan.parts(WorkerInfo(1, 2, 1, 2), 1, 1) == plan.parts(WorkerInfo(1, 2, 1, 2), 1, 1)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 64, 100])

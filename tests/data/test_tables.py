@@ -33,7 +33,7 @@ def epoch_of(data, epoch=0):
     data.set_epoch(epoch)
     batches = []
     for batch in data.loader:
-        data.taken(batch)
+        data.consume(batch)
         batches.append(batch)
     return batches
 
@@ -93,7 +93,7 @@ def test_bad_rows_are_counted_and_made_up_for(tmp_path):
     batches = epoch_of(data)
     assert [len(batch) for batch in batches] == [4, 4]
     assert set(ids_of(batches)) == {0, 1, 3, 4, 7}
-    assert {k: n for k, n in data.skipped().items() if n} == {"no_image": 1, "bad_image": 1, "bad_caption": 1}
+    assert {k: n for k, n in data.skip_counts().items() if n} == {"no_image": 1, "bad_image": 1, "bad_caption": 1}
 
 
 def test_the_fingerprint_is_of_rows_not_folders(tmp_path):

@@ -11,7 +11,7 @@ def make_batch() -> Batch:
     random = torch.Generator().manual_seed(0)
     image = torch.randint(256, (4, 3, 8, 8), generator=random, dtype=torch.uint8)
     normalization = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.1]])
-    return Batch(image, torch.arange(8).reshape(4, 2), torch.arange(4), normalization=normalization, chosen_from=9)
+    return Batch(image, torch.arange(8).reshape(4, 2), torch.arange(4), normalization=normalization, num_read=9)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
@@ -19,7 +19,7 @@ def test_on_the_cpu_it_is_the_batch_itself(dtype):
     moved, expected = Transfer(torch.device("cpu"), dtype)(make_batch()), make_batch().to(torch.device("cpu"), dtype)
     assert torch.equal(moved.image, expected.image)
     assert moved.image.dtype == (dtype or torch.float32)
-    assert moved.drawn == 9
+    assert moved.num_candidates == 9
 
 
 @pytest.mark.gpu

@@ -50,7 +50,7 @@ def epoch_of(data, epoch=0):
     data.set_epoch(epoch)
     batches = []
     for batch in data.loader:
-        data.taken(batch)
+        data.consume(batch)
         batches.append(batch)
     return batches
 
@@ -187,7 +187,7 @@ def test_bad_samples_are_counted_and_made_up_for(tmp_path, workers, caplog):
         assert [len(batch) for batch in batches] == [5, 5, 5]
         assert set(ids_of(batches)) == set(range(15)) - set(BAD)
         check_pairs(batches)
-        assert nonzero(data.skipped()) == KINDS
+        assert nonzero(data.skip_counts()) == KINDS
     if workers == 0:
         warned = [record.message for record in caplog.records if record.message.startswith("skipping")]
         assert len(warned) == len(KINDS)
@@ -196,8 +196,8 @@ def test_bad_samples_are_counted_and_made_up_for(tmp_path, workers, caplog):
 
 def test_every_kind_is_there_so_that_ranks_can_add_up(tmp_path):
     data = load(data_config(train_data=make_shards(tmp_path, [4])))
-    assert len(data.skipped()) > 5
-    assert set(data.skipped().values()) == {0}
+    assert len(data.skip_counts()) > 5
+    assert set(data.skip_counts().values()) == {0}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_bad_json_is_counted(tmp_path, record, kind):
     make_shard(tmp_path / "0.tar", {f"{i}": files for i, files in enumerate([*good, sample(3, json=record)])})
     data = load(data_config(train_data=f"{tmp_path}/0.tar", json_caption_key="text"))
     assert set(ids_of(epoch_of(data))) == {0, 1, 2}
-    assert nonzero(data.skipped()) == {kind: 1}
+    assert nonzero(data.skip_counts()) == {kind: 1}
 
 
 def test_more_samples_than_recorded_never_take_the_next_shard_s_ids(tmp_path):
@@ -222,7 +222,7 @@ def test_more_samples_than_recorded_never_take_the_next_shard_s_ids(tmp_path):
         i: c for batch in batches for i, c in zip(batch.sample_id.tolist(), batch.text[:, 0].tolist(), strict=True)
     }
     assert captions == {0: 0, 1: 1, 2: 2, 3: 3, 4: 6, 5: 7, 6: 8, 7: 9}
-    assert nonzero(data.skipped()) == {"beyond_recorded_size": 2}
+    assert nonzero(data.skip_counts()) == {"beyond_recorded_size": 2}
 
 
 def test_fewer_samples_than_recorded_are_counted(tmp_path):
@@ -230,7 +230,7 @@ def test_fewer_samples_than_recorded_are_counted(tmp_path):
     batches = epoch_of(data)
     assert len(batches) == 3
     assert set(ids_of(batches)) == {0, 1, 2, 8, 9, 10, 11}
-    assert nonzero(data.skipped()) == {"below_recorded_size": 5}
+    assert nonzero(data.skip_counts()) == {"below_recorded_size": 5}
 
 
 def test_a_shard_cut_off_after_it_was_counted(tmp_path):
@@ -239,14 +239,14 @@ def test_a_shard_cut_off_after_it_was_counted(tmp_path):
     path.write_bytes(path.read_bytes()[: 2048 * 2 + 1024 + 100])  # two samples and an image
     batches = epoch_of(data)
     assert set(ids_of(batches)) == {0, 1, 4, 5, 6, 7}
-    assert nonzero(data.skipped()) == {"no_caption": 1, "damaged_shard": 1}
+    assert nonzero(data.skip_counts()) == {"no_caption": 1, "damaged_shard": 1}
 
 
 def test_a_shard_that_went_away(tmp_path):
     data = load(data_config(train_data=make_shards(tmp_path, [4, 4])))
     (tmp_path / "train-000.tar").unlink()
     assert set(ids_of(epoch_of(data))) == {4, 5, 6, 7}
-    assert nonzero(data.skipped()) == {"unreadable_shard": 4}
+    assert nonzero(data.skip_counts()) == {"unreadable_shard": 4}
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ def test_the_emoji_set(emoji, tmp_path):
     }
     assert data.num_samples == 6324
     assert [keys[i] for i in range(6324)] == (emoji / "train_keys.txt").read_text().split()
-    assert nonzero(data.skipped()) == {}
+    assert nonzero(data.skip_counts()) == {}
 
 
 def test_a_finished_epoch_leaves_nothing_behind(tmp_path, monkeypatch):

@@ -4,30 +4,39 @@ import dataclasses
 
 import pytest
 
-from dissect_clip.distributed.health import PHASES, SILENCE, Beat, Verdict, death, failure, silence_limit, stall
+from dissect_clip.distributed.health import (
+    PHASES,
+    SILENCE,
+    Heartbeat,
+    RunFailure,
+    find_dead,
+    find_failed,
+    find_stalled,
+    silence_limit,
+)
 
 
-def beat(**changes) -> Beat:
+def beat(**changes) -> Heartbeat:
     defaults = {"number": 1, "phase": "train", "step": 7, "idle": 0.0, "waits": False, "host": "node", "pid": 42}
-    return Beat(**(defaults | changes))
+    return Heartbeat(**(defaults | changes))
 
 
-def silent(beats: dict[int, Beat], **seconds: float) -> dict[int, float]:
+def silent(beats: dict[int, Heartbeat], **seconds: float) -> dict[int, float]:
     return {rank: seconds.get(f"rank{rank}", 0.0) for rank in beats}
 
 
 def test_a_healthy_run_goes_on():
     beats = {rank: beat(idle=500.0) for rank in range(3)} | {1: beat(idle=3.0)}
-    assert failure(beats, 3) is None
-    assert death(beats, silent(beats, rank2=50), 600) is None
-    assert stall(beats, 600) is None
+    assert find_failed(beats, 3) is None
+    assert find_dead(beats, silent(beats, rank2=50), 600) is None
+    assert find_stalled(beats, 600) is None
 
 
 def test_beats_and_verdicts_travel_as_text():
     said = beat(state="failed", words="a “quoted”\nword", status=2)
-    assert Beat.from_json(said.to_json().encode()) == said
-    verdict = Verdict("why", 2, (1, 3), "failed")
-    assert Verdict.from_json(verdict.to_json()) == verdict
+    assert Heartbeat.from_json(said.to_json().encode()) == said
+    verdict = RunFailure("why", 2, (1, 3), "failed")
+    assert RunFailure.from_json(verdict.to_json()) == verdict
 
 
 # ---- failure
@@ -35,19 +44,19 @@ def test_beats_and_verdicts_travel_as_text():
 
 def test_a_failure_names_rank_phase_and_cause():
     beats = {0: beat(), 1: beat(), 3: beat(phase="load", step=120, state="failed", words="no pair", status=1)}
-    verdict = failure(beats, 4)
-    assert verdict == Verdict("rank 3 failed while it was in phase load at step 120: no pair", 1, (3,), "failed")
+    verdict = find_failed(beats, 4)
+    assert verdict == RunFailure("rank 3 failed while it was in phase load at step 120: no pair", 1, (3,), "failed")
 
 
 def test_what_all_ranks_say_is_said_once_and_plainly():
     beats = {rank: beat(phase="setup", state="failed", words="no such file", status=2) for rank in range(3)}
-    assert failure(beats, 3) == Verdict("no such file", 2, (0, 1, 2), "failed")
+    assert find_failed(beats, 3) == RunFailure("no such file", 2, (0, 1, 2), "failed")
 
 
 def test_the_lowest_rank_speaks_for_those_that_failed_of_the_same():
     failed = beat(phase="setup", state="failed", words="disk", status=2)
-    verdict = failure({0: beat(), 1: failed, 2: dataclasses.replace(failed, words="other"), 3: failed}, 4)
-    assert verdict == Verdict("ranks 1, 3 failed while rank 1 was in phase setup: disk", 2, (1, 3), "failed")
+    verdict = find_failed({0: beat(), 1: failed, 2: dataclasses.replace(failed, words="other"), 3: failed}, 4)
+    assert verdict == RunFailure("ranks 1, 3 failed while rank 1 was in phase setup: disk", 2, (1, 3), "failed")
 
 
 # ---- death
@@ -55,19 +64,19 @@ def test_the_lowest_rank_speaks_for_those_that_failed_of_the_same():
 
 def test_a_silent_rank_is_dead_after_a_minute_or_the_timeout():
     beats = {0: beat(), 1: beat(phase="score", step=31)}
-    assert death(beats, silent(beats, rank1=SILENCE), 600) is None
-    verdict = death(beats, silent(beats, rank1=SILENCE + 1), 600)
+    assert find_dead(beats, silent(beats, rank1=SILENCE), 600) is None
+    verdict = find_dead(beats, silent(beats, rank1=SILENCE + 1), 600)
     assert verdict is not None
     assert verdict.ranks == (1,)
     assert "rank 1 (node, pid 42) died or lost the network: no sign of life for 61 s" in verdict.message
     assert "last in phase score at step 31" in verdict.message
-    assert death(beats, silent(beats, rank1=8), 7) is not None
-    assert death(beats, silent(beats, rank1=4), 2) is None, "a beat may be late"
+    assert find_dead(beats, silent(beats, rank1=8), 7) is not None
+    assert find_dead(beats, silent(beats, rank1=4), 2) is None, "a beat may be late"
 
 
 def test_a_rank_that_is_done_may_be_silent():
     beats = {0: beat(), 1: beat(state="done")}
-    assert death(beats, silent(beats, rank1=1000), 600) is None
+    assert find_dead(beats, silent(beats, rank1=1000), 600) is None
 
 
 def test_silence_is_shorter_once_something_has_happened():
@@ -81,7 +90,7 @@ def test_silence_is_shorter_once_something_has_happened():
 
 def test_many_dead_ranks_are_named_in_one_line():
     beats = {rank: beat(host=f"node{rank // 8}") for rank in range(64)}
-    verdict = death(beats, {rank: 100.0 if rank >= 32 else 0.0 for rank in beats}, 600)
+    verdict = find_dead(beats, {rank: 100.0 if rank >= 32 else 0.0 for rank in beats}, 600)
     assert verdict is not None
     assert verdict.ranks == tuple(range(32, 64))
     assert "32 ranks: 32 (node4), 33 (node4)" in verdict.message
@@ -97,7 +106,7 @@ def test_the_rank_that_the_others_wait_for_is_named():
         1: beat(step=8, phase="load", idle=705.0),
         2: beat(step=8, phase="optimizer", idle=699.0),
     }
-    verdict = stall(beats, 600)
+    verdict = find_stalled(beats, 600)
     assert verdict is not None
     assert verdict.ranks == (1,)
     assert verdict.message.startswith(
@@ -108,7 +117,7 @@ def test_the_rank_that_the_others_wait_for_is_named():
 
 def test_a_rank_that_still_does_the_step_before_is_further_behind():
     beats = {0: beat(step=8, phase="load", idle=700.0), 1: beat(step=7, phase="optimizer", idle=700.0)}
-    verdict = stall(beats, 600)
+    verdict = find_stalled(beats, 600)
     assert verdict is not None
     assert verdict.ranks == (1,)
     assert "GPU" in verdict.message
@@ -117,23 +126,23 @@ def test_a_rank_that_still_does_the_step_before_is_further_behind():
 @pytest.mark.parametrize("phase", PHASES)
 def test_who_waits_for_others_is_not_to_blame(phase: str):
     beats = {0: beat(phase=phase, idle=700.0), 1: beat(phase=phase, idle=700.0, waits=True)}
-    verdict = stall(beats, 600)
+    verdict = find_stalled(beats, 600)
     assert verdict is not None
     assert verdict.ranks == (0,)
 
 
 def test_one_rank_that_gets_on_keeps_the_run_alive():
-    assert stall({0: beat(idle=700.0), 1: beat(idle=599.0)}, 600) is None
+    assert find_stalled({0: beat(idle=700.0), 1: beat(idle=599.0)}, 600) is None
 
 
 def test_ranks_that_are_done_do_not_count_as_getting_on():
-    verdict = stall({0: beat(phase="evaluate", idle=700.0), 1: beat(state="done")}, 600)
+    verdict = find_stalled({0: beat(phase="evaluate", idle=700.0), 1: beat(state="done")}, 600)
     assert verdict is not None
     assert verdict.ranks == (0,)
 
 
 def test_where_all_stand_still_at_one_place_all_are_named():
-    verdict = stall({rank: beat(idle=700.0) for rank in range(4)}, 600)
+    verdict = find_stalled({rank: beat(idle=700.0) for rank in range(4)}, 600)
     assert verdict is not None
     assert verdict.message.startswith("all 4 ranks have not got on for 700 s")
     assert verdict.ranks == (0, 1, 2, 3)

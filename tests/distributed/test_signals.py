@@ -12,36 +12,36 @@ import pytest
 from torch.utils.data import DataLoader
 
 from dissect_clip.distributed.signals import STOPPING, Signals, leave_to_the_parent
-from dissect_clip.distributed.watchdog import Watch
+from dissect_clip.distributed.watchdog import Watchdog
 
 
 @pytest.fixture
-def watch() -> Iterator[Watch]:
-    watch = Watch()
-    watch.start()
-    yield watch
-    watch.close()
+def watchdog() -> Iterator[Watchdog]:
+    watchdog = Watchdog()
+    watchdog.start()
+    yield watchdog
+    watchdog.close()
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_asks_for_a_stop_and_nothing_else(watch: Watch, number: signal.Signals):
-    with Signals(watch, is_main=False):
-        assert watch.poll(False).stop is None
+def test_a_signal_asks_for_a_stop_and_nothing_else(watchdog: Watchdog, number: signal.Signals):
+    with Signals(watchdog, is_main=False):
+        assert watchdog.poll(False).stop is None
         os.kill(os.getpid(), number)
-        assert watch.poll(False).stop == number.name
+        assert watchdog.poll(False).stop == number.name
 
 
-def test_the_first_signal_is_the_one_that_counts(watch: Watch):
-    with Signals(watch, is_main=False):
+def test_the_first_signal_is_the_one_that_counts(watchdog: Watchdog):
+    with Signals(watchdog, is_main=False):
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert watch.poll(False).stop == "SIGUSR1"
+        assert watchdog.poll(False).stop == "SIGUSR1"
 
 
 def test_ctrl_c_says_what_it_does_and_twice_stops_at_once(
-    watch: Watch, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    watchdog: Watchdog, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    with Signals(watch, is_main=True):
+    with Signals(watchdog, is_main=True):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # torchrun passes on what came from the terminal
         assert capfd.readouterr().err.count("Ctrl-C again") == 1
@@ -51,25 +51,25 @@ def test_ctrl_c_says_what_it_does_and_twice_stops_at_once(
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_only_rank_0_speaks(watch: Watch, capfd: pytest.CaptureFixture[str]):
-    with Signals(watch, is_main=False):
+def test_only_rank_0_speaks(watchdog: Watchdog, capfd: pytest.CaptureFixture[str]):
+    with Signals(watchdog, is_main=False):
         os.kill(os.getpid(), signal.SIGINT)
     assert capfd.readouterr().err == ""
 
 
-def test_handlers_are_put_back(watch: Watch):
+def test_handlers_are_put_back(watchdog: Watchdog):
     before = [signal.getsignal(number) for number in STOPPING]
-    with Signals(watch, is_main=False):
+    with Signals(watchdog, is_main=False):
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in STOPPING] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_the_watch_hears_sigterm_while_the_main_thread_is_blocked(watch: Watch):
+def test_the_watch_hears_sigterm_while_the_main_thread_is_blocked(watchdog: Watchdog):
     """Python's handlers wait for the main thread, which a collective may block for ever."""
     asked: list[str] = []
-    watch.ask = asked.append  # type: ignore[method-assign]
-    with Signals(watch, is_main=False):
+    watchdog.request_stop = asked.append  # type: ignore[method-assign]
+    with Signals(watchdog, is_main=False):
         signal.signal(signal.SIGTERM, lambda *_: None)  # as if it were never run
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(100):
@@ -89,8 +89,8 @@ class Pids:
         return os.getpid()
 
 
-def test_a_loader_worker_survives_what_a_scheduler_sends_to_all(watch: Watch):
-    with Signals(watch, is_main=False):
+def test_a_loader_worker_survives_what_a_scheduler_sends_to_all(watchdog: Watchdog):
+    with Signals(watchdog, is_main=False):
         loader = DataLoader(Pids(), batch_size=None, num_workers=1, worker_init_fn=leave_to_the_parent)
         batches = iter(loader)
         worker = next(batches)
@@ -98,7 +98,7 @@ def test_a_loader_worker_survives_what_a_scheduler_sends_to_all(watch: Watch):
             subprocess.run(["sh", "-c", f"kill -{int(number)} {worker}"], check=True)
         time.sleep(0.2)
         assert sum(pid == worker for pid in batches) == 999
-        assert watch.poll(False).stop is None, "what a worker gets is not the training process's"
+        assert watchdog.poll(False).stop is None, "what a worker gets is not the training process's"
 
 
 def test_a_worker_ends_when_its_parent_says_so():

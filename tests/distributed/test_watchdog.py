@@ -12,37 +12,37 @@ import pytest
 from processes import Ranks
 from torch.distributed import TCPStore
 
-from dissect_clip.distributed.watchdog import Orders, Watch
+from dissect_clip.distributed.watchdog import StepDecision, Watchdog
 from dissect_clip.errors import SetupError
 
 TIMEOUT = 3.0  # a rank is dead after 5 s all the same
 
 
-def start(timeout: float = TIMEOUT) -> tuple[Watch, int]:
-    """This rank's watch, started, and its rank; stores as ``init_world`` makes them."""
+def start(timeout: float = TIMEOUT) -> tuple[Watchdog, int]:
+    """This rank's watchdog, started, and its rank; stores as ``init_world`` makes them."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    watch = Watch(rank, size, timeout)
+    watchdog = Watchdog(rank, size, timeout)
     if size == 1:
-        watch.start()
+        watchdog.start()
     else:
         limit = timedelta(seconds=60)
         stores = [
             TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), size, rank == 0, limit, multi_tenant=True)
             for _ in range(2)
         ]
-        watch.start(*stores)
+        watchdog.start(*stores)
     print("started", flush=True)
-    return watch, rank
+    return watchdog, rank
 
 
 # ---- failures
 
 
 def _one_fails(failing: int) -> int:
-    watch, rank = start(timeout=60)
-    watch.mark("load", 120)
+    watchdog, rank = start(timeout=60)
+    watchdog.begin_phase("load", 120)
     if rank == failing:
-        watch.fail("no usable pair", 3)
+        watchdog.abort("no usable pair", 3)
     time.sleep(30)
     return 0
 
@@ -58,9 +58,9 @@ def test_last_words_end_all_ranks_in_seconds(tmp_path: Path, failing: int):
 
 
 def _all_fail() -> int:
-    watch, rank = start(timeout=60)
+    watchdog, rank = start(timeout=60)
     time.sleep(0.3 * rank)
-    watch.fail("no such shard", 2)
+    watchdog.abort("no such shard", 2)
     return 0
 
 
@@ -73,15 +73,15 @@ def test_what_all_ranks_find_is_said_once(tmp_path: Path):
 
 
 def _one_has_work_left(folder: Path) -> int:
-    watch, rank = start(timeout=60)
+    watchdog, rank = start(timeout=60)
 
     def finish(seconds: float) -> None:
         time.sleep(3)
         (folder / f"finished by {rank}").touch()
 
     if rank == 1:
-        watch.fail("no usable pair", 3)
-    watch.finish = finish
+        watchdog.abort("no usable pair", 3)
+    watchdog.before_exit = finish
     time.sleep(30)
     return 0
 
@@ -96,10 +96,10 @@ def test_what_is_about_to_be_finished_is_waited_for(tmp_path: Path):
 
 
 def test_a_single_process_says_why_and_returns(capsys: pytest.CaptureFixture[str]):
-    watch = Watch()
-    watch.start()
-    watch.fail("no such shard", 2)
-    watch.close()
+    watchdog = Watchdog()
+    watchdog.start()
+    watchdog.abort("no such shard", 2)
+    watchdog.close()
     assert capsys.readouterr().err == "error: no such shard\n"
 
 
@@ -107,15 +107,15 @@ def test_a_single_process_says_why_and_returns(capsys: pytest.CaptureFixture[str
 
 
 def _wait(collective_fails: bool) -> int:
-    watch, rank = start()
-    watch.mark("score", 31)
+    watchdog, rank = start()
+    watchdog.begin_phase("score", 31)
     time.sleep(2.5)  # the mark is told
     print("ready", flush=True)
     time.sleep(1)
     if collective_fails and rank == 1:
-        watch.lost(RuntimeError("connection closed by peer"))
+        watchdog.report_lost_peers(RuntimeError("connection closed by peer"))
     while True:
-        watch.alive()
+        watchdog.report_progress()
         time.sleep(0.1)
 
 
@@ -139,11 +139,11 @@ def test_a_rank_that_is_killed_or_frozen_is_named(tmp_path: Path, victim: int, n
 
 
 def _stall(size: int) -> int:
-    watch, rank = start(timeout=2)
+    watchdog, rank = start(timeout=2)
     if rank == size - 1:
-        watch.mark("load", 5)
+        watchdog.begin_phase("load", 5)
         time.sleep(30)
-    watch.mark("train", 5)
+    watchdog.begin_phase("train", 5)
     time.sleep(30)
     return 0
 
@@ -160,15 +160,15 @@ def test_the_rank_that_holds_up_the_others_is_named_with_a_traceback(tmp_path: P
 
 
 def _long_work() -> int:
-    watch, rank = start()
+    watchdog, rank = start()
     if rank == 0:
         for _ in range(20):
             time.sleep(0.25)
-            watch.alive()
+            watchdog.report_progress()
     else:
-        with watch.patient():
+        with watchdog.suspend_timeout():
             time.sleep(5)
-    watch.close()
+    watchdog.close()
     return 0
 
 
@@ -179,11 +179,11 @@ def test_long_work_with_signs_of_life_goes_on(tmp_path: Path):
 
 
 def _frozen_together() -> int:
-    watch, _ = start()
+    watchdog, _ = start()
     for _ in range(70):
         time.sleep(0.1)
-        watch.mark("train", 1)
-    watch.close()
+        watchdog.begin_phase("train", 1)
+    watchdog.close()
     return 0
 
 
@@ -204,14 +204,14 @@ def test_a_job_that_a_scheduler_suspends_goes_on_afterwards(tmp_path: Path):
 
 def test_ranks_that_do_not_start_are_named():
     with pytest.raises(SetupError, match=r"ranks 1, 2 of 3 have not started after 0\.5 s"):
-        Watch(0, 3, 0.5).start(TCPStore("127.0.0.1", 0, 1, True), TCPStore("127.0.0.1", 0, 1, True))
+        Watchdog(0, 3, 0.5).start(TCPStore("127.0.0.1", 0, 1, True), TCPStore("127.0.0.1", 0, 1, True))
 
 
 def _leave_one_by_one() -> int:
-    watch, rank = start()
+    watchdog, rank = start()
     time.sleep(rank)
     print("done", flush=True)
-    watch.close()
+    watchdog.close()
     return 75
 
 
@@ -231,20 +231,20 @@ def test_ranks_leave_together(tmp_path: Path):
 
 
 def _follow_orders(asks: list[int]) -> int:
-    watch, rank = start(timeout=60)
+    watchdog, rank = start(timeout=60)
     orders: list[Any] = []
     asked: int | None = None
     for step in range(100_000):
         time.sleep(0.002 * (1 + rank))  # ranks are not of one speed
-        given = watch.poll(rank == 0 and step == 20)
+        given = watchdog.poll(rank == 0 and step == 20)
         orders.append([given.save, given.stop])
         if asked is None and rank in asks and given.save:
             asked = step
-            watch.ask("SIGUSR1")
+            watchdog.request_stop("SIGUSR1")
         if given.stop:
             break
     print("orders", json.dumps({"orders": orders, "asked": asked}), flush=True)
-    watch.close()
+    watchdog.close()
     return 0
 
 
@@ -263,9 +263,9 @@ def test_orders_are_the_same_on_all_ranks_at_the_same_step(tmp_path: Path, asks:
 
 
 def test_a_single_process_follows_at_once():
-    watch = Watch()
-    assert watch.poll(False) == Orders(False, None)
-    assert watch.poll(True) == Orders(True, None)
-    watch.ask("SIGTERM")
-    watch.ask("SIGINT")
-    assert watch.poll(False) == Orders(False, "SIGTERM")
+    watchdog = Watchdog()
+    assert watchdog.poll(False) == StepDecision(False, None)
+    assert watchdog.poll(True) == StepDecision(True, None)
+    watchdog.request_stop("SIGTERM")
+    watchdog.request_stop("SIGINT")
+    assert watchdog.poll(False) == StepDecision(False, "SIGTERM")

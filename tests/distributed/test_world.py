@@ -82,7 +82,7 @@ def _as_under_slurm() -> int:
     print(world.rank, world.local_rank, world.size, world.sum(torch.tensor(1)).item(), os.environ["RANK"], flush=True)
     print(dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout, flush=True)
     shutdown_world()
-    world.watch.close()
+    world.watchdog.close()
     return 0
 
 
@@ -107,7 +107,7 @@ def test_a_process_that_finds_no_other_says_where_it_looked(monkeypatch: pytest.
 def test_the_cpu_stands_in_for_a_device_that_is_not_there():
     with pytest.warns(UserWarning, match="falling back to CPU"):
         world = init_world("cuda")
-    world.watch.close()
+    world.watchdog.close()
     assert (world.device, world.size) == (torch.device("cpu"), 1)
 
 

@@ -188,22 +188,22 @@ def test_running_statistics_stay_finite(tmp_path: Path):
     buffers = RunningBuffers(module, World())
     norm = next(part for part in module.modules() if isinstance(part, nn.BatchNorm2d))
     norm.running_mean += 1
-    buffers.settle(torch.tensor(True))
+    buffers.synchronise(torch.tensor(True))
     assert norm.running_mean.mean() == 1
     norm.running_mean[0] = torch.nan
     norm.running_var += 1
-    buffers.settle(torch.tensor(True))
+    buffers.synchronise(torch.tensor(True))
     assert norm.running_mean.mean() == 1
     assert norm.running_var.mean() == 1
     norm.running_var += 1
-    buffers.settle(torch.tensor(False))
+    buffers.synchronise(torch.tensor(False))
     assert norm.running_var.mean() == 1, "of a step that was not finite for another reason"
 
 
 def test_models_without_running_statistics_have_nothing_to_settle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     buffers = RunningBuffers(make_module(tmp_path), World())
     monkeypatch.setattr(World, "copy_from_main", None)
-    buffers.settle(torch.tensor(True))
+    buffers.synchronise(torch.tensor(True))
 
 
 def _settle(world: World, folder: str) -> list[float]:
@@ -211,7 +211,7 @@ def _settle(world: World, folder: str) -> list[float]:
     buffers = RunningBuffers(module, world)
     for buffer in module.buffers():
         buffer += world.rank
-    buffers.settle(torch.tensor(True))
+    buffers.synchronise(torch.tensor(True))
     return [buffer.double().sum().item() for name, buffer in module.named_buffers() if "running" in name]
 
 

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from dissect_clip.errors import SetupError
-from dissect_clip.run.remote_sync import NoSync, RemoteSync, download, fetch_logs, glob_remote, open_remote, superseded
+from dissect_clip.run.remote_sync import (
+    NoSync,
+    RemoteSync,
+    download,
+    fetch_logs,
+    glob_remote,
+    remote_filesystem,
+    superseded,
+)
 
 
 @pytest.fixture
@@ -114,7 +122,7 @@ def test_a_checkpoint_that_was_fetched_is_not_copied_back(run: Path, tmp_path: P
 
 
 def test_scores_arrive_before_the_checkpoint(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    system, _ = open_remote(str(tmp_path))
+    system, _ = remote_filesystem(str(tmp_path))
     order: list[str] = []
     put = type(system).put_file
     monkeypatch.setattr(type(system), "put_file", lambda self, a, b: (order.append(Path(a).name), put(self, a, b)))
@@ -159,7 +167,7 @@ def test_a_last_copy_that_fails_is_told(run: Path, tmp_path: Path, caplog: pytes
 def test_a_file_that_vanishes_is_no_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    system, _ = open_remote(str(tmp_path))
+    system, _ = remote_filesystem(str(tmp_path))
     put = type(system).put_file
 
     def vanish(self: object, source: str, target: str) -> None:
@@ -252,7 +260,7 @@ def test_a_failing_deletion_is_a_warning(
     sync = make_sync(run, str(tmp_path / "there"))
     sync.start()
     add_step(tmp_path / "there", 0, 50)
-    system, _ = open_remote(str(tmp_path))
+    system, _ = remote_filesystem(str(tmp_path))
 
     def refuse(self: object, path: str) -> None:
         raise PermissionError("may not delete")
@@ -385,7 +393,7 @@ def test_logs_that_cannot_be_fetched_are_an_error(tmp_path: Path, monkeypatch: p
 
 def test_an_unknown_protocol_is_named() -> None:
     with pytest.raises(SetupError, match="nowhere://bucket"):
-        open_remote("nowhere://bucket")
+        remote_filesystem("nowhere://bucket")
 
 
 def test_listing_a_missing_folder_is_empty(run: Path, tmp_path: Path) -> None:

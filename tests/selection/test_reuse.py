@@ -328,7 +328,7 @@ def test_chooses_before_loading_what_it_would_choose_after(name, refresh):
     assert choice.count == min(20, round(refresh * 20) + 6)
     assert sorted(choice.order.tolist()) == list(range(20))
     part = whole.take(choice.order[: choice.count])
-    part = Batch(part.image, part.text, part.sample_id, chosen_from=20)
+    part = Batch(part.image, part.text, part.sample_id, num_read=20)
     assert sorted(train(before, part, 3, 9)) == sorted(train(after, whole, 3, 9))
     torch.testing.assert_close(before.store.scores, after.store.scores)
 
@@ -362,7 +362,7 @@ def test_a_random_choice_before_loading_depends_on_its_seed_alone():
     assert orders[0] == orders[1] != orders[2]
     assert chooser(ids, once, 1, 0).count == 6
     part = make_batch(ids[list(orders[0][:6])])
-    batch = Batch(part.image, part.text, part.sample_id, chosen_from=20)
+    batch = Batch(part.image, part.text, part.sample_id, num_read=20)
     assert selector.select(batch, never, 1, 0).index.tolist() == list(range(6))
 
 

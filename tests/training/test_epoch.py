@@ -278,7 +278,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
     class Interrupting(Reports):
         def train(self, step_now: int, metrics: Mapping[str, float]) -> None:
             if step_now == step:
-                state.world.watch.ask("SIGTERM")
+                state.world.watchdog.request_stop("SIGTERM")
 
     if step == STEPS:  # the epoch's own checkpoint follows
         assert train_epoch(state, data, Interrupting(), lambda: saved.append(state.counters.step)) == "SIGTERM"

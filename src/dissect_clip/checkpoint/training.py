@@ -77,7 +77,7 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         reference_after=None if state.reference is None else state.reference.after,
     )
     state.module.load_state_dict(checkpoint.state_dict)
-    state.buffers.remember()
+    state.buffers.snapshot()
     if checkpoint.optimizer is not None:
         state.optimizer.load_state_dict(_for_the_same_kernel(checkpoint.optimizer, state.optimizer))
     if state.scaler is not None and checkpoint.scaler is not None:
@@ -166,7 +166,7 @@ def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData,
         if note is not None:
             log.warning("%s", note)
         data.set_epoch(checkpoint.epoch)
-        counters.step += steps_per_epoch - data.batches_left // state.config.training.accum_freq
+        counters.step += steps_per_epoch - data.remaining_batches // state.config.training.accum_freq
     counters.batch = counters.step * state.config.training.accum_freq
     if then is not None:
         counters.epoch_step = then.epoch_step
@@ -190,7 +190,7 @@ class Saver:
         self.writer: CheckpointWriter | None = None
         if folder is not None and state.world.is_main:
             self.writer = CheckpointWriter(folder.checkpoints, state.config)
-            state.world.watch.finish = self.writer.finish
+            state.world.watchdog.before_exit = self.writer.finish
 
     def __enter__(self) -> Saver:
         return self
@@ -220,7 +220,7 @@ class Saver:
         state, world = self.state, self.state.world
         if self.folder is None:
             return
-        world.watch.mark("save", state.counters.step)
+        world.watchdog.begin_phase("save", state.counters.step)
         inside = state.counters.epoch_step > 0
         loader = self.data.state_dict() if inside else None
         if state.decoys is not None:

@@ -35,7 +35,7 @@ from dissect_clip.config.fields import Range, section, setting
 from dissect_clip.config.parser import Parser, add_argument, parse_values
 from dissect_clip.config.settings import Config, declared
 from dissect_clip.config.validation import wrong_lengths
-from dissect_clip.data import ClassificationData, RetrievalData, left_out, tell_left_out
+from dissect_clip.data import ClassificationData, RetrievalData, count_skips, describe_skips
 from dissect_clip.data.evaluation.benchmark import Found, Kind, Layout, find_split, locate
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, TrainingError, printable
@@ -386,11 +386,11 @@ class Evaluation:
         Raises:
             TrainingError: more was, and why.
         """
-        counts = left_out(data, self.world)
+        counts = count_skips(data, self.world)
         skipped, allowed = sum(counts.values()), self.settings.max_skip_fraction
         if skipped > allowed * (skipped + used):
             raise TrainingError(
-                f"{skipped} of {skipped + used} samples cannot be used ({tell_left_out(counts)}), more than "
+                f"{skipped} of {skipped + used} samples cannot be used ({describe_skips(counts)}), more than "
                 f"--max-skip-fraction {allowed:g}"
             )
 
@@ -409,7 +409,7 @@ def load_model(config: Config, world: World) -> Model:
     if "://" not in config.model.pretrained and not own:
         return build_model(config, world)
     model = build_model(config.replace(pretrained=""), world)
-    with world.watch.patient():
+    with world.watchdog.suspend_timeout():
         checkpoint = load_checkpoint(config.model.pretrained)
     check_fits(
         checkpoint,
@@ -438,7 +438,7 @@ def run(settings: Settings, config: Config, world: World) -> int:
     )
     failed: dict[str, str] = {}
     plans: dict[str, Plan] = {}
-    with world.watch.patient():
+    with world.watchdog.suspend_timeout():
         for job in jobs:
             with _reporting(job.name, failed, world):
                 plan = world.on_main(lambda job=job: make_plan(job, settings, config))  # type: ignore[misc]
@@ -450,7 +450,7 @@ def run(settings: Settings, config: Config, world: World) -> int:
     left = {name: plan for name, plan in plans.items() if name not in results}
     if left:
         evaluation = prepare(settings, config, world)
-        world.watch.mark("evaluate", 0)
+        world.watchdog.begin_phase("evaluate", 0)
         with eval_mode(evaluation.model.module):
             for name, plan in left.items():
                 with _reporting(name, failed, world):

@@ -77,12 +77,12 @@ def launch(config: Config, work: Callable[[World], int], afterwards: str) -> int
         status = _fail(error, world, afterwards)
     except BaseException:
         if world.size == 1:
-            world.watch.close()  # else it would find the run stalled, and end the process
+            world.watchdog.close()  # else it would find the run stalled, and end the process
         raise
     finally:
         close_logging()
     shutdown_world()
-    world.watch.close()
+    world.watchdog.close()
     return status
 
 
@@ -102,16 +102,16 @@ def _fail(error: BaseException, world: World, afterwards: str) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     log.debug("ended by", exc_info=error)  # into the log file, with --debug
     if is_loss_of_others(error):
-        world.watch.lost(error)
+        world.watchdog.report_lost_peers(error)
     words = _explain(error, afterwards)
     if words is None:
         if world.size == 1:
-            world.watch.close()
+            world.watchdog.close()
             raise error
         traceback.print_exception(error)
         words = printable(f"{type(error).__name__}: {error}")
     status = _STATUS.get(type(error), EXIT_TRAINING)
-    world.watch.fail(words, status)
+    world.watchdog.abort(words, status)
     return status
 
 

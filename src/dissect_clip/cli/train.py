@@ -29,8 +29,8 @@ from dissect_clip.data import (
     build_classification,
     build_retrieval,
     build_train,
-    left_out,
-    tell_left_out,
+    count_skips,
+    describe_skips,
 )
 from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.distributed.signals import Signals
@@ -88,7 +88,7 @@ def run(config: Config, world: World) -> None:
     _introduce(config, world, folder)
     _allow_tf32(world)
     sync = make_sync(config, folder, world)
-    with world.watch.patient():
+    with world.watchdog.suspend_timeout():
         world.on_main(sync.start)
     try:
         _run_in(folder, config, world, sync)
@@ -97,7 +97,7 @@ def run(config: Config, world: World) -> None:
             folder.set_aside()
         raise
     finally:
-        with world.watch.patient():
+        with world.watchdog.suspend_timeout():
             copied = sync.finish()
     if not copied:
         raise TrainingError(
@@ -115,7 +115,7 @@ def _run_in(folder: RunFolder | None, config: Config, world: World, sync: Remote
     )
     retrieval = build_retrieval(config, world, model.preprocess_eval, model.tokenizer)
     classification = build_classification(config, world, model.preprocess_eval)
-    with world.watch.patient():  # of a remote copy
+    with world.watchdog.suspend_timeout():  # of a remote copy
         resume = find_resume(config, folder, world)
         checkpoint = None if resume is None else load_checkpoint(resume)
     reporter = make_reporter(config, folder, world)
@@ -169,14 +169,14 @@ def _train(
     state = build_state(config, world, model, train_data, folder, steps_per_epoch)
     if checkpoint is not None:
         restore(state, checkpoint, train_data, steps_per_epoch)
-    train_data.stream.chooser = state.chooser
+    train_data.stream.preselector = state.chooser
     _announce(state, train_data, steps_per_epoch)
     if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
         evaluator.after_epoch(state.module, state.counters)
     if state.counters.epoch >= config.training.epochs:
         log.info("All %d epochs are done already; give a larger --epochs to train on", config.training.epochs)
     trained = False
-    with Signals(world.watch, world.is_main), Saver(state, train_data, folder, sync) as save:
+    with Signals(world.watchdog, world.is_main), Saver(state, train_data, folder, sync) as save:
         while state.counters.epoch < config.training.epochs:
             signal = train_epoch(state, train_data, evaluator.reporter, save)
             save(stopping=signal is not None)
@@ -208,7 +208,7 @@ def _write_verdict(state: TrainState, data: TrainData, folder: RunFolder | None,
                 data.locate,
             )
 
-    with state.world.watch.patient():
+    with state.world.watchdog.suspend_timeout():
         state.world.on_main(write)
 
 
@@ -240,7 +240,7 @@ def build_state(
     autocast = autocast_for(config.training.precision, world.device)
     selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.model.siglip), world)
     if selector is not None:
-        selector.decoys = build_decoys(config, selector, world, train_data.num_kept, train_data.kept_ids)
+        selector.decoys = build_decoys(config, selector, world, train_data.subset_size, train_data.subset_ids)
     chooser = build_chooser(config, selector)
     scorer = build_scorer(config, module, autocast, model.tokenizer)
     if config.selection.score_keep_locked and not scorer.reusable:
@@ -296,12 +296,12 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     log.info("Model %s, %.1f M parameters to train", config.model.model, trainable / 1e6)
     log.info(
         "Training data: %s%d samples in %d shards; %d steps an epoch of %d samples",
-        "" if config.data.train_keep is None else f"{data.num_kept} of ", data.num_samples,
+        "" if config.data.train_keep is None else f"{data.subset_size} of ", data.num_samples,
         len(data.shard_names), steps_per_epoch, step_size,
     )  # fmt: skip
-    if data.num_kept < step_size and state.world.is_main:
+    if data.subset_size < step_size and state.world.is_main:
         log.warning("A step takes %d samples of %d: some come more than once in it, as negatives of themselves; give a "
-                    "smaller --batch-size", step_size, data.num_kept)  # fmt: skip
+                    "smaller --batch-size", step_size, data.subset_size)  # fmt: skip
     if state.selector is not None:
         log.info(
             "Selection: %s, keeping %s of every batch; %s%s",
@@ -320,7 +320,7 @@ def _announce_decoys(state: TrainState, data: TrainData) -> None:
     if count < _USABLE_DECOYS and state.world.is_main:
         log.warning(
             "%d decoys are too few to tell wrong pairs by: raise --clean-decoys to %.2g, or give 0 to do without",
-            count, min(0.5, 2 * _USABLE_DECOYS / data.num_kept),
+            count, min(0.5, 2 * _USABLE_DECOYS / data.subset_size),
         )  # fmt: skip
 
 
@@ -370,7 +370,7 @@ class Evaluator:
         step: int,
         progress: dict[str, float],
     ) -> None:
-        self.world.watch.mark("evaluate", step)
+        self.world.watchdog.begin_phase("evaluate", step)
         metrics = evaluate(
             module,
             retrieval,
@@ -385,9 +385,9 @@ class Evaluator:
         if retrieval is not None:
             sets.append(retrieval)
         for data in sets:
-            counts = left_out(data, self.world)
+            counts = count_skips(data, self.world)
             if counts and self.world.is_main:
-                log.warning("evaluation on %s left samples out: %s", data.name, tell_left_out(counts))
+                log.warning("evaluation on %s left samples out: %s", data.name, describe_skips(counts))
         if metrics:
             log.info(
                 "Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {_short(value)}" for name, value in metrics.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dissect_clip.config.settings import Config
 from dissect_clip.data.evaluation.classification import build_classification
-from dissect_clip.data.evaluation.stream import ClassificationData, RetrievalData, left_out, tell_left_out
+from dissect_clip.data.evaluation.stream import ClassificationData, RetrievalData, count_skips, describe_skips
 from dissect_clip.data.formats import csv, synthetic, webdataset
 from dissect_clip.data.formats.urls import expand, is_local, is_shard, local_path
 from dissect_clip.data.loaders import Tokenizer, TrainData, Transform
@@ -22,8 +22,8 @@ __all__ = [
     "build_retrieval",
     "build_train",
     "dataset_type",
-    "left_out",
-    "tell_left_out",
+    "count_skips",
+    "describe_skips",
 ]
 
 

@@ -40,16 +40,16 @@ class Batch:
     progress: Tensor | None = None  # [P] int64 on the CPU, where its loader worker stands after it; for checkpoints
     skipped: Tensor | None = None  # [B] uint8 on the CPU, what its worker left out since its last batch; packed rows
     normalization: Tensor | None = None  # [2, 3] float32, what to subtract from levels of 0 to 1, and divide them by
-    chosen_from: int | None = None  # how many samples the loader chose these from; None where it took all
-    passed_over: Tensor | None = None  # [P] int64 on the CPU, the ids of those that it did not choose
+    num_read: int | None = None  # how many samples the loader chose these from; None where it took all
+    undecoded_ids: Tensor | None = None  # [P] int64 on the CPU, the ids of those that it did not choose
 
     def __len__(self) -> int:
         return len(self.sample_id)
 
     @property
-    def drawn(self) -> int:
+    def num_candidates(self) -> int:
         """Samples that the batch was made of, with those that the loader left out after a look at their scores."""
-        return len(self) if self.chosen_from is None else self.chosen_from
+        return len(self) if self.num_read is None else self.num_read
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Batch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's. Keys stay where they are.
@@ -64,7 +64,7 @@ class Batch:
             _move(self.text, device),
             _move(self.sample_id, device),
             self.key,
-            chosen_from=self.chosen_from,
+            num_read=self.num_read,
         )
 
     def pin_memory(self) -> Batch:

@@ -31,18 +31,18 @@ from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
 from dissect_clip.data.formats.decode import RawSample, decode_captions
 from dissect_clip.data.formats.pixels import ImageReader, Pixels, stack_pixels
-from dissect_clip.data.sampling.plan import Coverage, Place, count_batches, place_here, worker_batches
+from dissect_clip.data.sampling.plan import Coverage, WorkerInfo, count_batches, current_worker, worker_batches
 from dissect_clip.data.sampling.progress import (
-    Bits,
-    Progress,
-    count_marked,
-    mark,
-    no_bits,
-    nth_unmarked,
+    Bitmap,
+    WorkerProgress,
+    count_set,
+    empty_bitmap,
+    nth_unset,
     pack_all,
+    set_bits,
     unpack_all,
 )
-from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, SkipRow, counted_before, pack_rows
+from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, SkipRow, pack_rows, silent_counter
 from dissect_clip.distributed.signals import leave_to_the_parent
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
@@ -57,7 +57,7 @@ Tokenizer = Callable[[list[str]], Tensor]
 """N texts -> [N, L] int64."""
 
 
-class Choice(Protocol):
+class Preselection(Protocol):
     """What to decode of N samples."""
 
     @property
@@ -71,10 +71,10 @@ class Choice(Protocol):
         ...
 
 
-class Chooser(Protocol):
+class Preselector(Protocol):
     """Says which of the samples that were read are to be decoded. Picklable."""
 
-    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Choice:
+    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Preselection:
         """``ids`` [N] int64; ``once`` [N] bool: whether the sample was not and will not be there again in the epoch."""
         ...
 
@@ -103,36 +103,38 @@ class Source(Protocol):
         """In how many samples a worker shuffles; 0 where rows are read in a shuffled order."""
         ...
 
-    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]) -> Samples:
+    def samples(
+        self, place: WorkerInfo, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]
+    ) -> Samples:
         """This worker's samples of an epoch, in an order that every attempt draws anew; those from ``position`` on.
 
         What lies before is neither decoded nor counted.
         """
         ...
 
-    def rest(self, visited: Bits, num_batches: int) -> Source:
+    def rest(self, visited: Bitmap, num_batches: int) -> Source:
         """The samples that are not visited, each once, as ``num_batches`` batches of each rank.
 
         Later attempts read the whole epoch's. Only where the coverage is ``ONCE``.
         """
         ...
 
-    def describe(self, place: Place, epoch: int) -> str:
+    def describe(self, place: WorkerInfo, epoch: int) -> str:
         """The files that the samples come from, for a message."""
         ...
 
 
 @dataclass(frozen=True)
-class Pass:
+class EpochPass:
     """What this rank's workers give of an epoch: all of it, or what is left after a stop."""
 
     source: Source
     num_batches: int  # of this rank, with those taken before a stop that was gone on from as it was
-    rows: tuple[Progress, ...]  # where its workers begin, by worker
+    rows: tuple[WorkerProgress, ...]  # where its workers begin, by worker
     first: int = 0  # number of every worker's first batch, which seeds its augmentation
-    visited: Bits | None = None  # samples visited so far; None where they are not told apart
-    left_out: Bits | None = None  # of those the ones that ``source`` leaves out; None where it is the whole epoch
-    meets_again: bool = False  # whether bad samples that were met before the stop are met, and counted, again
+    visited: Bitmap | None = None  # samples visited so far; None where they are not told apart
+    left_out: Bitmap | None = None  # of those the ones that ``source`` leaves out; None where it is the whole epoch
+    recounts_skips: bool = False  # whether bad samples that were met before the stop are met, and counted, again
 
     @property
     def taken(self) -> int:
@@ -140,8 +142,8 @@ class Pass:
         return sum(row.batches for row in self.rows)
 
 
-def _beginnings(workers: int, attempt: int = 0) -> tuple[Progress, ...]:
-    return tuple(Progress(worker, attempt) for worker in range(workers))
+def _beginnings(workers: int, attempt: int = 0) -> tuple[WorkerProgress, ...]:
+    return tuple(WorkerProgress(worker, attempt) for worker in range(workers))
 
 
 class Pair(NamedTuple):
@@ -173,19 +175,21 @@ class TrainStream(IterableDataset[Batch]):
         num_samples: int,
         transform: Transform,
         tokenizer: Tokenizer,
-        left_out: Bits | None = None,
+        left_out: Bitmap | None = None,
     ) -> None:
         """``left_out``: samples that ``source`` never gives, where there are such; they count as visited."""
         self.config = config
         self.rank, self.world_size = world.rank, world.size
-        visited = (no_bits(num_samples) if left_out is None else left_out) if source.coverage is Coverage.ONCE else None
-        self.whole = Pass(source, num_batches, _beginnings(self.workers), visited=visited)
-        self.resumed: tuple[int, Pass] | None = None
+        visited = (
+            (empty_bitmap(num_samples) if left_out is None else left_out) if source.coverage is Coverage.ONCE else None
+        )
+        self.whole = EpochPass(source, num_batches, _beginnings(self.workers), visited=visited)
+        self.resumed: tuple[int, EpochPass] | None = None
         """An epoch that was stopped, and what is left of it."""
         self.epoch = torch.zeros((), dtype=torch.int64)
         self.epoch.share_memory_()  # type: ignore[no-untyped-call]
         self.read_image, self.tokenizer = ImageReader(transform, config.data.fast_decode), tokenizer
-        self.chooser: Chooser | None = None  # set before the first pass
+        self.preselector: Preselector | None = None  # set before the first pass
         self.warned: set[Skip] = set()  # in the process that this object is in
 
     @property
@@ -209,14 +213,14 @@ class TrainStream(IterableDataset[Batch]):
             "--train-data-upsampling-factors": config.data.train_data_upsampling_factors,
         }
 
-    def pass_of(self, epoch: int) -> Pass:
+    def epoch_pass(self, epoch: int) -> EpochPass:
         """What there is to give of an epoch."""
         return self.resumed[1] if self.resumed is not None and self.resumed[0] == epoch else self.whole
 
     def __iter__(self) -> Iterator[Batch]:
         epoch = int(self.epoch)
-        current = self.pass_of(epoch)
-        place = place_here(self.rank, self.world_size)
+        current = self.epoch_pass(epoch)
+        place = current_worker(self.rank, self.world_size)
         # The loader takes the next batch from the first process, whose turn it need not be.
         place = place._replace(worker=(place.worker + current.taken) % place.workers)
         made = current.rows[place.worker].batches
@@ -244,8 +248,8 @@ class TrainStream(IterableDataset[Batch]):
             progress=pairs.progress(batches).pack(),
             skipped=pairs.drain(),
             normalization=self.read_image.normalization,
-            chosen_from=None if self.chooser is None else self.config.training.batch_size,
-            passed_over=pairs.passed_over,
+            num_read=None if self.preselector is None else self.config.training.batch_size,
+            undecoded_ids=pairs.undecoded_ids,
         )
 
 
@@ -260,7 +264,7 @@ class _Read(NamedTuple):
 class _Pairs:
     """The pairs of a worker, without end, and where it stands."""
 
-    def __init__(self, stream: TrainStream, current: Pass, place: Place, epoch: int) -> None:
+    def __init__(self, stream: TrainStream, current: EpochPass, place: WorkerInfo, epoch: int) -> None:
         self._stream, self._pass, self._place, self._epoch = stream, current, place, epoch
         begin = current.rows[place.worker]
         self._attempt, self._usable = begin.attempt, begin.usable
@@ -270,7 +274,7 @@ class _Pairs:
         self._samples = self._open(begin.position)
         self._reading = self._read()
         self._undecided = 0  # samples that were read, and neither decoded nor passed over
-        self.passed_over: Tensor | None = None
+        self.undecoded_ids: Tensor | None = None
         """[P] int64, the ids of the samples among which the last pairs were chosen, and that were not decoded."""
 
     def take(self, size: int, seed: int) -> list[Pair]:
@@ -281,7 +285,7 @@ class _Pairs:
         Raises:
             TrainingError: a whole attempt gave none.
         """
-        chooser = self._stream.chooser
+        chooser = self._stream.preselector
         if chooser is None:
             return self._decode_some(self._reading, size)
         read = list(itertools.islice(self._reading, size))
@@ -289,7 +293,7 @@ class _Pairs:
         choice = chooser(ids, torch.tensor([one.once for one in read]), self._epoch, seed)
         places = iter(choice.order.tolist())
         pairs = self._decode_some((read[place] for place in places), choice.count)
-        self.passed_over = ids[list(places)]
+        self.undecoded_ids = ids[list(places)]
         self._undecided = 0
         return pairs + self._decode_some(self._reading, choice.count - len(pairs))
 
@@ -310,10 +314,10 @@ class _Pairs:
                 self._usable += 1
         return pairs
 
-    def progress(self, batches: int) -> Progress:
+    def progress(self, batches: int) -> WorkerProgress:
         """Where the worker stands after so many batches."""
         counts = tuple(self._counts.tolist())
-        return Progress(self._place.worker, self._attempt, self._usable, batches, counts, self._samples.position)
+        return WorkerProgress(self._place.worker, self._attempt, self._usable, batches, counts, self._samples.position)
 
     def drain(self) -> Tensor | None:
         """[B] what was left out since the last call; None for nothing."""
@@ -324,7 +328,7 @@ class _Pairs:
     def _open(self, position: tuple[int, ...]) -> Samples:
         source = self._pass.source
         again = self._attempt > 0 and source.coverage is not Coverage.DRAWS
-        self._skips = counted_before() if again else SkipCounter(self._counts, self._stream.warned, self._rows)
+        self._skips = silent_counter() if again else SkipCounter(self._counts, self._stream.warned, self._rows)
         return source.samples(self._place, self._epoch, self._attempt, self._skips, position)
 
     def _read(self) -> Generator[_Read, None, None]:
@@ -363,7 +367,7 @@ class _Pairs:
 
 
 def _count(read: _Read, bad: BadSampleError) -> None:
-    skips = counted_before() if read.sample.again else read.skips
+    skips = silent_counter() if read.sample.again else read.skips
     skips.add(bad.kind, read.sample.shard, read.sample.key, str(bad))
 
 
@@ -393,9 +397,9 @@ def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
         alive._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
-def _union(bits: Bits, world: World) -> Bits:
+def _union(bits: Bitmap, world: World) -> Bitmap:
     """Flags that are set on any rank, as a copy; collective."""
-    union: Bits = bits.copy()
+    union: Bitmap = bits.copy()
     if world.size > 1:
         for begin in range(0, len(bits), _UNION_BYTES):
             part = slice(begin, begin + _UNION_BYTES)
@@ -404,7 +408,7 @@ def _union(bits: Bits, world: World) -> Bits:
     return union
 
 
-def _tensor(bits: Bits | None) -> Tensor | None:
+def _tensor(bits: Bitmap | None) -> Tensor | None:
     return None if bits is None else torch.from_numpy(bits)
 
 
@@ -431,23 +435,23 @@ class TrainData:
     shard_sizes: NDArray[np.int64] | None
     """Samples of each shard in ``shard_names``; None where they are not known."""
     find_shard: Callable[[NDArray[np.int64]], NDArray[np.int32]]
-    num_kept: int
+    subset_size: int
     """Samples of an epoch: those on the list of --train-keep, or all."""
-    left_out: Bits | None = None
+    left_out: Bitmap | None = None
     """The samples that are not on the list of --train-keep; None without one."""
-    _pass: Pass = field(init=False)
-    _rows: list[Progress] = field(init=False)  # where the workers stand after the last taken batch
-    _visited: Bits | None = field(init=False)
+    _pass: EpochPass = field(init=False)
+    _rows: list[WorkerProgress] = field(init=False)  # where the workers stand after the last taken batch
+    _visited: Bitmap | None = field(init=False)
     _skip_rows: list[Tensor] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         self.set_epoch(0)
 
-    def kept_ids(self, numbers: Tensor) -> Tensor:
+    def subset_ids(self, numbers: Tensor) -> Tensor:
         """The ids [n] int64 of the samples with these ``numbers`` [n], rising, among those that are trained on."""
         if self.left_out is None:
             return numbers
-        return torch.from_numpy(nth_unmarked(self.left_out, numbers.numpy()))
+        return torch.from_numpy(nth_unset(self.left_out, numbers.numpy()))
 
     @property
     def num_batches(self) -> int:
@@ -455,14 +459,14 @@ class TrainData:
         return self.stream.whole.num_batches
 
     @property
-    def batches_left(self) -> int:
+    def remaining_batches(self) -> int:
         """Batches of this rank in the pass that :meth:`set_epoch` began; fewer where the epoch was resumed inside."""
         return self._pass.num_batches - self._pass.taken
 
     @property
-    def meets_again(self) -> bool:
+    def recounts_skips(self) -> bool:
         """Whether bad samples that were met in this epoch before a stop are met again, so that their count is new."""
-        return self._pass.meets_again
+        return self._pass.recounts_skips
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next pass over the loader is, from 0; begins the counts of skipped samples anew.
@@ -470,23 +474,23 @@ class TrainData:
         In an epoch that is resumed they go on.
         """
         self.stream.epoch.fill_(epoch)
-        self._pass = self.stream.pass_of(epoch)
+        self._pass = self.stream.epoch_pass(epoch)
         self._rows = list(self._pass.rows)
         self._visited = None if self._pass.visited is None else self._pass.visited.copy()
 
-    def taken(self, batch: Batch) -> None:
+    def consume(self, batch: Batch) -> None:
         """Note a batch as taken, before it goes to the device; every batch once, in their order. Not collective."""
         assert batch.progress is not None
-        row = Progress.unpack(batch.progress.tolist())
+        row = WorkerProgress.unpack(batch.progress.tolist())
         self._rows[row.worker] = row
         if self._visited is not None:
-            mark(self._visited, batch.sample_id.numpy())
-            if batch.passed_over is not None:
-                mark(self._visited, batch.passed_over.numpy())
+            set_bits(self._visited, batch.sample_id.numpy())
+            if batch.undecoded_ids is not None:
+                set_bits(self._visited, batch.undecoded_ids.numpy())
         if batch.skipped is not None:
             self._skip_rows.append(batch.skipped.clone())  # off the memory shared with the worker
 
-    def skipped(self) -> dict[str, int]:
+    def skip_counts(self) -> dict[str, int]:
         """Samples of this rank left out in this epoch up to the last taken batch, by reason. Not collective.
 
         Every reason is there, so that ranks can add their counts up.
@@ -497,7 +501,7 @@ class TrainData:
                 totals[kind.label] += count
         return totals
 
-    def skipped_rows(self) -> Tensor:
+    def drain_skips(self) -> Tensor:
         """[B] uint8 packed rows of what this rank left out since the last call, up to the last taken batch."""
         rows = torch.cat([torch.empty(0, dtype=torch.uint8), *self._skip_rows])
         self._skip_rows.clear()
@@ -507,7 +511,7 @@ class TrainData:
         """Where the loaders of all ranks stand in the epoch after the last taken batch; equal on all ranks. Collective.
 
         ``layout``: what the order of the batches depends on, by name.
-        ``batches``, ``first``: see :class:`Pass`.
+        ``batches``, ``first``: see :class:`EpochPass`.
         ``workers`` [sum of P + V] int64: the progress of every worker, rank by rank.
         ``visited`` [ceil(M / 8)] uint8: the samples that were in a batch, and those that --train-keep leaves out; None
         where they are not told apart.
@@ -546,12 +550,12 @@ class TrainData:
         self.set_epoch(epoch)
         return sentence
 
-    def _as_it_was(self, state: dict[str, Any], rows: list[Progress]) -> Pass:
+    def _as_it_was(self, state: dict[str, Any], rows: list[WorkerProgress]) -> EpochPass:
         source, left_out, visited = self.stream.whole.source, state["left_out"], state["visited"]
         if left_out is not None:
             source = source.rest(left_out.numpy(), state["batches"])
         first = self.world.rank * self.stream.workers
-        return Pass(
+        return EpochPass(
             source=source,
             num_batches=state["batches"],
             rows=tuple(rows[first : first + self.stream.workers]),
@@ -560,7 +564,7 @@ class TrainData:
             left_out=None if left_out is None else left_out.numpy(),
         )
 
-    def _laid_out_anew(self, state: dict[str, Any], rows: list[Progress]) -> tuple[Pass, str]:
+    def _laid_out_anew(self, state: dict[str, Any], rows: list[WorkerProgress]) -> tuple[EpochPass, str]:
         """The rest of an epoch in another layout, and what is to say about it."""
         whole, then = self.stream.whole, state["layout"]
         taken = sum(row.batches for row in rows)  # of all ranks
@@ -573,16 +577,16 @@ class TrainData:
                 counts = map(sum, itertools.zip_longest(*(row.counts for row in rows), fillvalue=0))
                 begin = (dataclasses.replace(begin[0], counts=tuple(counts)), *begin[1:])
             told = f"its last {left} samples are other draws than they would have been"
-            return Pass(whole.source, self._batches(left), begin, first), told
+            return EpochPass(whole.source, self._batches(left), begin, first), told
         if state["visited"] is None or whole.visited is None:
             seen = taken * then["--batch-size"]
             told = f"which samples were seen is not known, so the epoch begins again and repeats {seen} samples"
-            return dataclasses.replace(whole, first=first, meets_again=True), told
-        visited: Bits = state["visited"].numpy()
-        left = self.num_samples - count_marked(visited)
+            return dataclasses.replace(whole, first=first, recounts_skips=True), told
+        visited: Bitmap = state["visited"].numpy()
+        left = self.num_samples - count_set(visited)
         num_batches = self._batches(left)
         rest = whole.source.rest(visited, num_batches)
-        return Pass(rest, num_batches, whole.rows, first, visited, visited, meets_again=True), (
+        return EpochPass(rest, num_batches, whole.rows, first, visited, visited, recounts_skips=True), (
             f"the {left} samples not yet seen are spread anew, each once but for those that fill up the last step; bad "
             "samples met before are met and counted again"
         )

@@ -101,7 +101,7 @@ class SkipCounter:
             )  # fmt: skip
 
 
-class SkipBoard:
+class SharedSkipCounts:
     """Counts of left-out samples, a row for each loader worker, in memory that they share with the training process."""
 
     def __init__(self, workers: int) -> None:
@@ -123,6 +123,6 @@ class SkipBoard:
         return {kind.label: totals[kind] for kind in Skip}
 
 
-def counted_before() -> SkipCounter:
+def silent_counter() -> SkipCounter:
     """A counter for samples that were already counted and warned about: its counts go nowhere."""
     return SkipCounter(torch.zeros(len(Skip), dtype=torch.int64), set(Skip))

@@ -41,7 +41,7 @@ _LOOK_AT_KILLS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class Heartbeat:
     """What a rank says of itself."""
 
     number: int  # counts up with every beat
@@ -61,9 +61,9 @@ class Beat:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(line: str | bytes) -> Beat:
+    def from_json(line: str | bytes) -> Heartbeat:
         """Back from :meth:`to_json`."""
-        return Beat(**json.loads(line))
+        return Heartbeat(**json.loads(line))
 
     @property
     def place(self) -> str:
@@ -72,12 +72,12 @@ class Beat:
 
     @property
     def progress(self) -> tuple[int, int, bool]:
-        """Orders ranks: the smallest is furthest behind."""
+        """StepDecision ranks: the smallest is furthest behind."""
         return self.step, PHASES.index(self.phase), self.waits
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class RunFailure:
     """Why a run cannot go on."""
 
     message: str
@@ -90,13 +90,13 @@ class Verdict:
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def from_json(line: str | bytes) -> Verdict:
+    def from_json(line: str | bytes) -> RunFailure:
         """Back from :meth:`to_json`."""
         fields = json.loads(line)
-        return Verdict(**{**fields, "ranks": tuple(fields["ranks"])})
+        return RunFailure(**{**fields, "ranks": tuple(fields["ranks"])})
 
 
-def name_ranks(ranks: Sequence[int], beats: Mapping[int, Beat]) -> str:
+def name_ranks(ranks: Sequence[int], beats: Mapping[int, Heartbeat]) -> str:
     """ "rank 3 (host, pid 41)", or the numbers of several with the first few places."""
     if len(ranks) == 1:
         beat = beats[ranks[0]]
@@ -105,7 +105,7 @@ def name_ranks(ranks: Sequence[int], beats: Mapping[int, Beat]) -> str:
     return f"{len(ranks)} ranks: {shown}{', ...' if len(ranks) > 8 else ''}"
 
 
-def failure(beats: Mapping[int, Beat], world_size: int) -> Verdict | None:
+def find_failed(beats: Mapping[int, Heartbeat], world_size: int) -> RunFailure | None:
     """The last words of the ranks that failed: the lowest, with those that said the same."""
     failed = [rank for rank, beat in sorted(beats.items()) if beat.state == "failed"]
     if not failed:
@@ -118,10 +118,10 @@ def failure(beats: Mapping[int, Beat], world_size: int) -> Verdict | None:
         message = f"rank {same[0]} failed while it was in {first.place}: {first.words}"
     else:
         message = f"ranks {', '.join(map(str, same))} failed while rank {same[0]} was in {first.place}: {first.words}"
-    return Verdict(message, first.status, same, "failed")
+    return RunFailure(message, first.status, same, "failed")
 
 
-def silence_limit(beats: Mapping[int, Beat], timeout: float) -> float:
+def silence_limit(beats: Mapping[int, Heartbeat], timeout: float) -> float:
     """Seconds without a sign of life that a rank may take."""
     limit = SILENCE
     if any(beat.state == "lost" for beat in beats.values()):
@@ -131,7 +131,7 @@ def silence_limit(beats: Mapping[int, Beat], timeout: float) -> float:
     return min(limit, max(timeout, SILENCE_AFTER_LOSS))  # a busy machine may delay a beat by seconds
 
 
-def death(beats: Mapping[int, Beat], silent: Mapping[int, float], timeout: float) -> Verdict | None:
+def find_dead(beats: Mapping[int, Heartbeat], silent: Mapping[int, float], timeout: float) -> RunFailure | None:
     """Ranks that have given no sign of life for too long; ``silent`` is in seconds."""
     limit = silence_limit(beats, timeout)
     dead = tuple(
@@ -144,10 +144,10 @@ def death(beats: Mapping[int, Beat], silent: Mapping[int, float], timeout: float
         f"{name_ranks(dead, beats)} died or lost the network: no sign of life for {silent[dead[0]]:.0f} s, last in "
         f"{first.place}. {_LOOK_AT_KILLS}"
     )
-    return Verdict(message, 1, dead, "died")
+    return RunFailure(message, 1, dead, "died")
 
 
-def stall(beats: Mapping[int, Beat], timeout: float) -> Verdict | None:
+def find_stalled(beats: Mapping[int, Heartbeat], timeout: float) -> RunFailure | None:
     """Where no rank has got on for ``timeout`` seconds: those that are furthest behind hold up the others."""
     running = {rank: beat for rank, beat in sorted(beats.items()) if beat.state == "runs"}
     if not running or min(beat.idle for beat in running.values()) <= timeout:
@@ -161,4 +161,4 @@ def stall(beats: Mapping[int, Beat], timeout: float) -> Verdict | None:
         f"in {first.place}. "
         f"{_LOOK_AT.get(first.phase, _LOOK_AT_GPU)}"
     )
-    return Verdict(message, 1, guilty, "stalled")
+    return RunFailure(message, 1, guilty, "stalled")

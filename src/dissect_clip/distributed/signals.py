@@ -10,7 +10,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from dissect_clip.distributed.watchdog import Watch
+from dissect_clip.distributed.watchdog import Watchdog
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Handled while training. Schedulers send the first two, the third is Ctrl-C."""
@@ -25,8 +25,8 @@ class Signals:
     A second SIGINT raises KeyboardInterrupt at once. For the main thread; handlers are put back at the end.
     """
 
-    def __init__(self, watch: Watch, is_main: bool) -> None:
-        self._watch = watch
+    def __init__(self, watchdog: Watchdog, is_main: bool) -> None:
+        self._watchdog = watchdog
         self._is_main = is_main
         self._interrupted: float | None = None
         self._before: dict[signal.Signals, Any] = {}
@@ -34,7 +34,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
-        self._fd_before = signal.set_wakeup_fd(self._watch.wake_fd, warn_on_full_buffer=False)
+        self._fd_before = signal.set_wakeup_fd(self._watchdog.wake_fd, warn_on_full_buffer=False)
         return self
 
     def __exit__(
@@ -45,7 +45,7 @@ class Signals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._watch.ask(signal.Signals(number).name)
+        self._watchdog.request_stop(signal.Signals(number).name)
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._interrupted is None:

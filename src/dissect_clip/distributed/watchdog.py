@@ -1,8 +1,8 @@
 """The ranks of a run keep an eye on each other, and agree on when to save and when to stop.
 
-The training itself only ever writes down where it is (:meth:`Watch.mark`), which costs an attribute. Beside it run two
-threads. One, the link, carries a beat of every rank to rank 0 and rank 0's verdict to the others, once a second through
-the store that the processes met at. The other looks at what the link has heard, and ends the process when the run
+The training itself only writes down where it is (:meth:`Watchdog.begin_phase`), which costs an attribute. Beside it run
+two threads. One, the link, carries heartbeats to rank 0 and rank 0's diagnosis to the others, once a second through the
+store of the process group. The other examines what the link has received, and ends the process when the run
 cannot go on; it has to be another one because a store whose host is frozen blocks the link for ever.
 
 Rank 0 alone reads all beats: W ranks mean W writes and W reads a second. The others read rank 0's only.
@@ -33,14 +33,14 @@ from torch.distributed.distributed_c10d import Store
 
 from dissect_clip.distributed.health import (
     SILENCE_AFTER_LOSS,
-    Beat,
+    Heartbeat,
     Phase,
+    RunFailure,
     State,
-    Verdict,
-    death,
-    failure,
+    find_dead,
+    find_failed,
+    find_stalled,
     silence_limit,
-    stall,
 )
 from dissect_clip.errors import SetupError
 
@@ -60,7 +60,7 @@ _file_log = logging.getLogger("watch")
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class StepDecision:
     """What all ranks do now, at the same step."""
 
     save: bool
@@ -72,7 +72,9 @@ class Orders:
 class _Link(threading.Thread):
     """Carries beats and the verdict. A store may block it for ever, so nothing may wait for it without a limit."""
 
-    def __init__(self, store: Store, rank: int, size: int, say: Callable[[], Beat], heard: Callable[[], None]) -> None:
+    def __init__(
+        self, store: Store, rank: int, size: int, say: Callable[[], Heartbeat], heard: Callable[[], None]
+    ) -> None:
         super().__init__(name="watch-link", daemon=True)
         self.beats: Mapping[int, bytes] = {}
         """The newest of each other rank, on rank 0; elsewhere of rank 0."""
@@ -163,9 +165,9 @@ class _Agreement:
         self._written: tuple[bool, str | None, int] = (False, None, 1)
         self._time = time.monotonic()
 
-    def poll(self, save_due: bool, stop: str | None) -> Orders:
-        """See :meth:`Watch.poll`; ``stop`` counts on rank 0."""
-        orders = self._follow() if self._waiting else Orders(False, None)
+    def poll(self, save_due: bool, stop: str | None) -> StepDecision:
+        """See :meth:`Watchdog.poll`; ``stop`` counts on rank 0."""
+        orders = self._follow() if self._waiting else StepDecision(False, None)
         self._due = (self._due or save_due) and not orders.save
         if self._polls == self._next:
             self._write(stop)
@@ -183,15 +185,15 @@ class _Agreement:
                 self._store.delete_key(f"order/{self._orders - _KEPT_ORDERS}")
         self._waiting = True
 
-    def _follow(self) -> Orders:
+    def _follow(self) -> StepDecision:
         save, stop, gap = self._written if self._rank == 0 else json.loads(self._store.get(f"order/{self._orders}"))
         self._orders += 1
         self._waiting = False
         self._next += gap
-        return Orders(save, stop)
+        return StepDecision(save, stop)
 
 
-class Watch:
+class Watchdog:
     """This process's part in the watch. Idle until it is started, and of use to a single process all the same.
 
     Args:
@@ -199,7 +201,7 @@ class Watch:
     """
 
     def __init__(self, rank: int = 0, size: int = 1, timeout: float = math.inf) -> None:
-        self.finish: Callable[[float], object] = lambda seconds: None
+        self.before_exit: Callable[[float], object] = lambda seconds: None
         """Waits up to so many seconds for what must not be cut off; called before the process is ended."""
         self._rank, self._size, self._timeout = rank, size, timeout
         self._leaving = False
@@ -214,17 +216,17 @@ class Watch:
 
     # ---- for the training
 
-    def mark(self, phase: Phase, step: int) -> None:
+    def begin_phase(self, phase: Phase, step: int) -> None:
         """Note that this rank begins ``phase``, with ``step`` optimizer steps done. Not collective; costs nothing."""
         self._mark = (phase, step)
 
-    def alive(self) -> None:
+    def report_progress(self) -> None:
         """Note that this rank has got on with its phase, in the middle of long work. Not collective; costs nothing."""
         phase, step = self._mark
         self._mark = (phase, step)  # a new object: that it is another one is what counts
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def wait_for_ranks(self) -> Iterator[None]:
         """Within the block this rank waits for others, and so is not the one that holds them up."""
         self._waits = True
         try:
@@ -233,7 +235,7 @@ class Watch:
             self._waits = False
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
+    def suspend_timeout(self) -> Iterator[None]:
         """Within the block this rank may take its time: what it does, as copying to remote storage, has limits itself.
 
         That it gives signs of life is watched all the same.
@@ -244,19 +246,19 @@ class Watch:
         finally:
             self._patient = False
 
-    def ask(self, signal_name: str) -> None:
+    def request_stop(self, signal_name: str) -> None:
         """Ask for the end of the run; the first that asks is named. Not collective; safe in a signal handler."""
         self._stop = self._stop or signal_name
 
-    def poll(self, save_due: bool) -> Orders:
+    def poll(self, save_due: bool) -> StepDecision:
         """What all ranks are to do after this optimizer step. To be called by every rank once for each step.
 
         ``save_due`` counts on rank 0; a stop that any rank asked for counts. Equal on all ranks, which is why orders
         come a second or so late in a run of several processes. No device sync.
         """
         if self._agreement is None:
-            return Orders(save_due, self._stop)
-        with self.waiting():
+            return StepDecision(save_due, self._stop)
+        with self.wait_for_ranks():
             return self._agreement.poll(save_due, self._stop)
 
     # ---- beginning and end
@@ -277,7 +279,7 @@ class Watch:
         self._nudger.setblocking(False)
         self._seen = self._mark
         self._heard: dict[int, bytes] = {}
-        self._beats: dict[int, Beat] = {}
+        self._beats: dict[int, Heartbeat] = {}
         self._silent: dict[int, float] = {}
         self._unanswered = self._failing = self._closing = 0.0
         if self._link is not None:
@@ -306,11 +308,11 @@ class Watch:
         self._nudger.close()
         self._thread = None
 
-    def lost(self, error: BaseException) -> None:
+    def report_lost_peers(self, error: BaseException) -> None:
         """A collective of this rank failed. Ends the process if it can be told why; returns after a while if not."""
         self._end_with("lost", str(error), 0)
 
-    def fail(self, words: str, status: int) -> None:
+    def abort(self, words: str, status: int) -> None:
         """This rank cannot go on: say so, tell the others, and end the process with ``status``.
 
         Returns in a single process.
@@ -332,11 +334,11 @@ class Watch:
 
     # ---- the thread that watches
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         self._number += 1
         phase, step = self._mark
         state, words, status = self._state
-        return Beat(
+        return Heartbeat(
             self._number, phase, step, self._idle, self._waits, socket.gethostname(), os.getpid(), state, words, status,
             self._stop,
         )  # fmt: skip
@@ -356,7 +358,7 @@ class Watch:
         last = time.monotonic()
         while True:
             if signal.SIGTERM in self._sleep():
-                self.ask(signal.SIGTERM.name)
+                self.request_stop(signal.SIGTERM.name)
             now = time.monotonic()
             # Time in which this process was itself stopped, as schedulers do to make room, says nothing of others.
             passed, last = min(now - last, 2 * INTERVAL), now
@@ -364,7 +366,7 @@ class Watch:
             self._idle = 0.0 if got_on else self._idle + passed
             self._seen = self._mark
             if self._link is None:
-                verdict = stall({0: self._beat()}, self._timeout)
+                verdict = find_stalled({0: self._beat()}, self._timeout)
             else:
                 self._hear(self._link, passed)
                 verdict = self._judge(self._link, passed) if self._rank == 0 else self._obey(self._link)
@@ -377,7 +379,7 @@ class Watch:
         for rank, raw in link.beats.items():
             if raw != self._heard.get(rank):
                 self._heard[rank] = raw
-                self._beats[rank] = Beat.from_json(raw)
+                self._beats[rank] = Heartbeat.from_json(raw)
                 self._silent[rank] = 0.0
             else:
                 self._silent[rank] += passed
@@ -386,29 +388,29 @@ class Watch:
         self._beats[self._rank] = self._beat()
         self._silent[self._rank] = 0.0
 
-    def _judge(self, link: _Link, passed: float) -> Verdict | None:
+    def _judge(self, link: _Link, passed: float) -> RunFailure | None:
         """On rank 0."""
         for beat in self._beats.values():
             if beat.stop is not None:
-                self.ask(beat.stop)
+                self.request_stop(beat.stop)
         limit = silence_limit(self._beats, self._timeout)
         if link.broken is not None or self._unanswered > limit:
             reason = link.broken or f"it has not answered for {self._unanswered:.0f} s"
-            return Verdict(f"the store that the ranks met at, held by torchrun, is gone: {reason}", 1, (), "died")
-        failed = failure(self._beats, self._size)
+            return RunFailure(f"the store that the ranks met at, held by torchrun, is gone: {reason}", 1, (), "died")
+        failed = find_failed(self._beats, self._size)
         if failed is not None:
             link.hurry()
             self._failing += passed
             return failed if len(failed.ranks) == self._size or self._failing > _TOGETHER else None
-        return death(self._beats, self._silent, self._timeout) or stall(self._beats, self._timeout)
+        return find_dead(self._beats, self._silent, self._timeout) or find_stalled(self._beats, self._timeout)
 
-    def _obey(self, link: _Link) -> Verdict | None:
+    def _obey(self, link: _Link) -> RunFailure | None:
         """On the other ranks."""
         if link.verdict and link.verdict != _CLOSED:
-            return Verdict.from_json(link.verdict)
+            return RunFailure.from_json(link.verdict)
         if link.broken is None:
-            return death(self._beats, self._silent, self._timeout)
-        verdict = death(self._beats, self._silent, SILENCE_AFTER_LOSS)
+            return find_dead(self._beats, self._silent, self._timeout)
+        verdict = find_dead(self._beats, self._silent, SILENCE_AFTER_LOSS)
         if verdict is None:
             return None
         gone = f"The store that the ranks met at is gone ({link.broken}), held by rank 0 or torchrun"
@@ -439,7 +441,7 @@ class Watch:
         print(f"{prefix}: {message}", file=sys.stderr, flush=True)
         _file_log.info("%s: %s", prefix, message)
 
-    def _end(self, verdict: Verdict) -> NoReturn:
+    def _end(self, verdict: RunFailure) -> NoReturn:
         """Rank 0 speaks for all; where it cannot, every rank for itself."""
         limit = threading.Timer(_LAST_WORDS + _LAST_WORK, os._exit, [verdict.status])
         limit.daemon = True
@@ -454,7 +456,7 @@ class Watch:
             self._tell(link, verdict)
         self._leave(verdict.status)
 
-    def _tell(self, link: _Link, verdict: Verdict) -> None:
+    def _tell(self, link: _Link, verdict: RunFailure) -> None:
         """Rank 0 stays until the others know, since the store may be in its process; the others say that they do."""
         self._state = ("gone", "", 0)
         if self._rank == 0:
@@ -464,11 +466,11 @@ class Watch:
         while time.monotonic() < deadline and link.broken is None and not self._is_told(link, verdict):
             self._sleep()
 
-    def _is_told(self, link: _Link, verdict: Verdict) -> bool:
+    def _is_told(self, link: _Link, verdict: RunFailure) -> bool:
         if self._rank != 0:
             return link.told == "gone"
         here = set(link.beats) - (set(verdict.ranks) if verdict.how == "died" else set())
-        return link.told == link.verdict and all(Beat.from_json(link.beats[rank]).state == "gone" for rank in here)
+        return link.told == link.verdict and all(Heartbeat.from_json(link.beats[rank]).state == "gone" for rank in here)
 
     def _leave(self, status: int) -> NoReturn:
         """Now: a normal exit would wait for loader processes, and a group of processes for its dead."""
@@ -476,7 +478,7 @@ class Watch:
         for child in multiprocessing.active_children():
             child.kill()
         with contextlib.suppress(Exception):  # whatever it is, the run ends
-            self.finish(_LAST_WORK)
+            self.before_exit(_LAST_WORK)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from dissect_clip.distributed.watchdog import Watch
+from dissect_clip.distributed.watchdog import Watchdog
 from dissect_clip.errors import SetupError
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class World:
     local_rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
-    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
+    watchdog: Watchdog = field(default_factory=Watchdog, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -50,7 +50,7 @@ class World:
         """Wait until every rank is here."""
         if self.size > 1:
             # A barrier on NCCL needs to know the device, else it guesses one and warns.
-            with self.watch.waiting():
+            with self.watchdog.wait_for_ranks():
                 dist.barrier(device_ids=[self.local_rank] if self.device.type == "cuda" else None)
 
     def all_gather(self, rows: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class World:
         if self.size == 1:
             return rows
         out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
-        with self.watch.waiting():
+        with self.watchdog.wait_for_ranks():
             _gather(out, rows.contiguous())
         return out
 
@@ -80,7 +80,7 @@ class World:
         if self.size == 1:
             return value
         total = value.clone()
-        with self.watch.waiting():
+        with self.watchdog.wait_for_ranks():
             dist.all_reduce(total)
         return total
 
@@ -89,7 +89,7 @@ class World:
         if self.size == 1:
             return value
         largest = value.clone()
-        with self.watch.waiting():
+        with self.watchdog.wait_for_ranks():
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return largest
 
@@ -98,7 +98,7 @@ class World:
         if self.size == 1:
             return value
         box: list[Any] = [value]
-        with self.watch.waiting():
+        with self.watchdog.wait_for_ranks():
             dist.broadcast_object_list(box, src=0, device=self.device)
         result: T = box[0]
         return result
@@ -106,7 +106,7 @@ class World:
     def copy_from_main(self, value: Tensor) -> None:
         """Overwrite a tensor with rank 0's, which has the same shape."""
         if self.size > 1:
-            with self.watch.waiting():
+            with self.watchdog.wait_for_ranks():
                 dist.broadcast(value, src=0)
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -173,8 +173,8 @@ def init_world(
     """
     device = _available(device)
     if not is_using_distributed():
-        world = World(device=torch.device(device), watch=Watch(timeout=timeout))
-        world.watch.start()
+        world = World(device=torch.device(device), watchdog=Watchdog(timeout=timeout))
+        world.watchdog.start()
         return world
     local_rank, rank, size = world_info_from_env()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(size)}  # also under Slurm
@@ -182,11 +182,11 @@ def init_world(
     if set_device_rank and kind not in ("cpu", "mps"):
         device = f"{kind}:{local_rank}"
         set_device(device)
-    watch = Watch(rank, size, timeout)
+    watchdog = Watchdog(rank, size, timeout)
     try:
         # Two connections: a thread that waits for an answer holds its own.
         store, beats = (_meet(url or "env://", rank, size, timeout) for _ in range(2))
-        watch.start(beats, store)
+        watchdog.start(beats, store)
     except dist.DistError as error:
         raise SetupError(
             f"the {size} processes of the run did not find each other at {url or _master()}: "
@@ -199,7 +199,7 @@ def init_world(
         world_size=size,
         timeout=_FOREVER,
     )
-    return World(rank, local_rank, size, torch.device(device), watch)
+    return World(rank, local_rank, size, torch.device(device), watchdog)
 
 
 def _master() -> str:

@@ -87,7 +87,7 @@ def progress(items: Iterable[T], world: World, title: str) -> Iterator[T]:
     """The items, each a sign of life, with a progress bar on rank 0 where a terminal shows it."""
     shown = world.is_main and sys.stderr.isatty()
     for item in tqdm(items, desc=title, unit="batch", leave=False, disable=not shown):
-        world.watch.alive()
+        world.watchdog.report_progress()
         yield item
 
 

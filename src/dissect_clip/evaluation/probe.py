@@ -160,7 +160,7 @@ def linear_probe(
             raise TrainingError(f"linear probe: features of {bad} of {len(part.label)} {name} images are not finite")
     if (train.label == train.label[0]).all():  # which not all ranks would meet in the search
         raise TrainingError("linear probe: the training images are all of one class")
-    with world.watch.patient():  # a fit takes as long as it takes
+    with world.watchdog.suspend_timeout():  # a fit takes as long as it takes
         weight = choose_weight(train, validation, num_classes, world)
         found, _ = world.on_main(lambda: score(join(train, validation), test, weight, num_classes))
     return Probe(found, weight)

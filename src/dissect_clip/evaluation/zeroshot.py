@@ -72,7 +72,7 @@ def build_classifier(
     weights = torch.zeros(0, 0, device=world.device)
 
     def alive_tokenizer(texts: list[str]) -> Tensor:
-        world.watch.alive()
+        world.watchdog.report_progress()
         return tokenizer(texts)
 
     if names:

@@ -398,18 +398,18 @@ class RunningBuffers:
             buffer for name, buffer in module.named_buffers() if buffer.is_floating_point() and name in saved
         ]
         self._world = world
-        self.remember()
+        self.snapshot()
 
     def _flat(self) -> Tensor:
         return torch.cat([buffer.reshape(-1) for buffer in self._buffers])
 
-    def remember(self) -> None:
+    def snapshot(self) -> None:
         """Take the present values for good ones, as after a checkpoint was loaded."""
         if self._buffers:
             self._last = self._flat()
 
     @torch.no_grad()
-    def settle(self, good: Tensor) -> None:
+    def synchronise(self, good: Tensor) -> None:
         """Rank 0's values on all ranks after each step; the last ones where those are not finite, or the step is not.
 
         Args:

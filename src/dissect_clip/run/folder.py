@@ -231,7 +231,7 @@ def open_run(config: Config, world: World) -> RunFolder | None:
         if config.checkpoint.resume == "latest":
             raise SetupError("--resume latest looks into the run folder, and --logs none has none: name the checkpoint")
         return None
-    with world.watch.patient():  # of a remote copy
+    with world.watchdog.suspend_timeout():  # of a remote copy
         path, name = world.on_main(lambda: _prepare(config))
     if config.run.log_local:
         _prepare_on_nodes(config, path, world)

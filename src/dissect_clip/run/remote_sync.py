@@ -35,7 +35,7 @@ _TRIES = 3
 """Times that aws is started for one copy, where it fails because files vanish under it."""
 
 
-def open_remote(url: str) -> tuple[Any, str]:
+def remote_filesystem(url: str) -> tuple[Any, str]:
     """The file system of an fsspec URL and the path in it.
 
     Raises:
@@ -53,7 +53,7 @@ def glob_remote(url: str, pattern: str) -> list[str]:
     Raises:
         SetupError: if the remote folder cannot be listed.
     """
-    system, root = open_remote(url)
+    system, root = remote_filesystem(url)
     try:
         found = system.glob(f"{glob.escape(root.rstrip('/'))}/{pattern}")
     except FileNotFoundError:
@@ -70,7 +70,7 @@ def download(url: str, target: Path) -> None:
         FileNotFoundError: if there is no such file.
         SetupError: if it cannot be copied.
     """
-    system, path = open_remote(url)
+    system, path = remote_filesystem(url)
     try:
         _get(system, path, target)
     except FileNotFoundError:
@@ -153,7 +153,7 @@ class _FsspecCopier:
 
     def __init__(self, folder: Path, url: str) -> None:
         self.folder = folder
-        self.system, self.root = open_remote(url)
+        self.system, self.root = remote_filesystem(url)
         self.copied: dict[Path, tuple[int, int]] = {}  # size and time of change when last copied
 
     def copy(self) -> None:

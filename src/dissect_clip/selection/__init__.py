@@ -145,14 +145,15 @@ def build_chooser(config: Config, selector: Selector | None) -> Chooser | None:
 
 
 def build_decoys(
-    config: Config, selector: Selector, world: World, num_kept: int, kept_ids: Callable[[Tensor], Tensor]
+    config: Config, selector: Selector, world: World, subset_size: int, subset_ids: Callable[[Tensor], Tensor]
 ) -> Decoys | None:
     """The decoys that the strategy asks for, none of them with a caption yet; None without any.
 
-    They are drawn among the ``num_kept`` samples that are trained on, whose ids [n] ``kept_ids`` gives by numbers [n].
+    They are drawn among the ``subset_size`` samples that are trained on,
+    whose ids [n] ``subset_ids`` gives by numbers [n].
     """
     strategy = selector.strategy
     if strategy.decoys == 0:
         return None
-    strategy.decoy_ids = kept_ids(decoy_ids(num_kept, strategy.decoys, config.training.seed))
+    strategy.decoy_ids = subset_ids(decoy_ids(subset_size, strategy.decoys, config.training.seed))
     return Decoys(strategy.decoy_ids, world) if len(strategy.decoy_ids) > 0 else None

@@ -174,9 +174,12 @@ class ReusingSelector(Selector):
         generator = torch.Generator(device)
         generator.manual_seed(derive_seed(self.seed, Stream.SELECT, step, self.world.rank))
         rows = self.store.read(batch.sample_id)
-        k, count = self.known.kept(epoch, batch.drawn), min(self.known.fresh(epoch, batch.drawn), len(batch))
+        k, count = (
+            self.known.kept(epoch, batch.num_candidates),
+            min(self.known.fresh(epoch, batch.num_candidates), len(batch)),
+        )
         usable = torch.ones(len(batch), dtype=torch.bool, device=device)
-        if count == len(batch) or count == 0 or batch.drawn > len(batch):
+        if count == len(batch) or count == 0 or batch.num_candidates > len(batch):
             fresh = torch.arange(count, device=device)
         else:
             fresh = self.known.stalest(rows, count, generator)

@@ -190,7 +190,7 @@ class Selector:
         else:
             candidates = Candidates(epoch=epoch, generator=generator, memory=self.store.read(batch.sample_id))
         usable = _usable(candidates) if scored else None
-        k = min(kept(self.strategy.rate(epoch), batch.drawn), len(batch))
+        k = min(kept(self.strategy.rate(epoch), batch.num_candidates), len(batch))
         if k == len(batch):
             # Keeping all must keep the order, too: it is then bit for bit the batch that was loaded.
             index = torch.arange(k, device=device)

@@ -130,23 +130,23 @@ def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -
 
     Returns the losses by name, with their sum as ``loss``, and ``logit_scale``: scalars on the device, detached.
     """
-    config, counters, watch = state.config, state.counters, state.world.watch
+    config, counters, watchdog = state.config, state.counters, state.world.watchdog
     seed_everything(derive_seed(config.training.seed, Stream.MODEL, counters.step, state.world.rank))
     if not config.training.skip_scheduler:
         set_learning_rate(state.optimizer, state.schedule(counters.step))
-    watch.mark("score", counters.step)
+    watchdog.begin_phase("score", counters.step)
     chosen = [_select(state, batch) for batch in batches]
     clock.lap("score")
-    watch.mark("train", counters.step)
+    watchdog.begin_phase("train", counters.step)
     state.optimizer.zero_grad(set_to_none=True)
     outputs = _forward_backward(state, chosen[0]) if len(chosen) == 1 else _accumulate(state, chosen)
     clock.lap("train")
-    watch.mark("optimizer", counters.step)
+    watchdog.begin_phase("optimizer", counters.step)
     finite = optimizer_step(state.optimizer, state.scaler, state.module.parameters(), config.training.grad_clip_norm)
     with torch.no_grad():
         state.module.logit_scale.clamp_(0, MAX_LOG_LOGIT_SCALE)  # type: ignore[operator]
     finite = finite & outputs["loss"].isfinite()
-    state.buffers.settle(finite)
+    state.buffers.synchronise(finite)
     state.tally.add_step(finite)
     clock.lap("optimizer")
     counters.step += 1
@@ -172,7 +172,7 @@ def _select(state: TrainState, batch: Batch) -> Chosen:
         chosen = Chosen(batch.take(selection.index), batch, selection, counters.batch)
         counters.scored += selection.scored * state.world.size
     counters.batch += 1
-    counters.seen += batch.drawn * state.world.size
+    counters.seen += batch.num_candidates * state.world.size
     counters.trained += len(chosen.batch) * state.world.size
     return chosen
 
@@ -291,16 +291,16 @@ def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[
     loader = iter(data.loader)
     transfer = Transfer(state.world.device, state.input_dtype)
     group: list[Batch] = []
-    state.world.watch.mark("load", state.counters.step)
+    state.world.watchdog.begin_phase("load", state.counters.step)
     while (batch := _next(loader)) is not None:
-        data.taken(batch)
+        data.consume(batch)
         batch, decoys = transfer(batch), state.decoys
         group.append(batch if decoys is None else decoys(batch))
         if len(group) == state.config.training.accum_freq:
             clock.lap("load")
             yield group
             group = []
-            state.world.watch.mark("load", state.counters.step)
+            state.world.watchdog.begin_phase("load", state.counters.step)
 
 
 def train_epoch(
@@ -324,9 +324,9 @@ def train_epoch(
         state.decoys.agree()
     if state.selector is not None and first == 0:
         state.selector.begin_epoch(counters.epoch)
-    steps = first + data.batches_left // state.config.training.accum_freq
+    steps = first + data.remaining_batches // state.config.training.accum_freq
     state.recorder.begin(counters.epoch, first)
-    state.skip_log.begin(counters.epoch, 0 if data.meets_again else first)
+    state.skip_log.begin(counters.epoch, 0 if data.recounts_skips else first)
     clock = PhaseClock(state.world.device)
     if state.chooser is not None and state.selector is not None:
         state.chooser.publish(state.selector.store.scores, state.selector.survey)
@@ -343,7 +343,7 @@ def train_epoch(
                 metrics = window.close(outputs, batches)
                 progress.show(loss=metrics["loss"])
                 reporter.train(counters.step, metrics)
-            orders = state.world.watch.poll(minutes_are_over(state))
+            orders = state.world.watchdog.poll(minutes_are_over(state))
             signal = orders.stop
             if done < steps and save is not None and (orders.save or signal is not None or step_is_due(state)):
                 window.count_seconds()
@@ -352,7 +352,7 @@ def train_epoch(
             if done < steps and signal is not None:
                 raise Stopped(signal)
     state.recorder.end()
-    state.skip_log.add(data.skipped_rows())
+    state.skip_log.add(data.drain_skips())
     state.skip_log.end()
     counters.epoch += 1
     counters.epoch_step = 0
@@ -374,15 +374,15 @@ def minutes_are_over(state: TrainState) -> bool:
 
 def save_inside(state: TrainState, data: TrainData, save: Callable[[], None]) -> None:
     """Save in the middle of an epoch: first the rows of its files that the checkpoint relies on. Collective."""
-    state.world.watch.mark("save", state.counters.step)
+    state.world.watchdog.begin_phase("save", state.counters.step)
     state.recorder.cut(state.counters.epoch_step)
-    state.skip_log.add(data.skipped_rows())
+    state.skip_log.add(data.drain_skips())
     state.skip_log.cut(state.counters.epoch_step)
     save()
 
 
 def _report_skipped(state: TrainState, data: TrainData) -> None:
-    skipped = data.skipped()
+    skipped = data.skip_counts()
     counts = (
         state.world.sum(torch.tensor(list(skipped.values()), device=state.world.device)).tolist() if skipped else []
     )
@@ -414,7 +414,7 @@ class Window:
         scores = torch.zeros((), dtype=torch.int64, device=device)
         if state.selector is not None:
             scores, state.selector.not_finite = state.selector.not_finite, scores
-        skipped = torch.tensor([sum(self.data.skipped().values())], device=device)
+        skipped = torch.tensor([sum(self.data.skip_counts().values())], device=device)
         return state.world.all_gather(torch.cat([state.tally.read(), scores[None], skipped])[None]).cpu()
 
     def count_seconds(self) -> None:
@@ -479,7 +479,7 @@ class Window:
         """An epoch has room for so many: a share of what was read so far would damn a run for one early bad shard."""
         config, world = self.state.config, self.state.world
         samples = self.steps * config.training.accum_freq * config.training.batch_size * world.size
-        self.state.skip_log.add(self.data.skipped_rows())
+        self.state.skip_log.add(self.data.drain_skips())
         self.state.skip_log.check(skipped, samples, config.data.max_skip_fraction)
 
     def _check_finite(self, counts: Tensor, values: dict[str, float], batches: Sequence[Batch]) -> None:

@@ -22,9 +22,9 @@ from dissect_clip.config.settings import Config
 from dissect_clip.data.evaluation.classification import fill_template
 from dissect_clip.data.evaluation.stream import ClassificationData, RetrievalData, classification_data, retrieval_data
 from dissect_clip.data.formats.decode import IMAGE_SUFFIXES, MAX_TEXT_SIZE, caption_suffixes
-from dissect_clip.data.formats.download import open_remote
+from dissect_clip.data.formats.download import open_stream
 from dissect_clip.data.formats.urls import is_local, local_path
-from dissect_clip.data.formats.webdataset import SharedShards, numbered_shards, shared_shards
+from dissect_clip.data.formats.webdataset import EvaluationShards, evaluation_shards, numbered_shards
 from dissect_clip.data.loaders import Tokenizer, Transform
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -119,7 +119,7 @@ class Layout:
         return path.read_bytes() if path.is_file() else None
 
     def _remote(self, url: str) -> bytes | None:
-        with open_remote(url, self.timeout) as stream:
+        with open_stream(url, self.timeout) as stream:
             try:
                 data = stream.read(MAX_TEXT_SIZE)
             except TimeoutError:
@@ -172,7 +172,7 @@ class Found:
 
     name: str
     kind: Kind
-    source: SharedShards
+    source: EvaluationShards
     classnames: list[str]  # none for retrieval
     templates: list[str]  # none where they are not needed
 
@@ -201,12 +201,12 @@ def find_split(name: str, layout: Layout, split: str, *, templates: bool) -> Fou
     shards = layout.shards(split)
     kind = layout.kind()
     if kind is Kind.RETRIEVAL:
-        return Found(name, kind, shared_shards(shards, caption_suffixes(None), FLAG, layout.timeout), [], [])
+        return Found(name, kind, evaluation_shards(shards, caption_suffixes(None), FLAG, layout.timeout), [], [])
     suffixes = frozenset((*IMAGE_SUFFIXES, _LABELS[kind]))
     return Found(
         name=name,
         kind=kind,
-        source=shared_shards(shards, suffixes, FLAG, layout.timeout),
+        source=evaluation_shards(shards, suffixes, FLAG, layout.timeout),
         classnames=layout.classnames(),
         templates=layout.templates() if templates else [],
     )

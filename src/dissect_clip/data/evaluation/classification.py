@@ -18,9 +18,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from dissect_clip.config.settings import Config
 from dissect_clip.data.evaluation.stream import ClassificationData, EvalSource, classification_data
 from dissect_clip.data.formats.decode import IMAGE_SUFFIXES, RawSample, read_file
-from dissect_clip.data.formats.webdataset import benchmark_shards, shared_shards
+from dissect_clip.data.formats.webdataset import benchmark_shards, evaluation_shards
 from dissect_clip.data.loaders import Transform
-from dissect_clip.data.sampling.plan import Place
+from dissect_clip.data.sampling.plan import WorkerInfo
 from dissect_clip.data.skips import BadSampleError, SkipCounter
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -38,7 +38,7 @@ class FolderSource:
     root: str
     files: tuple[tuple[str, int], ...]  # path and class
 
-    def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
+    def samples(self, place: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
         """See :class:`dissect_clip.data.evaluation.stream.EvalSource`."""
         for number in range(place.number, len(self.files), place.total):
             path, label = self.files[number]
@@ -109,7 +109,7 @@ def _find(path: str, flag: str, timeout: float) -> Found:
         kind = Path(path) / "dataset_type.txt"
         if kind.is_file() and kind.read_text().strip().lower() not in ("", "classification"):
             raise SetupError(f"{flag} {path}: a set of type {kind.read_text().strip()!r} has no single class an image")
-        source = shared_shards(shards, frozenset((*IMAGE_SUFFIXES, "cls")), flag, timeout)
+        source = evaluation_shards(shards, frozenset((*IMAGE_SUFFIXES, "cls")), flag, timeout)
         return Found(flag, path, source, None)
     folders = _sorted_folders(path)
     labels = {name: label for label, name in enumerate(folders)}

@@ -28,8 +28,8 @@ from dissect_clip.data.formats.decode import (
     transform_image,
 )
 from dissect_clip.data.loaders import Tokenizer, Transform, make_loader
-from dissect_clip.data.sampling.plan import Place, place_here
-from dissect_clip.data.skips import BadSampleError, SkipBoard, SkipCounter
+from dissect_clip.data.sampling.plan import WorkerInfo, current_worker
+from dissect_clip.data.skips import BadSampleError, SharedSkipCounts, SkipCounter
 from dissect_clip.distributed.world import World
 from dissect_clip.seeding import Stream, derive_seed, seeded
 
@@ -41,12 +41,12 @@ _MAX_RATIO = 100
 class EvalSource(Protocol):
     """Where a worker's share of the raw samples comes from. Picklable."""
 
-    def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
+    def samples(self, place: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
         """This worker's share; ``sample_id`` is the sample's place in the set, the same for any number of workers."""
         ...
 
 
-class Described(NamedTuple):
+class EvaluationSample(NamedTuple):
     """An image and what belongs to it."""
 
     image: Tensor  # [3, H, W]
@@ -61,18 +61,18 @@ class EvalStream(IterableDataset[B]):
     def __init__(
         self,
         source: EvalSource,
-        decode: Callable[[RawSample], Described],
-        collate: Callable[[list[Described]], B],
+        decode: Callable[[RawSample], EvaluationSample],
+        collate: Callable[[list[EvaluationSample]], B],
         config: Config,
         world: World,
     ) -> None:
-        self.skips = SkipBoard(config.data.workers)
+        self.skips = SharedSkipCounts(config.data.workers)
         self._source, self._decode, self._collate = source, decode, collate
         self._rank, self._world_size = world.rank, world.size
         self._batch_size, self._seed = config.training.batch_size, config.training.seed
 
     def __iter__(self) -> Iterator[B]:
-        place = place_here(self._rank, self._world_size)
+        place = current_worker(self._rank, self._world_size)
         self.skips.clear(place.worker)
         images = self._images(place)
         for number in itertools.count():
@@ -84,7 +84,7 @@ class EvalStream(IterableDataset[B]):
                 return
             yield batch
 
-    def _images(self, place: Place) -> Iterator[Described]:
+    def _images(self, place: WorkerInfo) -> Iterator[EvaluationSample]:
         skips = self.skips.counter(place.worker)
         for sample in self._source.samples(place, skips):
             try:
@@ -128,10 +128,10 @@ class DecodeRetrieval:
     json_field: str | None
     by_line: bool  # each line of a txt is a caption
 
-    def __call__(self, sample: RawSample) -> Described:
+    def __call__(self, sample: RawSample) -> EvaluationSample:
         """Raises BadSampleError where the image or every caption is missing or broken."""
         captions = decode_captions(sample.files, self.json_field, self.by_line)
-        return Described(_eval_image(self.transform, sample), captions, sample.sample_id, -1)
+        return EvaluationSample(_eval_image(self.transform, sample), captions, sample.sample_id, -1)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class CollateRetrieval:
 
     tokenizer: Tokenizer
 
-    def __call__(self, images: list[Described]) -> RetrievalBatch:
+    def __call__(self, images: list[EvaluationSample]) -> RetrievalBatch:
         """At least one image."""
         return RetrievalBatch(
             image=torch.stack([image.image for image in images]),
@@ -158,14 +158,14 @@ class DecodeLabelled:
     num_classes: int
     multilabel: bool = False
 
-    def __call__(self, sample: RawSample) -> Described:
+    def __call__(self, sample: RawSample) -> EvaluationSample:
         """Raises BadSampleError where image or label is missing or broken."""
         decode = decode_label_vector if self.multilabel else decode_label
         label = decode(sample.files, self.num_classes)
-        return Described(_eval_image(self.transform, sample), [], sample.sample_id, label)
+        return EvaluationSample(_eval_image(self.transform, sample), [], sample.sample_id, label)
 
 
-def collate_labelled(images: list[Described]) -> LabelledBatch:
+def collate_labelled(images: list[EvaluationSample]) -> LabelledBatch:
     """Images -> a batch; at least one image."""
     return LabelledBatch(
         image=torch.stack([image.image for image in images]),
@@ -182,7 +182,7 @@ class RetrievalData:
     loader: DataLoader[RetrievalBatch]
     stream: EvalStream[RetrievalBatch]
 
-    def skipped(self) -> dict[str, int]:
+    def skip_counts(self) -> dict[str, int]:
         """Samples of this rank left out in the last pass, by reason. Not collective."""
         return self.stream.skips.totals()
 
@@ -198,19 +198,19 @@ class ClassificationData:
     templates: Sequence[Callable[[str], str]]
     """Each makes a prompt of a class name; as open_clip.build_zero_shot_classifier takes them."""
 
-    def skipped(self) -> dict[str, int]:
+    def skip_counts(self) -> dict[str, int]:
         """Samples of this rank left out in the last pass, by reason. Not collective."""
         return self.stream.skips.totals()
 
 
-def left_out(data: RetrievalData | ClassificationData, world: World) -> dict[str, int]:
+def count_skips(data: RetrievalData | ClassificationData, world: World) -> dict[str, int]:
     """Samples that any rank left out in the last pass, by kind. Collective, and equal on all ranks."""
-    kinds, counts = zip(*data.skipped().items(), strict=True)
+    kinds, counts = zip(*data.skip_counts().items(), strict=True)
     totals = world.sum(torch.tensor(counts, device=world.device)).tolist()
     return {kind: total for kind, total in zip(kinds, totals, strict=True) if total}
 
 
-def tell_left_out(counts: Mapping[str, int]) -> str:
+def describe_skips(counts: Mapping[str, int]) -> str:
     """How many of each kind, for messages."""
     return ", ".join(f"{count} {kind}" for kind, count in counts.items())
 

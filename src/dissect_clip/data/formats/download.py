@@ -81,7 +81,7 @@ class _Download(io.RawIOBase):
                 _end(self._process)
 
 
-def open_remote(url: str, timeout: float = DataSettings.data_timeout) -> io.BufferedReader:
+def open_stream(url: str, timeout: float = DataSettings.data_timeout) -> io.BufferedReader:
     """The file at a URL of any scheme but ``file``, as a stream to be closed; closing never waits long.
 
     Reading raises TimeoutError when nothing comes for ``timeout`` seconds, and OSError at the end of the output of a

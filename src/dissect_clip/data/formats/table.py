@@ -14,8 +14,8 @@ from dissect_clip.config.settings import Config
 from dissect_clip.data.evaluation.stream import RetrievalData, retrieval_data
 from dissect_clip.data.formats.decode import RawSample
 from dissect_clip.data.loaders import Tokenizer, TrainData, TrainStream, Transform, make_loader
-from dissect_clip.data.sampling.plan import Coverage, Place, count_batches, span_rows
-from dissect_clip.data.sampling.progress import Bits, count_marked, flipped
+from dissect_clip.data.sampling.plan import Coverage, WorkerInfo, count_batches, span_rows
+from dissect_clip.data.sampling.progress import Bitmap, count_set, inverted
 from dissect_clip.data.sampling.subset import Names, list_digest, read_list
 from dissect_clip.data.skips import SkipCounter
 from dissect_clip.distributed.world import World
@@ -69,13 +69,15 @@ class TableSource:
     num_batches: int
     batch_size: int
     seed: int
-    left_out: Bits | None = None  # rows that no attempt gives
-    visited: Bits | None = None  # rows that the first attempt leaves out, with those
+    left_out: Bitmap | None = None  # rows that no attempt gives
+    visited: Bitmap | None = None  # rows that the first attempt leaves out, with those
     rest_batches: int = 0  # of a rank, for those that it does not
     coverage = Coverage.ONCE
     shuffle_buffer = 0
 
-    def samples(self, place: Place, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]) -> Rows:
+    def samples(
+        self, place: WorkerInfo, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]
+    ) -> Rows:
         """See :class:`dissect_clip.data.loaders.Source`."""
         (done,) = position or (0,)
         if attempt == 0 and self.visited is not None:
@@ -88,26 +90,26 @@ class TableSource:
         return Rows(self.table, rows, once, done)
 
     def _span(
-        self, num_batches: int, epoch: int, place: Place, left_out: Bits | None
+        self, num_batches: int, epoch: int, place: WorkerInfo, left_out: Bitmap | None
     ) -> tuple[NDArray[np.int64], range]:
         return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, left_out)
 
-    def rest(self, visited: Bits, num_batches: int) -> TableSource:
+    def rest(self, visited: Bitmap, num_batches: int) -> TableSource:
         """See :class:`dissect_clip.data.loaders.Source`."""
         return dataclasses.replace(self, visited=visited, rest_batches=num_batches)
 
-    def describe(self, place: Place, epoch: int) -> str:
+    def describe(self, place: WorkerInfo, epoch: int) -> str:
         """The table's name."""
         return self.table.name
 
 
 @dataclass(frozen=True)
-class SharedTable:
+class EvaluationTable:
     """Rows that all workers read once, together."""
 
     table: Table
 
-    def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
+    def samples(self, place: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
         """See :class:`dissect_clip.data.evaluation.stream.EvalSource`."""
         for row in range(place.number, len(self.table), place.total):
             yield self.table.read(row)
@@ -128,12 +130,12 @@ def table_train(
     """
     if config.data.dataset_resampled:
         raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
-    left_out, num_kept, sizes = None, len(table), np.array([len(table)])
+    left_out, subset_size, sizes = None, len(table), np.array([len(table)])
     if config.data.train_keep is not None:
         keep = read_list(config.data.train_keep, Names((table.name,), sizes, lambda _: table.keys()), "--train-keep")
-        left_out, num_kept = flipped(keep, len(table)), count_marked(keep)
+        left_out, subset_size = inverted(keep, len(table)), count_set(keep)
         fingerprint = f"{fingerprint}+{list_digest(keep)}"
-    num_batches = count_batches(num_kept, config.training.batch_size, world.size, config.training.accum_freq)
+    num_batches = count_batches(subset_size, config.training.batch_size, world.size, config.training.accum_freq)
     source = TableSource(table, num_batches, config.training.batch_size, config.training.seed, left_out)
     stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer, left_out)
     return TrainData(
@@ -145,7 +147,7 @@ def table_train(
         shard_names=(table.name,),
         shard_sizes=sizes,
         find_shard=all_in_first,
-        num_kept=num_kept,
+        subset_size=subset_size,
         left_out=left_out,
     )
 
@@ -154,7 +156,7 @@ def table_retrieval(
     table: Table, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
 ) -> RetrievalData:
     """A table's rows as validation data; not collective."""
-    return retrieval_data(SharedTable(table), _for_tables(config), world, transform, tokenizer)
+    return retrieval_data(EvaluationTable(table), _for_tables(config), world, transform, tokenizer)
 
 
 def all_in_first(sample_id: NDArray[np.int64]) -> NDArray[np.int32]:

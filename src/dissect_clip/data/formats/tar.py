@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.decode import MAX_FILE_SIZE
-from dissect_clip.data.formats.download import open_remote
+from dissect_clip.data.formats.download import open_stream
 from dissect_clip.data.formats.urls import is_local, local_path
 
 _BLOCK = 512
@@ -146,7 +146,7 @@ class _Rejoined:
 
 
 def _open(url: str, timeout: float) -> _LocalFile | _Stream:
-    stream = io.FileIO(local_path(url)) if is_local(url) else open_remote(url, timeout)
+    stream = io.FileIO(local_path(url)) if is_local(url) else open_stream(url, timeout)
     try:
         head = _Stream(stream).read(5)
         if not head:

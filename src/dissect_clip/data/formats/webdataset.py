@@ -26,22 +26,22 @@ from dissect_clip.data.loaders import Tokenizer, TrainData, TrainStream, Transfo
 from dissect_clip.data.sampling.plan import (
     Coverage,
     CyclePlan,
-    DrawPlan,
-    Kept,
-    KeptPlan,
-    Part,
-    Place,
-    Plan,
-    RestPlan,
+    EpochPlan,
+    RemainderPlan,
+    ResamplingPlan,
+    ShardSlice,
+    ShardSubset,
     SpanPlan,
+    SubsetPlan,
+    WorkerInfo,
     count_batches,
     share_shards,
 )
-from dissect_clip.data.sampling.progress import Bits, flipped
+from dissect_clip.data.sampling.progress import Bitmap, inverted
 from dissect_clip.data.sampling.shard_ids import ShardIndex, display_names, fingerprint, index_shards
-from dissect_clip.data.sampling.shard_sizes import known_sizes
+from dissect_clip.data.sampling.shard_sizes import recorded_sizes
 from dissect_clip.data.sampling.subset import Names, list_digest, read_list
-from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, counted_before
+from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, silent_counter
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.seeding import Stream, derive_seed
@@ -60,7 +60,7 @@ def _problem(sample: TarSample) -> BadSampleError | None:
     return BadSampleError(Skip.TOO_LARGE_FILE, f"its {suffixes} has more than {MAX_FILE_SIZE} bytes")
 
 
-class Wanted:
+class OrdinalSet:
     """Which samples of a shard to read: those of rising ordinals, but for the first ``done`` of them."""
 
     def __init__(self, ordinals: Sequence[int], done: int = 0) -> None:
@@ -74,7 +74,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardFile:
     """A shard as its reader needs to know it."""
 
     url: str
@@ -97,7 +97,7 @@ class Shard:
         it. Where the size is not known, a shard that cannot be read to its end counts as one lost sample. With
         ``reread`` the samples were all read before, and only those are counted that no longer can be.
         """
-        wanted, known = Wanted(ordinals, given), reread or self.size is not None
+        wanted, known = OrdinalSet(ordinals, given), reread or self.size is not None
         kind, reason = Skip.BELOW_RECORDED_SIZE, f"it has fewer than the recorded {self.size} samples"
         lost = len(ordinals) - given if known else 0
         try:
@@ -118,15 +118,15 @@ class Shard:
 
 
 class ReadPart(Protocol):
-    """:meth:`Shard.read` of a part's shard."""
+    """:meth:`ShardFile.read` of a part's shard."""
 
-    def __call__(self, part: Part, given: int = 0, reread: bool = False) -> Iterator[RawSample]: ...
+    def __call__(self, part: ShardSlice, given: int = 0, reread: bool = False) -> Iterator[RawSample]: ...
 
 
 class PartsInOrder:
     """The samples of parts of shards, one part after the other, from some place on; knows how far it is."""
 
-    def __init__(self, parts: list[Part], read: ReadPart, done: int, given: int, uneven: dict[int, int]) -> None:
+    def __init__(self, parts: list[ShardSlice], read: ReadPart, done: int, given: int, uneven: dict[int, int]) -> None:
         self.parts, self._read = parts, read
         self.done = done  # parts read to their end
         self.given = given  # samples of the part after these
@@ -154,7 +154,7 @@ class Shuffled:
     holds the numbers of a few thousand; only these are read again, and only when they come out are they decoded.
     """
 
-    def __init__(self, parts: list[Part], read: ReadPart, seed: int, position: tuple[int, ...]) -> None:
+    def __init__(self, parts: list[ShardSlice], read: ReadPart, seed: int, position: tuple[int, ...]) -> None:
         self._drawn, done, given, *uneven = position or (0, 0, 0)
         self._in_order = PartsInOrder(parts, read, done, given, dict(zip(uneven[::2], uneven[1::2], strict=True)))
         self._read, self._seed = read, seed
@@ -199,8 +199,8 @@ class Shuffled:
 class ShardSource:
     """Samples of the shards that a plan gives to a worker, through a shuffle buffer."""
 
-    shards: tuple[Shard, ...]
-    plan: Plan
+    shards: tuple[ShardFile, ...]
+    plan: EpochPlan
     suffixes: frozenset[str]
     seed: int
 
@@ -215,12 +215,12 @@ class ShardSource:
         return _SHUFFLE_BUFFER
 
     def samples(
-        self, place: Place, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]
+        self, place: WorkerInfo, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]
     ) -> Shuffled:
         """See :class:`dissect_clip.data.loaders.Source`."""
 
-        def read(part: Part, given: int = 0, reread: bool = False) -> Iterator[RawSample]:
-            counter = counted_before() if part.again else skips
+        def read(part: ShardSlice, given: int = 0, reread: bool = False) -> Iterator[RawSample]:
+            counter = silent_counter() if part.again else skips
             samples = self.shards[part.shard].read(part.ordinals, self.suffixes, counter, given, reread)
             if not (part.again or part.twice):
                 return samples
@@ -229,12 +229,12 @@ class ShardSource:
         seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
         return Shuffled(self.plan.parts(place, epoch, attempt), read, seed, position)
 
-    def rest(self, visited: Bits, num_batches: int) -> ShardSource:
+    def rest(self, visited: Bitmap, num_batches: int) -> ShardSource:
         """See :class:`dissect_clip.data.loaders.Source`."""
-        assert isinstance(self.plan, SpanPlan | KeptPlan)
-        return dataclasses.replace(self, plan=RestPlan(self.plan, visited, num_batches))
+        assert isinstance(self.plan, SpanPlan | SubsetPlan)
+        return dataclasses.replace(self, plan=RemainderPlan(self.plan, visited, num_batches))
 
-    def describe(self, place: Place, epoch: int) -> str:
+    def describe(self, place: WorkerInfo, epoch: int) -> str:
         """See :class:`dissect_clip.data.loaders.Source`."""
         parts = self.plan.parts(place, epoch, 0)
         return name_some(list(dict.fromkeys(self.shards[part.shard].name for part in parts)))
@@ -300,7 +300,7 @@ def _find(config: Config, world: World, run_folder: Path | None) -> Found:
     urls = [url for source in sources for url in source]
     check_present(urls, "--train-data")
     needed = _needs_ids(config) or config.data.train_num_samples is None or _too_few(len(urls), config, world)
-    found = Found(sources, known_sizes(urls, run_folder, needed, config.data.data_timeout))
+    found = Found(sources, recorded_sizes(urls, run_folder, needed, config.data.data_timeout))
     check_not_empty([url for url in urls if url not in found.known], "--train-data")
     return found
 
@@ -346,33 +346,36 @@ def shard_names(index: ShardIndex, timeout: float) -> Names:
     return Names(display_names(index.urls), index.sizes, lambda place: _keys(index.urls[place], timeout))
 
 
-def _read_keep(config: Config, world: World, index: ShardIndex) -> Bits:
+def _read_keep(config: Config, world: World, index: ShardIndex) -> Bitmap:
     assert config.data.train_keep is not None
     return read_list(
-        config.data.train_keep, shard_names(index, config.data.data_timeout), "--train-keep", world.watch.alive
+        config.data.train_keep,
+        shard_names(index, config.data.data_timeout),
+        "--train-keep",
+        world.watchdog.report_progress,
     )
 
 
 def _plan(
-    config: Config, num_batches: int, index: ShardIndex | None, kept: Kept | None, sources: list[list[str]]
-) -> Plan:
+    config: Config, num_batches: int, index: ShardIndex | None, kept: ShardSubset | None, sources: list[list[str]]
+) -> EpochPlan:
     if config.data.dataset_resampled:
         text = config.data.train_data_upsampling_factors
         factors = [1.0] * len(sources) if text is None else parse_factors(text, len(sources))
         weights = [factor for factor, source in zip(factors, sources, strict=True) for _ in source]
-        return DrawPlan(weights, None if index is None else index.sizes, config.training.seed, kept)
+        return ResamplingPlan(weights, None if index is None else index.sizes, config.training.seed, kept)
     if index is None:
         return CyclePlan(sum(map(len, sources)), config.training.seed)
     if kept is not None:
-        return KeptPlan(kept, num_batches, config.training.batch_size, config.training.seed)
+        return SubsetPlan(kept, num_batches, config.training.batch_size, config.training.seed)
     return SpanPlan(index.sizes, num_batches, config.training.batch_size, config.training.seed)
 
 
-def _shards(urls: list[str], names: tuple[str, ...], index: ShardIndex | None, timeout: float) -> tuple[Shard, ...]:
+def _shards(urls: list[str], names: tuple[str, ...], index: ShardIndex | None, timeout: float) -> tuple[ShardFile, ...]:
     if index is None:
-        return tuple(Shard(url, name, None, None, timeout) for url, name in zip(urls, names, strict=True))
+        return tuple(ShardFile(url, name, None, None, timeout) for url, name in zip(urls, names, strict=True))
     return tuple(
-        Shard(url, name, first, size, timeout)
+        ShardFile(url, name, first, size, timeout)
         for url, name, first, size in zip(urls, names, index.offsets.tolist(), index.sizes.tolist(), strict=True)
     )
 
@@ -388,7 +391,7 @@ def train_data(
     tokenizer: Tokenizer,
     sources: list[list[str]],
     index: ShardIndex | None,
-    keep: Bits | None = None,
+    keep: Bitmap | None = None,
 ) -> TrainData:
     """The loader of shards whose sizes are known (``index``), or not; of the samples ``keep`` only. Not collective.
 
@@ -402,11 +405,13 @@ def train_data(
     num_samples = config.data.train_num_samples if index is None else index.num_samples
     assert num_samples is not None
     print_of_all = fingerprint(names, [-1] * len(names)) if index is None else index.fingerprint
-    left_out = None if keep is None else flipped(keep, num_samples)
-    kept = None if left_out is None or index is None else Kept.of(index.sizes, left_out)
-    num_kept = num_samples if kept is None else int(kept.counts.sum())
+    left_out = None if keep is None else inverted(keep, num_samples)
+    kept = None if left_out is None or index is None else ShardSubset.of(index.sizes, left_out)
+    subset_size = num_samples if kept is None else int(kept.counts.sum())
     length = config.data.train_num_samples if config.data.dataset_resampled else None
-    num_batches = count_batches(length or num_kept, config.training.batch_size, world.size, config.training.accum_freq)
+    num_batches = count_batches(
+        length or subset_size, config.training.batch_size, world.size, config.training.accum_freq
+    )
     plan = _plan(config, num_batches, index, kept, sources)
     suffixes = caption_suffixes(config.data.json_caption_key)
     source = ShardSource(_shards(urls, names, index, config.data.data_timeout), plan, suffixes, config.training.seed)
@@ -420,7 +425,7 @@ def train_data(
         shard_names=names,
         shard_sizes=None if index is None else index.sizes,
         find_shard=_no_ids if index is None else index.locate,
-        num_kept=num_kept,
+        subset_size=subset_size,
         left_out=left_out,
     )
 
@@ -481,13 +486,13 @@ def benchmark_shards(folder: str, flag: str) -> list[str] | None:
 
 
 @dataclass(frozen=True)
-class SharedShards:
+class EvaluationShards:
     """Shards that all workers read once, together."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[ShardFile, ...]
     suffixes: frozenset[str]
 
-    def samples(self, place: Place, skips: SkipCounter) -> Iterator[RawSample]:
+    def samples(self, place: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
         """See :class:`dissect_clip.data.evaluation.stream.EvalSource`."""
         for shard, ordinals in share_shards(len(self.shards), place):
             for sample in self.shards[shard].read(ordinals, self.suffixes, skips):
@@ -497,7 +502,7 @@ class SharedShards:
                     skips.add(sample.problem.kind, sample.shard, sample.key, str(sample.problem))
 
 
-def shared_shards(urls: list[str], suffixes: frozenset[str], flag: str, timeout: float) -> SharedShards:
+def evaluation_shards(urls: list[str], suffixes: frozenset[str], flag: str, timeout: float) -> EvaluationShards:
     """A source of all samples of some shards.
 
     Raises:
@@ -506,10 +511,10 @@ def shared_shards(urls: list[str], suffixes: frozenset[str], flag: str, timeout:
     check_present(urls, flag)
     check_not_empty(urls, flag)
     shards = (
-        Shard(url, name, number << 32, None, timeout)
+        ShardFile(url, name, number << 32, None, timeout)
         for number, (url, name) in enumerate(zip(urls, display_names(urls), strict=True))
     )
-    return SharedShards(tuple(shards), suffixes)
+    return EvaluationShards(tuple(shards), suffixes)
 
 
 def build_retrieval(config: Config, world: World, transform: Transform, tokenizer: Tokenizer) -> RetrievalData:
@@ -522,5 +527,7 @@ def build_retrieval(config: Config, world: World, transform: Transform, tokenize
     urls = benchmark_shards(config.evaluation.val_data, "--val-data")
     if urls is None:
         urls = [url for source in expand(config.evaluation.val_data, "--val-data") for url in source]
-    source = shared_shards(urls, caption_suffixes(config.data.json_caption_key), "--val-data", config.data.data_timeout)
+    source = evaluation_shards(
+        urls, caption_suffixes(config.data.json_caption_key), "--val-data", config.data.data_timeout
+    )
     return retrieval_data(source, config, world, transform, tokenizer)

@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import get_worker_info
 
-from dissect_clip.data.sampling.progress import Bits, Unmarked, unmarked
+from dissect_clip.data.sampling.progress import Bitmap, UnsetPositions, unset_positions
 from dissect_clip.seeding import Stream, derive_seed
 
 Ints = NDArray[np.int64]
 
 
-class Place(NamedTuple):
+class WorkerInfo(NamedTuple):
     """A loader worker among all of the run."""
 
     rank: int
@@ -47,15 +47,15 @@ class Place(NamedTuple):
         return self.world_size * self.workers
 
 
-def place_here(rank: int, world_size: int) -> Place:
+def current_worker(rank: int, world_size: int) -> WorkerInfo:
     """The place of the worker that calls; the training process itself counts as the only worker."""
     info = get_worker_info()
     if info is None:
-        return Place(rank, world_size, 0, 1)
-    return Place(rank, world_size, info.id, info.num_workers)
+        return WorkerInfo(rank, world_size, 0, 1)
+    return WorkerInfo(rank, world_size, info.id, info.num_workers)
 
 
-class Part(NamedTuple):
+class ShardSlice(NamedTuple):
     """Some samples of a shard."""
 
     shard: int
@@ -75,7 +75,7 @@ def worker_batches(num_batches: int, worker: int, workers: int) -> int:
     return max(0, -(-(num_batches - worker) // workers))
 
 
-def worker_span(num_batches: int, batch_size: int, place: Place) -> tuple[int, int]:
+def worker_span(num_batches: int, batch_size: int, place: WorkerInfo) -> tuple[int, int]:
     """First sample of a worker, and the first after its last, in the epoch's row."""
     before = sum(worker_batches(num_batches, worker, place.workers) for worker in range(place.worker))
     first = place.rank * num_batches + before
@@ -94,7 +94,7 @@ def once_in_row(num_samples: int, length: int, first: int, last: int) -> tuple[i
     return begin, end
 
 
-def cut_shards(order: Ints, sizes: Ints, first: int, last: int) -> list[Part]:
+def cut_shards(order: Ints, sizes: Ints, first: int, last: int) -> list[ShardSlice]:
     """The parts of shards that make up samples ``first`` to before ``last`` of the shards laid end to end.
 
     ``order`` [S] holds the shards in the order they are laid, ``sizes`` [S] their samples by shard number; after the
@@ -108,7 +108,7 @@ def cut_shards(order: Ints, sizes: Ints, first: int, last: int) -> list[Part]:
         shard = int(order[place])
         begin = position - (int(ends[place]) - int(sizes[shard]))
         count = min(int(sizes[shard]) - begin, last - first)
-        parts.append(Part(shard, range(begin, begin + count)))
+        parts.append(ShardSlice(shard, range(begin, begin + count)))
         first += count
     return parts
 
@@ -125,7 +125,7 @@ class Coverage(Enum):
     DRAWS = "shards drawn with replacement"
 
 
-class Plan(Protocol):
+class EpochPlan(Protocol):
     """What a worker reads in an epoch. ``attempt`` counts how often its samples did not suffice for its batches."""
 
     @property
@@ -133,7 +133,7 @@ class Plan(Protocol):
         """What the workers read together."""
         ...
 
-    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]: ...
+    def parts(self, place: WorkerInfo, epoch: int, attempt: int) -> list[ShardSlice]: ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class SpanPlan:
     seed: int
     coverage = Coverage.ONCE
 
-    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+    def parts(self, place: WorkerInfo, epoch: int, attempt: int) -> list[ShardSlice]:
         """This worker's span of the epoch's row; the same in every attempt, but for the order."""
         generator = _generator(self.seed, Stream.SHARDS, epoch)
         order = generator.permutation(len(self.sizes))
@@ -164,37 +164,37 @@ class SpanPlan:
 
 
 @dataclass(frozen=True, eq=False)
-class Kept:
+class ShardSubset:
     """The samples of shards that are not left out."""
 
     sizes: Ints  # [S], of whole shards
-    left_out: Bits
+    left_out: Bitmap
     counts: Ints  # [S], how many of each shard are not left out
 
     @classmethod
-    def of(cls, sizes: Ints, left_out: Bits) -> Kept:
+    def of(cls, sizes: Ints, left_out: Bitmap) -> ShardSubset:
         """Count them."""
         ends = np.cumsum(sizes)
         bounds = zip((ends - sizes).tolist(), ends.tolist(), strict=True)
-        return cls(sizes, left_out, np.array([len(unmarked(left_out, *bound)) for bound in bounds], np.int64))
+        return cls(sizes, left_out, np.array([len(unset_positions(left_out, *bound)) for bound in bounds], np.int64))
 
-    def ordinals(self, shards: Sequence[int], spans: Sequence[range]) -> list[Unmarked]:
+    def ordinals(self, shards: Sequence[int], spans: Sequence[range]) -> list[UnsetPositions]:
         """For each shard those of its samples that are at the places of a span among the ones not left out."""
         ends = np.cumsum(self.sizes)
         return [
-            Unmarked(self.left_out, int(ends[shard] - self.sizes[shard]), int(ends[shard]), span.start, span.stop)
+            UnsetPositions(self.left_out, int(ends[shard] - self.sizes[shard]), int(ends[shard]), span.start, span.stop)
             for shard, span in zip(shards, spans, strict=True)
         ]
 
 
 @dataclass(frozen=True)
-class KeptPlan:
+class SubsetPlan:
     """Shards of known sizes of which some samples are left out: every other one once an epoch.
 
     Shards of which all are left out are not read.
     """
 
-    kept: Kept
+    kept: ShardSubset
     num_batches: int
     batch_size: int
     seed: int
@@ -205,7 +205,7 @@ class KeptPlan:
         """[S], of whole shards."""
         return self.kept.sizes
 
-    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+    def parts(self, place: WorkerInfo, epoch: int, attempt: int) -> list[ShardSlice]:
         """This worker's span of a row of the samples that are not left out; see :meth:`SpanPlan.parts`."""
         parts = SpanPlan(self.kept.counts, self.num_batches, self.batch_size, self.seed).parts(place, epoch, attempt)
         spans = [range(part.ordinals[0], part.ordinals[-1] + 1) for part in parts]
@@ -214,25 +214,25 @@ class KeptPlan:
 
 
 @dataclass(frozen=True)
-class RestPlan:
+class RemainderPlan:
     """The samples of an epoch that were not visited before it was stopped, each once.
 
     Where they do not suffice for a worker's batches, as few may be left of which some are bad, it fills up with samples
     of the whole epoch.
     """
 
-    whole: SpanPlan | KeptPlan
-    visited: Bits  # with those that the whole epoch leaves out
+    whole: SpanPlan | SubsetPlan
+    visited: Bitmap  # with those that the whole epoch leaves out
     num_batches: int  # of a rank, for the rest
     coverage = Coverage.ONCE
 
-    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+    def parts(self, place: WorkerInfo, epoch: int, attempt: int) -> list[ShardSlice]:
         """This worker's span of the row that is left; in later attempts its span of the epoch's whole row."""
         whole = self.whole
         if attempt > 0:
             return whole.parts(place, epoch, attempt)
-        left = Kept.of(whole.sizes, self.visited)
-        return KeptPlan(left, self.num_batches, whole.batch_size, whole.seed).parts(place, epoch, 0)
+        left = ShardSubset.of(whole.sizes, self.visited)
+        return SubsetPlan(left, self.num_batches, whole.batch_size, whole.seed).parts(place, epoch, 0)
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,10 @@ class CyclePlan:
     seed: int
     coverage = Coverage.CYCLE
 
-    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+    def parts(self, place: WorkerInfo, epoch: int, attempt: int) -> list[ShardSlice]:
         """Every ``place.total``-th shard of an order that differs by epoch."""
         order = _generator(self.seed, Stream.SHARDS, epoch).permutation(self.num_shards)
-        own = [Part(int(shard), range(sys.maxsize)) for shard in order[place.number :: place.total]]
+        own = [ShardSlice(int(shard), range(sys.maxsize)) for shard in order[place.number :: place.total]]
         if attempt > 0:
             random.Random(derive_seed(self.seed, Stream.SHARDS, epoch, *place, attempt)).shuffle(own)
         return own
@@ -258,29 +258,37 @@ def draw_shards(weights: list[float], count: int, seed: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class DrawPlan:
+class ResamplingPlan:
     """Shards drawn with replacement, by weight."""
 
     weights: list[float]  # [S]; a shard that is known to have no sample, or none that is kept, is never drawn
     sizes: Ints | None  # [S], or None where they are unknown
     seed: int
-    kept: Kept | None = None  # where some samples are left out
+    kept: ShardSubset | None = None  # where some samples are left out
     coverage = Coverage.DRAWS
 
-    def parts(self, place: Place, epoch: int, attempt: int) -> list[Part]:
+    def parts(self, place: WorkerInfo, epoch: int, attempt: int) -> list[ShardSlice]:
         """As many draws as there are shards, other ones in every attempt."""
         seed = derive_seed(self.seed, Stream.RESAMPLE, epoch, *place, attempt)
         counts = self.sizes if self.kept is None else self.kept.counts
         if counts is None:
-            return [Part(shard, range(sys.maxsize)) for shard in draw_shards(self.weights, len(self.weights), seed)]
+            return [
+                ShardSlice(shard, range(sys.maxsize)) for shard in draw_shards(self.weights, len(self.weights), seed)
+            ]
         weights = [weight * (count > 0) for weight, count in zip(self.weights, counts.tolist(), strict=True)]
         shards = draw_shards(weights, len(weights), seed)
         spans = [range(int(counts[shard])) for shard in shards]
-        return list(map(Part, shards, spans if self.kept is None else self.kept.ordinals(shards, spans)))
+        return list(map(ShardSlice, shards, spans if self.kept is None else self.kept.ordinals(shards, spans)))
 
 
 def span_rows(
-    num_rows: int, num_batches: int, batch_size: int, seed: int, epoch: int, place: Place, left_out: Bits | None = None
+    num_rows: int,
+    num_batches: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    place: WorkerInfo,
+    left_out: Bitmap | None = None,
 ) -> tuple[Ints, range]:
     """Rows of a table that a worker reads in an epoch, and the places of those that come once in it.
 
@@ -304,7 +312,7 @@ class Share(NamedTuple):
     ordinals: range
 
 
-def share_shards(num_shards: int, place: Place) -> list[Share]:
+def share_shards(num_shards: int, place: WorkerInfo) -> list[Share]:
     """What a worker reads of a set that is read once, whole, by all workers together; sizes need not be known.
 
     Shards go round as long as each worker gets one more. Those left over are each shared by several workers, who take

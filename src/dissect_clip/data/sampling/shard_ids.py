@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.tar import DamagedTarError, ShardReader
 from dissect_clip.data.formats.urls import is_local, name_some, shard_name
-from dissect_clip.data.sampling.shard_sizes import SIZES_FILE, keep_sizes
+from dissect_clip.data.sampling.shard_sizes import SIZES_FILE, save_sizes
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
@@ -101,7 +101,7 @@ def count_samples(url: str, timeout: float = DataSettings.data_timeout) -> int:
         return count
 
 
-class Scan:
+class ShardCounter:
     """Counts the samples of shards in background threads, with a progress bar on a terminal."""
 
     def __init__(
@@ -176,7 +176,7 @@ def count_shards(
     scan = None
     if world.is_main:
         _announce(urls)
-        scan = Scan(urls, timeout=timeout)
+        scan = ShardCounter(urls, timeout=timeout)
 
     def go_on() -> bool:
         assert scan is not None
@@ -186,7 +186,7 @@ def count_shards(
             keep(scan.sizes)
             raise
 
-    with world.watch.patient():
+    with world.watchdog.suspend_timeout():
         while not world.on_main(go_on):
             pass
     sizes = world.broadcast(None if scan is None else scan.sizes)
@@ -216,8 +216,8 @@ def index_shards(
     """
     unknown = [url for url in dict.fromkeys(urls) if url not in known]
     if unknown:
-        counted = count_shards(unknown, world, timeout, lambda sizes: keep_sizes(sizes, run_folder))
-        if world.is_main and (unkept := keep_sizes(counted, run_folder)):
+        counted = count_shards(unknown, world, timeout, lambda sizes: save_sizes(sizes, run_folder))
+        if world.is_main and (unkept := save_sizes(counted, run_folder)):
             _log.warning(
                 "nowhere to keep the sizes of %d shards (%s), the next run will count them again: write them to a file "
                 "with scripts/index_shards.py",

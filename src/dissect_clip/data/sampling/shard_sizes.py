@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dissect_clip.config.settings import DataSettings
-from dissect_clip.data.formats.download import open_remote
+from dissect_clip.data.formats.download import open_stream
 from dissect_clip.data.formats.urls import is_local, is_shard, local_path, shard_name, sibling
 from dissect_clip.errors import SetupError
 
@@ -40,7 +40,7 @@ def _read_local(path: str) -> str | None:
 def _read_remote(url: str, timeout: float) -> str | None:
     """The text at a URL, or None where there is no such file; some servers then answer with a page."""
     try:
-        with open_remote(url, timeout) as stream:
+        with open_stream(url, timeout) as stream:
             text = stream.read(_MAX_REMOTE).decode("utf-8")
     except TimeoutError as error:  # to take it for missing would have the whole data set read
         raise SetupError(
@@ -142,7 +142,7 @@ def _by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
     return folders
 
 
-def known_sizes(
+def recorded_sizes(
     urls: Sequence[str], run_folder: Path | None, ask_remote: bool, timeout: float = DataSettings.data_timeout
 ) -> dict[str, int]:
     """Sizes by URL of the shards that a file beside them, or in the run's folder, tells about.
@@ -200,7 +200,7 @@ def add_sizes(path: Path, sizes: dict[str, int]) -> bool:
     return True
 
 
-def keep_sizes(sizes: dict[str, int], run_folder: Path | None) -> list[str]:
+def save_sizes(sizes: dict[str, int], run_folder: Path | None) -> list[str]:
     """Keep counted sizes (by URL) for the next run: beside the shards, else in the run's folder.
 
     Returns the shards whose sizes could not be kept at all.

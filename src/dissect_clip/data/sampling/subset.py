@@ -24,7 +24,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from dissect_clip.data.sampling.progress import Bits, mark, no_bits
+from dissect_clip.data.sampling.progress import Bitmap, empty_bitmap, set_bits
 from dissect_clip.errors import SetupError
 
 ID, SHARD, KEY = "sample_id", "shard", "key"
@@ -63,7 +63,7 @@ class _Marked:
     twice: _Tally = field(default_factory=_Tally)
 
     def __post_init__(self) -> None:
-        self.bits = no_bits(self.num_samples)
+        self.bits = empty_bitmap(self.num_samples)
 
     def add(self, ids: Ints) -> None:
         inside = (ids >= 0) & (ids < self.num_samples)
@@ -74,7 +74,7 @@ class _Marked:
         before[1:] |= rising[1:] == rising[:-1]
         again = rising[before]
         self.twice.add(len(again), lambda: str(again[0]))
-        mark(self.bits, rising)
+        set_bits(self.bits, rising)
 
     def problems(self) -> list[str]:
         return [
@@ -103,12 +103,12 @@ def as_recorded(key: str) -> str:
     return key if key.isascii() else key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def list_digest(kept: Bits) -> str:
+def list_digest(kept: Bitmap) -> str:
     """Hex digest of which samples are kept; the same for every file that lists them."""
     return hashlib.sha256(kept.tobytes()).hexdigest()
 
 
-def read_list(path: str, names: Names, flag: str, alive: Callable[[], None] = lambda: None) -> Bits:
+def read_list(path: str, names: Names, flag: str, alive: Callable[[], None] = lambda: None) -> Bitmap:
     """The samples that a list names, [ceil(M / 8)]. Not collective.
 
     ``alive`` is called after every shard whose keys were read.
