@@ -23,7 +23,7 @@ help:
 	@echo "make docs   build the documentation site into site/"
 	@echo "make bench  run the benchmarks (CPU, some ten minutes)"
 	@echo "make bench-quality TRAIN_DATA='...tar' VAL_DATA='...tar'   time to quality (hours)"
-	@echo "make reproduce GRID=configs/small/rates.yaml REPRODUCE_FLAGS='--data EMOJI=...'   a grid of runs, and its tables"
+	@echo "make reproduce GRID=experiments/small/rates/rates.yaml REPRODUCE_FLAGS='--data EMOJI=...'   a grid of runs, and its tables"
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -41,8 +41,8 @@ test: $(VENV)/.installed
 	$(RUN) -m pytest -n auto --dist worksteal $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed
-	$(RUN) -m ruff check src tests scripts benchmarks
-	$(RUN) -m ruff format --check src tests scripts benchmarks
+	$(RUN) -m ruff check src experiments tests scripts benchmarks
+	$(RUN) -m ruff format --check src experiments tests scripts benchmarks
 	$(RUN) -m mypy
 
 # Strict: a broken link, a missing anchor or a page outside the navigation is an error.
@@ -58,10 +58,10 @@ bench-quality: $(VENV)/.installed
 	$(RUN) benchmarks/time_to_quality.py --train-data '$(TRAIN_DATA)' --val-data '$(VAL_DATA)' \
 		--out bench/quality $(QUALITY_FLAGS)
 
-# REPRODUCE_FLAGS: flags of scripts/reproduce.py, such as --data, --list and --collect.
+# REPRODUCE_FLAGS: flags of `python -m experiments`, such as --data, --list and --collect.
 reproduce: $(VENV)/.installed
-	@test -n "$(GRID)" || { echo "error: give GRID, as in GRID=configs/small/rates.yaml" >&2; exit 1; }
-	$(RUN) scripts/reproduce.py $(GRID) $(REPRODUCE_FLAGS)
+	@test -n "$(GRID)" || { echo "error: give GRID, as in GRID=experiments/small/rates/rates.yaml" >&2; exit 1; }
+	$(RUN) -m experiments $(GRID) $(REPRODUCE_FLAGS)
 
 # Not logs and bench, which may hold days of training.
 clean:

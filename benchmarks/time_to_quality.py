@@ -36,10 +36,12 @@ from typing import Any
 
 from common import ROOT, flags, markdown, quartiles, report
 
+sys.path.insert(0, str(ROOT))
+
 from dissect_clip.errors import SetupError
-from dissect_clip.study.cells import Busy, Cell, Interrupted, Runs, read_results
-from dissect_clip.study.noise import noisy_shards
 from dissect_clip.training.timer import PHASES
+from experiments.cells import Busy, Cell, Interrupted, Runs, read_results
+from experiments.noise import noisy_shards
 
 _SELECT = ("--select", "--select-rate", "{rate}", "--select-strategy")
 _DISSECT = (*_SELECT, "warmup_base_sampling", "--warmup-point", "{warmup}", "--warmup-select-rate", "{warmup_rate}")

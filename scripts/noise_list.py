@@ -6,7 +6,7 @@
     python scripts/noise_list.py --train-data 'data/train-*.tar' --share 0.4 --caption picture --output word_0.4.csv
 
 Captions are swapped, among all pairs or among those that have the same --within in their json file, or replaced by
---caption. The same shards and --seed give the same list. docs/reproduce.md says what a grid does with it.
+--caption. The same shards and --seed give the same list. docs/guides/reproduce.md says what a grid does with it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dissect_clip.data.formats.urls import expand
 from dissect_clip.errors import SetupError
-from dissect_clip.study.noise import replace_captions, swap_captions, write_list
+from experiments.noise import replace_captions, swap_captions, write_list
 
 
 def _share(text: str) -> float:

@@ -1,4 +1,4 @@
-"""A small grid for the tests of studies, and the script that runs it."""
+"""A small grid for the tests of experiments, and the command that runs it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))  # the script is imported, as it is run
-
-import reproduce
-
-from dissect_clip.study.grid import Grid, read_grid
+import experiments.__main__ as reproduce
+from experiments.grid import Grid, read_grid
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
 

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "src" / "dissect_clip"
 # A package imports only from those before it; docs/architecture.md draws the same picture.
 PACKAGES = [
     "errors", "seeding", "config", "distributed", "run", "models", "data", "selection", "evaluation", "training",
-    "checkpoint", "cli", "study",
+    "checkpoint", "cli",
 ]  # fmt: skip
 
 
@@ -43,6 +43,22 @@ def test_imports_go_upwards(path: Path):
     allowed = {*PACKAGES[: PACKAGES.index(name) + 1], "__version__"}
     wrong = imported_packages(path) - allowed
     assert not wrong, f"{path.relative_to(PACKAGE)} imports from {sorted(wrong)}, which come after {name}"
+
+
+LAUNCHERS = {"scripts/reproduce.py", "scripts/noise_list.py", "benchmarks/time_to_quality.py"}
+"""Files outside experiments/ that run its code."""
+
+
+def test_nothing_imports_the_experiments():
+    files = [path for folder in ("src", "scripts", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    wrong = {
+        str(path.relative_to(ROOT))
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "experiments")
+        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "experiments" for alias in node.names))
+    }
+    assert wrong == LAUNCHERS
 
 
 def test_every_package_is_there():

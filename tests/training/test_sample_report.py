@@ -133,7 +133,7 @@ def test_the_report_holds_the_probability_against_the_truth(
 
 
 def test_keys_are_those_of_the_shards(run_with_truth: tuple[Path, str, Path], emoji: Path, tmp_path: Path):
-    from dissect_clip.study.noise import _members
+    from experiments.noise import _members
 
     keys = pq.read_table(tmp_path / "k")["key"].to_pylist()
     assert keys == list(_members([str(emoji / f"train-00000{number}.tar") for number in (0, 1)], ".txt"))
