@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from common import report
 
-from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content
+from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, RunState, checkpoint_content
 from dissect_clip.checkpoint.training import Saver
 from dissect_clip.cli.train import build_state
 from dissect_clip.config.parser import parse_args
@@ -51,8 +51,21 @@ def make_config(options: argparse.Namespace) -> Config:
         source = ["--dataset-type", "synthetic", "--train-num-samples", "6400"]
     words = ["--model", options.model, "--batch-size", str(options.batch_size), "--workers", "1", "--device", "cpu"]
     words += ["--precision", "fp32", "--log-every-n-steps", "1000000", "--save-every-n-steps", str(options.every)]
-    words += ["--delete-previous-checkpoint", "--select", "--warmup-point", "1", "--epochs", "1000"]
+    words += ["--save-frequency", "0", "--select", "--warmup-point", "1", "--epochs", "1000"]
     return parse_args([*source, *words], summaries())
+
+
+class TimedSaver(Saver):
+    """Counts its saves, and how long they stop the training."""
+
+    stopped = 0.0
+    saves = 0
+
+    def save(self) -> None:
+        began = time.perf_counter()
+        super().save()
+        self.stopped += time.perf_counter() - began
+        self.saves += 1
 
 
 class Run:
@@ -66,26 +79,18 @@ class Run:
         run.checkpoints.mkdir(parents=True)
         self.steps = self.data.num_batches // config.training.accum_freq
         self.state: TrainState = build_state(config, world, model, self.data, run, self.steps)
-        self.saver = Saver(self.state, self.data, run, NoSync())
+        self.saver = TimedSaver(self.state, self.data, run, NoSync())
         assert self.saver.writer is not None
         self.writer = self.saver.writer
         self.epochs_per_turn = math.ceil(config.checkpoint.save_every_n_steps / self.steps)
-        self.stopped = 0.0
-        self.saves = 0
-
-    def save(self) -> None:
-        began = time.perf_counter()
-        self.saver()
-        self.stopped += time.perf_counter() - began
-        self.saves += 1
 
     def train(self, saving: bool) -> float:
         """One turn; seconds."""
         began = time.perf_counter()
         for _ in range(self.epochs_per_turn):
-            train_epoch(self.state, self.data, Reporters(), self.save if saving else None)
-            if saving and self.state.counters.step % self.state.config.checkpoint.save_every_n_steps == 0:
-                self.save()  # due at the end of the epoch
+            train_epoch(self.state, self.data, Reporters(), self.saver if saving else None)
+            if saving:
+                self.saver.after_epoch(stopping=False)
         self.writer.wait()
         return time.perf_counter() - began
 
@@ -102,7 +107,7 @@ def spread(values: list[float]) -> dict[str, float]:
 def measure_training(options: argparse.Namespace, folder: Path) -> None:
     run = Run(make_config(options), folder)
     run.train(True)  # what only the first time takes
-    run.stopped, run.saves, written = 0.0, 0, run.written()
+    run.saver.stopped, run.saver.saves, written = 0.0, 0, run.written()
     turns = []
     for turn in range(options.turns):
         order = (True, False) if turn % 2 else (False, True)
@@ -116,10 +121,10 @@ def measure_training(options: argparse.Namespace, folder: Path) -> None:
         batch_size=options.batch_size,
         every=options.every,
         steps=run.steps * run.epochs_per_turn * options.turns,
-        saves=run.saves,
+        saves=run.saver.saves,
         seconds=round(seconds, 1),
         wall=spread([saving / without for saving, without in turns]),
-        stopped=round(run.stopped / seconds, 5),
+        stopped=round(run.saver.stopped / seconds, 5),
         background=round((run.written() - written) / seconds, 5),
         checkpoint_bytes=sum(path.stat().st_size for path in run.writer.folder.iterdir()),
     )
@@ -145,11 +150,11 @@ def measure_saving(options: argparse.Namespace, folder: Path) -> None:
         num_samples=options.samples, fingerprint="", world_size=1, columns=store.columns,
     )  # fmt: skip
     content = checkpoint_content(name="none", model=weights, optimizer={"state": moments}, scaler=None, state=state)
-    writer = CheckpointWriter(folder, Config())
+    writer = CheckpointWriter(folder, Policy(Config().checkpoint, epochs=9))
     stopped, written, gaps = [], [], []
     for step in range(3):
         began = time.perf_counter()
-        writer.save(epoch=0, content=content, scores=store, step=step + 1)
+        writer.save(Plan((f"epoch_0_step_{step + 1}",), (0, step + 1)), content, store)
         stopped.append(time.perf_counter() - began)
         gaps.append(longest_gap(writer._pending.done))
         written.append(time.perf_counter() - began - stopped[-1])

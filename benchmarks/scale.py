@@ -26,7 +26,7 @@ import torch
 from common import report
 from torch import Tensor
 
-from dissect_clip.checkpoint import CheckpointWriter, RunState, checkpoint_content, load_checkpoint
+from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, RunState, checkpoint_content, load_checkpoint
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
@@ -161,11 +161,11 @@ def checkpoint(options: argparse.Namespace) -> None:
         state = run_state(samples, options.ranks)
         content = checkpoint_content(name="scale", model={"w": torch.zeros(1)}, optimizer={}, scaler=None, state=state)
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
-            writer = CheckpointWriter(Path(name), settings())
+            writer = CheckpointWriter(Path(name), Policy(settings().checkpoint, epochs=9))
             stops, writes = [], []
             for step in range(1, 5):
                 began = time.perf_counter()
-                writer.save(epoch=0, content=content, scores=table, step=step)
+                writer.save(Plan((f"epoch_0_step_{step}",), (0, step)), content, table)
                 stops.append(time.perf_counter() - began)
                 writes.append(once(writer.wait))
             writer.close()

@@ -28,6 +28,9 @@ from dissect_clip.checkpoint import (
     Checkpoint,
     CheckpointWriter,
     HostCopies,
+    Moment,
+    Plan,
+    Policy,
     RunState,
     Shards,
     changed_settings,
@@ -89,9 +92,32 @@ def make_content(value: float = 1.0, state: RunState = STATE) -> dict[str, Any]:
     )
 
 
+def policy_of(config: Config) -> Policy:
+    return Policy(config.checkpoint, config.training.epochs)
+
+
+def plan_of(config: Config, epoch: int, step: int | None = None, stopping: bool = False) -> Plan:
+    """What is due after an epoch; with ``step`` inside an epoch, where a checkpoint is due by the clock."""
+    return policy_of(config).plan(
+        Moment(epoch=epoch, step=step or 0, inside=step is not None, minutes_over=step is not None, stopping=stopping)
+    )
+
+
+def put(
+    folder: Path,
+    epoch: int,
+    content: dict[str, Any],
+    scores: dict[str, Any] | None,
+    config: Config = CONFIG,
+    step: int | None = None,
+) -> Path | None:
+    plan = plan_of(config, epoch, step)
+    return save_checkpoint(folder, content, scores, plan=plan, policy=policy_of(config)) if plan else None
+
+
 def save(folder: Path, epoch: int, config: Config = CONFIG, value: float = 1.0, step: int | None = None) -> Path | None:
     content = make_content(value, STATE if step is None else INSIDE)
-    return save_checkpoint(folder, epoch, content, make_store(value).state_dict(), config=config, step=step)
+    return put(folder, epoch, content, make_store(value).state_dict(), config=config, step=step)
 
 
 def names(folder: Path) -> list[str]:
@@ -126,7 +152,7 @@ def fail_at(
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     store = make_store(4.0)
-    path = save_checkpoint(tmp_path, 2, make_content(7.0), store.state_dict(), config=CONFIG)
+    path = put(tmp_path, 2, make_content(7.0), store.state_dict(), config=CONFIG)
     assert path == tmp_path / "epoch_2.pt"
     loaded = load_checkpoint(path)
     assert (loaded.epoch, loaded.state) == (2, STATE)
@@ -149,7 +175,7 @@ def test_a_scaler_is_kept(tmp_path: Path) -> None:
     content = checkpoint_content(
         name="run", model={"w": torch.ones(1)}, optimizer={}, scaler={"scale": 8.0}, state=STATE
     )
-    save_checkpoint(tmp_path, 1, content, None, config=CONFIG)
+    put(tmp_path, 1, content, None, config=CONFIG)
     assert load_checkpoint(tmp_path / "epoch_1.pt").scaler == {"scale": 8.0}
 
 
@@ -161,7 +187,7 @@ def test_a_real_optimizer_goes_through(tmp_path: Path) -> None:
     content = checkpoint_content(
         name="run", model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=None, state=STATE
     )
-    save_checkpoint(tmp_path, 1, content, None, config=CONFIG)
+    put(tmp_path, 1, content, None, config=CONFIG)
     loaded = load_checkpoint(tmp_path / "epoch_1.pt")
     assert loaded.optimizer is not None
     fresh = torch.optim.AdamW(model.parameters())
@@ -182,8 +208,8 @@ def test_the_scores_name_their_columns(tmp_path: Path) -> None:
 
 def test_a_strategy_that_remembers_nothing_has_no_scores_file(tmp_path: Path) -> None:
     state = dataclasses.replace(STATE, strategy="random", columns=())
-    writer = CheckpointWriter(tmp_path, CONFIG)
-    writer.save(epoch=1, content=make_content(state=state), scores=make_store(columns=()), step=None)
+    writer = CheckpointWriter(tmp_path, policy_of(CONFIG))
+    writer.save(plan_of(CONFIG, 1), make_content(state=state), make_store(columns=()))
     writer.close()
     assert names(tmp_path) == ["epoch_1.pt"]
     assert load_checkpoint(tmp_path / "epoch_1.pt").scores is None
@@ -191,7 +217,7 @@ def test_a_strategy_that_remembers_nothing_has_no_scores_file(tmp_path: Path) ->
 
 def test_scores_of_an_earlier_run_are_not_left_beside_a_checkpoint_without(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    save_checkpoint(tmp_path, 1, make_content(), None, config=CONFIG)
+    put(tmp_path, 1, make_content(), None, config=CONFIG)
     assert names(tmp_path) == ["epoch_1.pt"]
 
 
@@ -226,7 +252,7 @@ def test_forty_thousand_shards_take_little_room_and_time(tmp_path: Path) -> None
     content = checkpoint_content(
         name="run", model={"w": torch.ones(1)}, optimizer={}, scaler=None, state=STATE, shards=shards
     )
-    path = save_checkpoint(tmp_path, 1, content, None, config=CONFIG)
+    path = put(tmp_path, 1, content, None, config=CONFIG)
     assert path is not None
     assert path.stat().st_size < 2e6
     began = time.perf_counter()
@@ -261,7 +287,7 @@ def test_format_1_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("frequency", "kept"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5]), (7, [5])])
 def test_save_frequency_and_the_last_epoch(tmp_path: Path, frequency: int, kept: list[int]) -> None:
     config = Config.of(epochs=5, save_frequency=frequency)
-    saved = [save_checkpoint(tmp_path, epoch, make_content(), None, config=config) for epoch in range(1, 6)]
+    saved = [put(tmp_path, epoch, make_content(), None, config=config) for epoch in range(1, 6)]
     assert names(tmp_path) == [f"epoch_{epoch}.pt" for epoch in kept]
     assert [path for path in saved if path is not None] == [tmp_path / f"epoch_{epoch}.pt" for epoch in kept]
 
@@ -395,7 +421,7 @@ def test_a_second_run_of_the_same_name_puts_no_half_file_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Config.of(epochs=10, delete_previous_checkpoint=True)
-    save_checkpoint(tmp_path, 1, make_content(), None, config=config)
+    put(tmp_path, 1, make_content(), None, config=config)
     real_save = torch.save
 
     def half(content: dict[str, Any], file: BinaryIO) -> None:
@@ -407,11 +433,11 @@ def test_a_second_run_of_the_same_name_puts_no_half_file_in_place(
         real_save(content, file)
         monkeypatch.setattr(torch, "save", half)
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, 2, make_content(), None, config=config)
+            put(tmp_path, 2, make_content(), None, config=config)
 
     monkeypatch.setattr(torch, "save", while_another_begins)
     with pytest.raises(TrainingError, match="no second run of this name"):
-        save_checkpoint(tmp_path, 2, make_content(), None, config=config)
+        put(tmp_path, 2, make_content(), None, config=config)
     assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
 
 
@@ -433,7 +459,7 @@ def test_a_full_disk_names_the_file_and_leaves_earlier_checkpoints(tmp_path: Pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(TrainingError, match=r"epoch_2\.pt: \[Errno 27\] File too large"):
-            save_checkpoint(tmp_path, 2, content, make_store().state_dict(), config=CONFIG)
+            put(tmp_path, 2, content, make_store().state_dict(), config=CONFIG)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["epoch_1.pt", "epoch_1.scores.safetensors"]
@@ -496,7 +522,7 @@ def make_writer(tmp_path: Path) -> Iterator[Callable[..., CheckpointWriter]]:
     with contextlib.ExitStack() as stack:
 
         def make(**settings: Any) -> CheckpointWriter:
-            writer = CheckpointWriter(tmp_path, Config.of(epochs=10, **settings))
+            writer = CheckpointWriter(tmp_path, policy_of(Config.of(epochs=10, **settings)))
             stack.callback(writer.close)
             return writer
 
@@ -504,8 +530,9 @@ def make_writer(tmp_path: Path) -> Iterator[Callable[..., CheckpointWriter]]:
 
 
 def save_with(writer: CheckpointWriter, epoch: int, step: int | None = None, value: float = 1.0) -> None:
+    name = f"epoch_{epoch}" + ("" if step is None else f"_step_{step}")
     content = make_content(value, STATE if step is None else INSIDE)
-    writer.save(epoch=epoch, content=content, scores=make_store(value), step=step)
+    writer.save(Plan((name,), (epoch, step or 0)), content, make_store(value))
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_saved_at(
@@ -513,7 +540,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_saved_at(
 ) -> None:
     held, writer = Held(monkeypatch), make_writer()
     content, store = make_content(2.0, INSIDE), make_store(2.0)
-    writer.save(epoch=1, content=content, scores=store, step=7)
+    writer.save(Plan(("epoch_1_step_7",), (1, 7)), content, store)
     for tensor in (content["state_dict"]["weight"], content["optimizer"]["state"][0]["exp_avg"], store.scores):
         tensor.fill_(9.0)
     assert names(tmp_path) == []
@@ -539,14 +566,6 @@ def test_a_save_waits_for_the_one_before(
     writer.close()
     assert [score(load_checkpoint(tmp_path / f"epoch_{epoch}.pt")) for epoch in (1, 2)] == [1.0, 2.0]
     assert "save less often" in caplog.text
-
-
-def test_nothing_is_copied_where_nothing_is_to_be_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer = CheckpointWriter(tmp_path, Config.of(epochs=10, save_frequency=0))
-    monkeypatch.setattr(HostCopies, "take", None)
-    save_with(writer, 1)
-    writer.close()
-    assert names(tmp_path) == []
 
 
 def test_the_copies_are_kept_and_filled_again() -> None:
@@ -651,18 +670,6 @@ def test_a_folder_that_cannot_be_read_is_a_save_that_failed(
     assert find_latest(tmp_path) == tmp_path / "epoch_2.pt"
 
 
-@pytest.mark.parametrize("settings", [{}, {"save_most_recent": True}, {"save_frequency": 1}])
-def test_a_run_that_stops_is_saved_whatever_the_settings(
-    tmp_path: Path, make_writer: Callable[..., CheckpointWriter], settings: dict[str, Any]
-) -> None:
-    writer = make_writer(**{"save_frequency": 0, **settings})
-    writer.save(epoch=3, content=make_content(), scores=make_store(), step=None, stopping=True)
-    writer.wait()
-    found = find_latest(tmp_path)
-    assert found is not None
-    assert load_checkpoint(found).epoch == 3
-
-
 @pytest.mark.parametrize("then", ["save", "wait", "close"])
 def test_on_save_error_stop_the_next_call_raises(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_writer: Callable[..., CheckpointWriter], then: str
@@ -693,12 +700,14 @@ def save_for_ever(folder: Path, complete: Any) -> None:
     """Go on from the newest checkpoint, saving at every step, five an epoch; ``complete`` gets the last on the disk."""
     os.fsync = lambda handle: None  # type: ignore[assignment] # the machine stays up, and this takes most of the time
     logging.disable()
-    writer = CheckpointWriter(folder, Config.of(epochs=1000, delete_previous_checkpoint=True, save_most_recent=True))
+    config = Config.of(epochs=1000, delete_previous_checkpoint=True, save_most_recent=True)
+    writer = CheckpointWriter(folder, policy_of(config))
     latest = find_latest(folder)
     at = 0 if latest is None else int(weight(load_checkpoint(latest)))
     while True:
         inside = at % 5 != 0
-        save_with(writer, at // 5, at if inside else None, float(at))
+        content = make_content(float(at), INSIDE if inside else STATE)
+        writer.save(plan_of(config, at // 5, at if inside else None), content, make_store(float(at)))
         writer.wait()
         complete.value = at
         at += 1
@@ -827,7 +836,7 @@ def test_the_same_run_fits(saved: Checkpoint) -> None:
 
 def test_scores_of_other_decoys_do_not_fit(tmp_path: Path) -> None:
     state = dataclasses.replace(STATE, depends_on="--clean-decoys 0.02 --seed 0")
-    save_checkpoint(tmp_path, 1, make_content(1.0, state), make_store(1.0).state_dict(), config=CONFIG)
+    put(tmp_path, 1, make_content(1.0, state), make_store(1.0).state_dict(), config=CONFIG)
     checkpoint = load_checkpoint(tmp_path / "epoch_1.pt")
     fits(checkpoint, depends_on="--clean-decoys 0.02 --seed 0")
     with pytest.raises(SetupError, match=r"taken with --clean-decoys 0\.02 --seed 0, this run has --clean-decoys"):
@@ -879,7 +888,7 @@ def test_inside_an_epoch_the_loaders_state_must_be_there(tmp_path: Path) -> None
     content = checkpoint_content(
         name="run", model=make_content()["state_dict"], optimizer={}, scaler=None, state=INSIDE
     )
-    save_checkpoint(tmp_path, 1, content, make_store().state_dict(), config=CONFIG, step=9)
+    put(tmp_path, 1, content, make_store().state_dict(), config=CONFIG, step=9)
     with pytest.raises(SetupError, match="after 3 steps of an epoch"):
         fits(load_checkpoint(tmp_path / "epoch_1_step_9.pt"))
 
@@ -902,7 +911,7 @@ def test_selection_cannot_go_on_without_scores(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_saved_without_its_scores_does_not_fit(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, 1, make_content(), None, config=CONFIG)
+    put(tmp_path, 1, make_content(), None, config=CONFIG)
     with pytest.raises(SetupError, match="has no scores"):
         fits(load_checkpoint(tmp_path / "epoch_1.pt"))
 
@@ -1089,7 +1098,7 @@ def test_open_clip_loads_it_as_pretrained(tmp_path: Path) -> None:
     torch.manual_seed(5)
     model = open_clip.create_model("checkpoint-test-tiny")
     content = checkpoint_content(name="run", model=model.state_dict(), optimizer={}, scaler=None, state=STATE)
-    path = save_checkpoint(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
+    path = put(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
     loaded: dict[str, Tensor] = open_clip.create_model("checkpoint-test-tiny", pretrained=str(path)).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
@@ -1105,7 +1114,7 @@ def with_decoys(decoys: object) -> dict[str, Any]:
 
 def test_captions_of_decoys_are_kept(tmp_path: Path) -> None:
     captions = torch.tensor([[1, 2], [-1, -1]], dtype=torch.int32)
-    save_checkpoint(tmp_path, 1, with_decoys(captions), make_store().state_dict(), config=CONFIG)
+    put(tmp_path, 1, with_decoys(captions), make_store().state_dict(), config=CONFIG)
     loaded = load_checkpoint(tmp_path / "epoch_1.pt")
     assert loaded.decoys is not None
     assert torch.equal(loaded.decoys, captions)
@@ -1113,7 +1122,7 @@ def test_captions_of_decoys_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decoys", [torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), [1, 2]], ids=str)
 def test_decoys_of_another_kind_are_refused(tmp_path: Path, decoys: object) -> None:
-    save_checkpoint(tmp_path, 1, with_decoys(decoys), make_store().state_dict(), config=CONFIG)
+    put(tmp_path, 1, with_decoys(decoys), make_store().state_dict(), config=CONFIG)
     with pytest.raises(SetupError, match="its decoys"):
         load_checkpoint(tmp_path / "epoch_1.pt")
 
@@ -1121,5 +1130,5 @@ def test_decoys_of_another_kind_are_refused(tmp_path: Path, decoys: object) -> N
 def test_a_checkpoint_from_before_there_were_decoys(tmp_path: Path) -> None:
     content = make_content()
     del content["dissect"]["decoys"]
-    save_checkpoint(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
+    put(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
     assert load_checkpoint(tmp_path / "epoch_1.pt").decoys is None

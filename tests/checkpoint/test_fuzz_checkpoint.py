@@ -31,6 +31,8 @@ from hypothesis import strategies as st
 
 from dissect_clip.checkpoint import (
     Checkpoint,
+    Plan,
+    Policy,
     RunState,
     Shards,
     check_fits,
@@ -82,7 +84,8 @@ def whole() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         scores = ScoreStore(5, ("loss",), World()).state_dict()
-        save_checkpoint(folder, 2, make_content(), scores, config=Config.of(epochs=9), step=12)
+        plan, policy = Plan((NAME.removesuffix(".pt"),), (2, 12)), Policy(Config.of().checkpoint, 9)
+        save_checkpoint(folder, make_content(), scores, plan=plan, policy=policy)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

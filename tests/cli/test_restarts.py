@@ -273,7 +273,6 @@ def test_checkpoints_that_are_due_where_an_epoch_ends_that_is_passed_over(
     slow = SimpleNamespace(monotonic=lambda: time.monotonic() + 15 * len(steps))  # 15 seconds for each of ten steps
     with monkeypatch.context() as patch:
         patch.setattr(training, "train_step", counted)
-        patch.setattr(training, "time", slow)
         patch.setattr(saving, "time", slow)
         run_until(25, words, monkeypatch)
     (saved,) = (tmp_path / "logs" / "stopped" / "checkpoints").glob("*.pt")

@@ -14,12 +14,13 @@ from torch import Tensor
 from toy import make_config, random_pairs
 from toy_training import SAMPLES, STEPS, MemoryData, N, Reports, make_state, same, train, weights
 
-from dissect_clip.checkpoint.training import _for_the_same_kernel
+from dissect_clip.checkpoint.training import Saver, _for_the_same_kernel
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, Stopped, TrainingError
+from dissect_clip.run.remote_sync import NoSync
 from dissect_clip.selection import STRATEGIES
-from dissect_clip.training.epoch import train_epoch, train_step
+from dissect_clip.training.epoch import TrainState, train_epoch, train_step
 from dissect_clip.training.timer import PhaseClock
 
 
@@ -260,20 +261,31 @@ def test_too_many_samples_that_cannot_be_used_stop(tmp_path: Path):
         train(make_state(tmp_path, max_skip_fraction=0.5), epochs=1, kind=Rotten)
 
 
+class Noted(Saver):
+    """Takes note of when it is asked to save."""
+
+    def __init__(self, state: TrainState, data: Any) -> None:
+        super().__init__(state, data, None, NoSync())
+        self.saved: list[tuple[int, int]] = []
+
+    def save(self) -> None:
+        self.saved.append((self.state.counters.epoch, self.state.counters.epoch_step))
+
+
 def test_saves_inside_the_epoch_and_not_at_its_end(tmp_path: Path):
     state = make_state(tmp_path, save_every_n_steps=1)
-    saved: list[tuple[int, int]] = []
     data: Any = MemoryData(state.world)
+    saver = Noted(state, data)
     for _ in range(2):
-        train_epoch(state, data, Reports(), lambda: saved.append((state.counters.epoch, state.counters.epoch_step)))
-    assert saved == [(0, 1), (0, 2), (1, 1), (1, 2)]
+        train_epoch(state, data, Reports(), saver)
+    assert saver.saved == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
     state = make_state(tmp_path)
-    saved: list[int] = []
     data: Any = MemoryData(state.world)
+    saver = Noted(state, data)
 
     class Interrupting(Reports):
         def train(self, step_now: int, metrics: Mapping[str, float]) -> None:
@@ -281,12 +293,12 @@ def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
                 state.world.watchdog.request_stop("SIGTERM")
 
     if step == STEPS:  # the epoch's own checkpoint follows
-        assert train_epoch(state, data, Interrupting(), lambda: saved.append(state.counters.step)) == "SIGTERM"
-        assert saved == []
+        assert train_epoch(state, data, Interrupting(), saver) == "SIGTERM"
+        assert saver.saved == []
     else:
         with pytest.raises(Stopped, match="SIGTERM"):
-            train_epoch(state, data, Interrupting(), lambda: saved.append(state.counters.step))
-        assert saved == [step]
+            train_epoch(state, data, Interrupting(), saver)
+        assert saver.saved == [(0, step)]
 
 
 JOINT = {"divbs", "learnability", "jest", "negcliploss"}

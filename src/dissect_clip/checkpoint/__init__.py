@@ -14,15 +14,19 @@ from __future__ import annotations
 
 from dissect_clip.checkpoint.compatibility import changed_settings, check_fits, goes_on_with_reference
 from dissect_clip.checkpoint.format import Checkpoint, RunState, SavedReference, Shards, checkpoint_content
+from dissect_clip.checkpoint.policy import Moment, Plan, Policy
 from dissect_clip.checkpoint.read import load_checkpoint
 from dissect_clip.checkpoint.resume import find_latest, find_resume
-from dissect_clip.checkpoint.write import save_checkpoint, wanted_names
+from dissect_clip.checkpoint.write import save_checkpoint
 from dissect_clip.checkpoint.writer import CheckpointWriter, HostCopies
 
 __all__ = [
     "Checkpoint",
     "CheckpointWriter",
     "HostCopies",
+    "Moment",
+    "Plan",
+    "Policy",
     "RunState",
     "SavedReference",
     "Shards",
@@ -34,5 +38,4 @@ __all__ = [
     "goes_on_with_reference",
     "load_checkpoint",
     "save_checkpoint",
-    "wanted_names",
 ]

@@ -6,8 +6,8 @@ import logging
 import re
 from pathlib import Path
 
+from dissect_clip.checkpoint.policy import LATEST, epoch_step_of
 from dissect_clip.checkpoint.read import NotDamagedError, read_checkpoint
-from dissect_clip.checkpoint.write import LATEST, checkpoints_in, place_of
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -39,7 +39,8 @@ def find_latest(folder: Path) -> Path | None:
     Temporary files are ignored, unreadable ones passed over with a warning. Reads no more than it must: the names tell
     the order. Changes nothing.
     """
-    candidates = checkpoints_in(folder)
+    paths = folder.glob("epoch_*.pt")
+    candidates = [(at, path) for path in paths if (at := epoch_step_of(path.stem)) is not None]
     latest = folder / f"{LATEST}.pt"
     epoch = _readable_epoch(latest) if latest.exists() else None
     if epoch is not None:
@@ -51,9 +52,10 @@ def find_latest(folder: Path) -> Path | None:
 def _fetch_latest(url: str, folder: Path) -> Path | None:
     """Copy the newest readable checkpoint of a remote folder to ``folder``, with its scores."""
     names = glob_remote(url, "epoch_*")
-    places = {name: place for name in names if (place := place_of(name)) is not None}
-    for name in sorted(places, key=lambda name: places[name], reverse=True):
-        stem = Path(name).stem
+    stems = [Path(name).stem for name in names if name.endswith(".pt")]
+    found = [(at, stem) for stem in stems if (at := epoch_step_of(stem)) is not None]
+    for _, stem in sorted(found, reverse=True):
+        name = f"{stem}.pt"
         scores = [other for other in names if re.fullmatch(rf"{stem}(-[0-9a-f]+)?\.scores\.safetensors", other)]
         for wanted in (*scores, name):
             download(f"{url}/{wanted}", folder / wanted)

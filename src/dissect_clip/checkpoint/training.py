@@ -12,6 +12,9 @@ import torch
 from dissect_clip.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    Moment,
+    Plan,
+    Policy,
     RunState,
     SavedReference,
     Shards,
@@ -19,14 +22,14 @@ from dissect_clip.checkpoint import (
     check_fits,
     checkpoint_content,
     goes_on_with_reference,
-    wanted_names,
 )
 from dissect_clip.data import TrainData
+from dissect_clip.distributed.watchdog import StepDecision
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
 from dissect_clip.selection import Selector
-from dissect_clip.training.epoch import TrainState, minutes_are_over, step_is_due
+from dissect_clip.training.epoch import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +180,7 @@ def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData,
 
 
 class Saver:
-    """Saves checkpoints when called, on all ranks together; a context manager that waits for the last to be written.
+    """Saves checkpoints when they are due, on all ranks together; a context manager that waits for the last write.
 
     Without a run folder nothing is written.
     """
@@ -187,9 +190,13 @@ class Saver:
         self.data = data
         self.folder = folder
         self.sync = sync
+        self.policy = Policy(state.config.checkpoint, state.config.training.epochs)
         self.writer: CheckpointWriter | None = None
+        self._plan = Plan((), (0, 0))
+        self._minutes_over = False
+        self._began = time.monotonic()  # of the last checkpoint
         if folder is not None and state.world.is_main:
-            self.writer = CheckpointWriter(folder.checkpoints, state.config)
+            self.writer = CheckpointWriter(folder.checkpoints, self.policy)
             state.world.watchdog.before_exit = self.writer.finish
 
     def __enter__(self) -> Saver:
@@ -208,16 +215,43 @@ class Saver:
                 "trained since the one before is lost. Make room, and go on with --resume latest"
             )
 
-    def __call__(self, stopping: bool = False) -> None:
-        """Save where the run is: between two epochs, or inside one. Collective.
+    def after_step(self, last: bool) -> StepDecision:
+        """What all ranks do after an optimizer step, which may be the last of its epoch; equal on all ranks.
 
-        Where the run is ``stopping`` there is a checkpoint even if the settings ask for none at this moment.
+        To be called once for each step. If it orders a save, :meth:`save` is to follow. At the end of an epoch it
+        never does, since :meth:`after_epoch` saves there.
+        """
+        decision = self.state.world.watchdog.poll(self.policy.minutes_over(time.monotonic() - self._began))
+        self._minutes_over = decision.save
+        self._decide(inside=not last, stopping=decision.stop is not None)
+        return StepDecision(not last and bool(self._plan), decision.stop)
+
+    def after_epoch(self, stopping: bool) -> None:
+        """Save if a checkpoint is due at the end of an epoch. Collective; raises as :meth:`save` does."""
+        self._decide(inside=False, stopping=stopping)
+        if self._plan:
+            self.save()
+
+    def _decide(self, inside: bool, stopping: bool) -> None:
+        counters = self.state.counters
+        moment = Moment(
+            epoch=counters.epoch,
+            step=counters.step,
+            inside=inside,
+            minutes_over=self._minutes_over,
+            stopping=stopping,
+        )
+        self._plan = self.policy.plan(moment)
+
+    def save(self) -> None:
+        """Save where the run is, as decided last. Collective.
 
         Raises:
             TrainingError: with --on-save-error stop, if the one before could not be written, or not be copied to
                 --remote-sync.
         """
         state, world = self.state, self.state.world
+        self._began, self._minutes_over = time.monotonic(), False
         if self.folder is None:
             return
         world.watchdog.begin_phase("save", state.counters.step)
@@ -225,12 +259,12 @@ class Saver:
         loader = self.data.state_dict() if inside else None
         if state.decoys is not None:
             state.decoys.agree(adopt=not inside)
-        world.on_main(lambda: self._save(loader, stopping))
+        world.on_main(lambda: self._save(loader))
 
-    def _save(self, loader: dict[str, Any] | None, stopping: bool) -> None:
+    def _save(self, loader: dict[str, Any] | None) -> None:
         assert self.writer is not None
         assert self.folder is not None
-        state, counters = self.state, self.state.counters
+        state = self.state
         if self.sync.failed is not None and state.config.checkpoint.on_save_error == "stop":
             raise TrainingError(f"{self.sync.failed} (--on-save-error stop); see that it can be reached, then resume")
         content = checkpoint_content(
@@ -244,15 +278,4 @@ class Saver:
             reference=None if state.reference is None else SavedReference(*state.reference.saved()),
             decoys=None if state.decoys is None else state.decoys.captions,
         )
-        # An epoch that --save-frequency passes over may end where a checkpoint inside an epoch is due.
-        whole = loader is None and bool(wanted_names(state.config, counters.epoch, None, stopping))
-        due = loader is not None or step_is_due(state) or minutes_are_over(state)
-        if whole or due:
-            state.saved_at = time.monotonic()
-        self.writer.save(
-            epoch=counters.epoch,
-            step=counters.step if due and not whole else None,
-            content=content,
-            scores=None if state.selector is None else state.selector.store,
-            stopping=stopping,
-        )
+        self.writer.save(self._plan, content, None if state.selector is None else state.selector.store)

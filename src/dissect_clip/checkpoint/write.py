@@ -16,30 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dissect_clip.config.settings import Config
+from dissect_clip.checkpoint.policy import Plan, Policy
 from dissect_clip.errors import TrainingError
 from dissect_clip.run.atomic import put_in_place
 
 log = logging.getLogger(__name__)
 
-_FILE = re.compile(r"epoch_(\d+)(?:_step_(\d+))?\.pt")
 _SPARE_SCORES = re.compile(r"(epoch_\d+_step_\d+|epoch_(?:\d+|latest)(?=-))(?:-[0-9a-f]+)?\.scores\.safetensors")
-LATEST = "epoch_latest"
-
-Place = tuple[int, int]
-"""Complete epochs, and in the middle of an epoch the optimizer steps done in all, else 0: rises as training goes on."""
-
-
-def place_of(name: str) -> Place | None:
-    """The place of a checkpoint, by the name of its .pt; None of other files."""
-    match = _FILE.fullmatch(name)
-    return None if match is None else (int(match[1]), int(match[2] or 0))
-
-
-def checkpoints_in(folder: Path) -> list[tuple[Place, Path]]:
-    """The checkpoints in a folder with their places; without epoch_latest."""
-    places = ((place_of(path.name), path) for path in folder.glob("epoch_*.pt"))
-    return [(place, path) for place, path in places if place is not None]
 
 
 @contextmanager
@@ -148,66 +131,29 @@ def _delete_leftovers(folder: Path) -> None:
             _delete(path)
 
 
-def _delete_replaced(folder: Path, newest: Place, delete_previous: bool) -> None:
-    """Delete the step checkpoints that the newest replaces, and the last epoch's before it where that is asked for.
-
-    A step checkpoint replaces all others of its epoch: those with more steps are of smaller batches, or of an attempt
-    that was given up.
-    """
-    others = [(place, path) for place, path in checkpoints_in(folder) if place != newest]
-    for (epoch, step), path in others:
-        if step > 0 and (epoch < newest[0] or (epoch == newest[0] and newest[1] > 0)):
-            _delete_checkpoint(path)
-    epochs = [(place, path) for place, path in others if place[1] == 0 and place < newest]
-    if delete_previous and epochs:
-        _delete_checkpoint(max(epochs)[1])
-
-
-def wanted_names(config: Config, epoch: int, step: int | None, stopping: bool = False) -> list[str]:
-    """Names, without their ending, of the checkpoints that ``config`` asks for now; at least one in a stop."""
-    if step is not None:
-        return [f"epoch_{epoch}_step_{step}"]
-    due = config.checkpoint.save_frequency > 0 and epoch % config.checkpoint.save_frequency == 0
-    last = epoch == config.training.epochs or (stopping and not config.checkpoint.save_most_recent)
-    names = [f"epoch_{epoch}"] if due or last else []
-    return [*names, LATEST] if config.checkpoint.save_most_recent else names
-
-
 def save_checkpoint(
-    folder: Path,
-    epoch: int,
-    content: Mapping[str, Any],
-    scores: Mapping[str, Any] | None,
-    *,
-    config: Config,
-    step: int | None = None,
-    stopping: bool = False,
-) -> Path | None:
-    """Save what ``config`` asks for after ``epoch`` complete epochs, here and now; on rank 0. Returns the file, if any.
+    folder: Path, content: Mapping[str, Any], scores: Mapping[str, Any] | None, *, plan: Plan, policy: Policy
+) -> Path:
+    """Write the checkpoints of a plan, then delete those that they replace, here and now; on rank 0.
 
-    ``--save-frequency`` decides which epochs are kept, the last always is; ``--save-most-recent`` keeps epoch_latest.pt
-    besides. With ``--delete-previous-checkpoint`` the one before is deleted once the new one is complete. Step
-    checkpoints are always deleted once a newer checkpoint is complete.
+    Returns the first file.
 
     Args:
         content: of :func:`checkpoint_content`, in main memory.
         scores: state dict of a store with columns, in main memory.
-        step: of a step checkpoint, the optimizer steps done in all.
-        stopping: the run ends with it, so that there has to be one.
+        plan: with at least one name.
 
     Raises:
         TrainingError: if a file cannot be written, or the folder not be read; earlier checkpoints are then whole.
     """
-    content = {"epoch": epoch, **content}
-    paths = [folder / f"{name}.pt" for name in wanted_names(config, epoch, step, stopping)]
+    content = {"epoch": plan.epoch_step[0], **content}
+    paths = [folder / f"{name}.pt" for name in plan.names]
     try:
         _delete_leftovers(folder)
         for path in paths:
             _write(path, content, scores)
-        if not paths:
-            return None
-        kept = paths[0].stem == f"epoch_{epoch}"
-        _delete_replaced(folder, (epoch, step or 0), config.checkpoint.delete_previous_checkpoint and kept)
+        for name in policy.replaced(plan, [path.stem for path in folder.glob("epoch_*.pt")]):
+            _delete_checkpoint(folder / f"{name}.pt")
     except OSError as error:  # of a file system that has gone
         raise _cannot_write(folder, error) from error
     return paths[0]

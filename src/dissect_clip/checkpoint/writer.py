@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dissect_clip.checkpoint.format import map_tensors
-from dissect_clip.checkpoint.write import save_checkpoint, wanted_names
-from dissect_clip.config.settings import Config
+from dissect_clip.checkpoint.policy import Plan, Policy
+from dissect_clip.checkpoint.write import save_checkpoint
 from dissect_clip.errors import TrainingError
 from dissect_clip.selection.store import ScoreStore
 
@@ -55,9 +55,9 @@ class CheckpointWriter:
     ``--on-save-error`` decides: an error in the log and a new attempt at the next save, or a TrainingError.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
+    def __init__(self, folder: Path, policy: Policy) -> None:
         self.folder = folder
-        self.config = config
+        self.policy = policy
         self._failed = False
         self._last: Path | None = None
         self._copies = HostCopies()
@@ -69,23 +69,14 @@ class CheckpointWriter:
         """Whether the last save that came to an end could not be written; with --on-save-error continue."""
         return self._failed
 
-    def save(
-        self,
-        *,
-        epoch: int,
-        content: Mapping[str, Any],
-        scores: ScoreStore | None,
-        step: int | None,
-        stopping: bool = False,
-    ) -> None:
-        """Take a copy of all tensors, to be written as a checkpoint after ``epoch`` complete epochs. A device sync.
+    def save(self, plan: Plan, content: Mapping[str, Any], scores: ScoreStore | None) -> None:
+        """Copy all tensors, to be written as the checkpoints of a plan. A device sync.
 
-        Does nothing where the settings ask for none. Waits for the save before.
+        Waits for the save before.
 
         Args:
+            plan: with at least one name.
             content: of :func:`checkpoint_content`.
-            step: of a step checkpoint, the optimizer steps done in all.
-            stopping: the run ends with it, so that there has to be one.
 
         Raises:
             TrainingError: if the save before has failed, with ``--on-save-error stop``.
@@ -95,10 +86,9 @@ class CheckpointWriter:
         waited = time.monotonic() - began
         if waited > _PATIENCE:
             log.warning("Training waited %.0f s for the checkpoint before to be written: save less often", waited)
-        if wanted_names(self.config, epoch, step, stopping):
-            state = None if scores is None or not scores.columns else scores.state_dict()
-            content, state = self._copies.take((dict(content), state))
-            self._pending = self._thread.submit(self._write, epoch, step, content, state, stopping)
+        state = None if scores is None or not scores.columns else scores.state_dict()
+        content, state = self._copies.take((dict(content), state))
+        self._pending = self._thread.submit(self._write, plan, content, state)
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -124,20 +114,11 @@ class CheckpointWriter:
         finally:
             self._thread.shutdown()
 
-    def _write(
-        self,
-        epoch: int,
-        step: int | None,
-        content: Mapping[str, Any],
-        scores: Mapping[str, Any] | None,
-        stopping: bool,
-    ) -> None:
+    def _write(self, plan: Plan, content: Mapping[str, Any], scores: Mapping[str, Any] | None) -> None:
         try:
-            self._last = save_checkpoint(
-                self.folder, epoch, content, scores, config=self.config, step=step, stopping=stopping
-            )
+            self._last = save_checkpoint(self.folder, content, scores, plan=plan, policy=self.policy)
         except TrainingError as error:
-            if self.config.checkpoint.on_save_error == "stop":
+            if self.policy.settings.on_save_error == "stop":
                 raise
             self._failed = True
             newest = self._last or "the one that this run began from, if any"

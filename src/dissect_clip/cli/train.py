@@ -176,10 +176,10 @@ def _train(
     if state.counters.epoch >= config.training.epochs:
         log.info("All %d epochs are done already; give a larger --epochs to train on", config.training.epochs)
     trained = False
-    with Signals(world.watchdog, world.is_main), Saver(state, train_data, folder, sync) as save:
+    with Signals(world.watchdog, world.is_main), Saver(state, train_data, folder, sync) as saver:
         while state.counters.epoch < config.training.epochs:
-            signal = train_epoch(state, train_data, evaluator.reporter, save)
-            save(stopping=signal is not None)
+            signal = train_epoch(state, train_data, evaluator.reporter, saver)
+            saver.after_epoch(stopping=signal is not None)
             if signal is not None:
                 raise Stopped(signal)
             evaluator.after_epoch(state.module, state.counters)

@@ -13,11 +13,10 @@ import contextlib
 import functools
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from dissect_clip.data import TrainData
 from dissect_clip.data.batch import Batch
 from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.data.transfer import Transfer
+from dissect_clip.distributed.watchdog import StepDecision
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import Stopped, TrainingError
 from dissect_clip.models.build import Autocast, RunningBuffers
@@ -117,7 +117,6 @@ class TrainState:
     reference: Reference | None  # only with strategies that need one
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
-    saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was last begun
 
     @property
     def decoys(self) -> Decoys | None:
@@ -303,13 +302,25 @@ def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[
             state.world.watchdog.begin_phase("load", state.counters.step)
 
 
+class SavePoints(Protocol):
+    """Decides after each step whether to save, and saves. Both are called on all ranks."""
+
+    def after_step(self, last: bool) -> StepDecision:
+        """What to do after a step, which may be the ``last`` of its epoch; called once for each step."""
+        ...
+
+    def save(self) -> None:
+        """Save inside an epoch, as ordered."""
+        ...
+
+
 def train_epoch(
-    state: TrainState, data: TrainData, reporter: Reporter, save: Callable[[], None] | None = None
+    state: TrainState, data: TrainData, reporter: Reporter, checkpoints: SavePoints | None = None
 ) -> str | None:
     """Train one epoch, or what is left of one; logs every ``--log-every-n-steps`` steps and at the end. Collective.
 
-    ``save`` is called on all ranks, inside the epoch, when a checkpoint is due. Returns the name of a signal that asks
-    to stop and came with the last step.
+    Saves ``checkpoints`` inside the epoch when they are due; at its end the caller saves. Returns the name of a signal
+    that asks to stop and came with the last step.
 
     Raises:
         Stopped: on all ranks at the same step, after a checkpoint, once any rank has received a signal to stop.
@@ -343,13 +354,14 @@ def train_epoch(
                 metrics = window.close(outputs, batches)
                 progress.show(loss=metrics["loss"])
                 reporter.train(counters.step, metrics)
-            orders = state.world.watchdog.poll(minutes_are_over(state))
-            signal = orders.stop
-            if done < steps and save is not None and (orders.save or signal is not None or step_is_due(state)):
+            last = done == steps
+            decision = state.world.watchdog.poll(False) if checkpoints is None else checkpoints.after_step(last)
+            signal = decision.stop
+            if checkpoints is not None and decision.save:
                 window.count_seconds()
-                save_inside(state, data, save)
+                save_inside(state, data, checkpoints)
                 clock.start()
-            if done < steps and signal is not None:
+            if signal is not None and not last:
                 raise Stopped(signal)
     state.recorder.end()
     state.skip_log.add(data.drain_skips())
@@ -360,25 +372,13 @@ def train_epoch(
     return signal
 
 
-def step_is_due(state: TrainState) -> bool:
-    """Whether ``--save-every-n-steps`` asks for a checkpoint after this step."""
-    every = state.config.checkpoint.save_every_n_steps
-    return every > 0 and state.counters.step % every == 0
-
-
-def minutes_are_over(state: TrainState) -> bool:
-    """Whether rank 0, whose clock counts for all, has waited long enough for a checkpoint."""
-    minutes = state.config.checkpoint.save_every_minutes
-    return state.world.is_main and minutes > 0 and time.monotonic() - state.saved_at >= 60 * minutes
-
-
-def save_inside(state: TrainState, data: TrainData, save: Callable[[], None]) -> None:
+def save_inside(state: TrainState, data: TrainData, checkpoints: SavePoints) -> None:
     """Save in the middle of an epoch: first the rows of its files that the checkpoint relies on. Collective."""
     state.world.watchdog.begin_phase("save", state.counters.step)
     state.recorder.cut(state.counters.epoch_step)
     state.skip_log.add(data.drain_skips())
     state.skip_log.cut(state.counters.epoch_step)
-    save()
+    checkpoints.save()
 
 
 def _report_skipped(state: TrainState, data: TrainData) -> None:
