@@ -2,9 +2,12 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+
+import dissect_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "dissect_clip"
@@ -65,12 +68,18 @@ def test_every_package_is_there():
     assert {package_of(path) for path in MODULES} == set(PACKAGES)
 
 
-def dependencies(text: str) -> list[str]:
-    return re.findall(r"^\s*\"?([a-z][\w-]*[><=][^\"\s#]*)", text, re.MULTILINE)
-
-
 def test_requirements_are_those_of_the_package():
-    pyproject = (ROOT / "pyproject.toml").read_text()
-    block = pyproject[pyproject.index("\ndependencies = [") : pyproject.index("[project.optional-dependencies]")]
-    assert dependencies(block) == dependencies((ROOT / "requirements.txt").read_text())
-    assert len(dependencies(block)) > 5
+    script = ROOT / "scripts" / "make_requirements.py"
+    made = runpy.run_path(str(script))
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = made["tomllib"].load(file)["project"]
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    assert text == made["requirements"](project), "run: make requirements"
+    for name in ("torch", "tensorboard", "wandb", "pytest"):
+        assert re.search(rf"^{name}>=", text, re.MULTILINE)
+
+
+def test_the_version_is_the_same_everywhere():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert version is not None
+    assert version[1] == dissect_clip.__version__
