@@ -34,7 +34,8 @@ from dissect_clip.data import build_train
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.models.build import Model, autocast_for, build_model
+from dissect_clip.models.build import Model, build_model
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection import summaries
 from dissect_clip.selection.scoring import Scorer, Shortcuts
 from dissect_clip.selection.strategy import clip_score, kept

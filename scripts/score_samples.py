@@ -28,8 +28,9 @@ from dissect_clip.data.batch import Batch
 from dissect_clip.data.evaluation.stream import middle
 from dissect_clip.distributed.world import World, init_world, shutdown_world
 from dissect_clip.errors import SetupError
-from dissect_clip.models.build import autocast_for, build_model
+from dissect_clip.models.build import build_model
 from dissect_clip.models.loss import SampleLoss
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection import summaries
 from dissect_clip.selection.scoring import Scorer, build_scorer
 from dissect_clip.selection.strategy import Candidates, Selection

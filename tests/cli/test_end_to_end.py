@@ -18,7 +18,8 @@ from dissect_clip.cli import train as cli
 from dissect_clip.config.parser import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.distributed.world import World
-from dissect_clip.models.build import autocast_for, build_model
+from dissect_clip.models.build import build_model
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection import STRATEGIES, summaries
 from dissect_clip.selection.scoring import Scorer
 from dissect_clip.selection.strategy import kept

@@ -15,7 +15,10 @@ from toy import make_config, make_module, random_pairs
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.models.build import KnownWords, RunningBuffers, autocast_for, build_model, wrap_model
+from dissect_clip.models.build import build_model
+from dissect_clip.models.openclip_compat import BoundedCache
+from dissect_clip.models.parallel import RunningBuffers, wrap_model
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection.scoring import Scorer
 
 CPU = torch.device("cpu")
@@ -222,7 +225,7 @@ def test_running_statistics_are_those_of_rank_0(tmp_path: Path):
 
 
 def test_the_tokenizer_forgets_words_before_they_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(KnownWords, "limit", 10)
+    monkeypatch.setattr(BoundedCache, "limit", 10)
     bounded = build_model(make_config(tmp_path), World()).tokenizer
     texts = ["one two three four five six", "seven eight nine ten eleven twelve <end_of_text>", "one two"]
     for tokenizer in (bounded, pickle.loads(pickle.dumps(bounded))):

@@ -9,7 +9,8 @@ from toy import VIT, make_config
 
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
-from dissect_clip.models.build import autocast_for, build_model
+from dissect_clip.models.build import build_model
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection.scoring import Scorer, Shortcuts, cut_captions, text_pooling
 
 transformers = pytest.importorskip("transformers", reason="pip install 'dissect-clip[hf]' brings transformers")

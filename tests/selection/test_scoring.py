@@ -15,7 +15,8 @@ from toy import CONFIGS, TEXT, VIT, make_config, make_module, random_pairs
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.models.build import autocast_for, build_model
+from dissect_clip.models.build import build_model
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection.scoring import (
     Scorer,
     Shortcuts,

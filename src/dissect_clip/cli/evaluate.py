@@ -44,7 +44,9 @@ from dissect_clip.evaluation.metrics import RECALL_AT
 from dissect_clip.evaluation.probe import linear_probe, split_off
 from dissect_clip.evaluation.retrieval import evaluate_retrieval
 from dissect_clip.evaluation.zeroshot import build_classifier, classify, mean_average_precision
-from dissect_clip.models.build import Model, autocast_for, build_model, has_own_weights
+from dissect_clip.models.build import Model, build_model
+from dissect_clip.models.openclip_compat import has_own_weights
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.run.reporting import setup_logging
 
 log = logging.getLogger(__name__)

@@ -37,8 +37,10 @@ from dissect_clip.distributed.signals import Signals
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.evaluation import Tokenizer, evaluate
-from dissect_clip.models.build import Model, RunningBuffers, autocast_for, build_model, wrap_model
+from dissect_clip.models.build import Model, build_model
 from dissect_clip.models.loss import SampleLoss, build_loss
+from dissect_clip.models.parallel import RunningBuffers, wrap_model
+from dissect_clip.models.precision import autocast_for
 from dissect_clip.run.folder import RunFolder, make_sync, open_run
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
 from dissect_clip.run.reporting import Reporter, evaluated_epochs, make_reporter, setup_logging

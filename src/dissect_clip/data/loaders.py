@@ -46,6 +46,7 @@ from dissect_clip.data.skips import BadSampleError, Skip, SkipCounter, SkipRow, 
 from dissect_clip.distributed.signals import leave_to_the_parent
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
+from dissect_clip.models.openclip_compat import shut_down_workers
 from dissect_clip.seeding import Stream, derive_seed, seeded
 
 _UNION_BYTES = 1 << 20
@@ -392,9 +393,9 @@ def _end_workers(loader: weakref.ref[DataLoader[Any]]) -> None:
 
     Python itself would send them one SIGTERM, which they leave to the training process, and wait for ever.
     """
-    alive = loader()
-    if alive is not None and alive._iterator is not None:  # only a loader with workers keeps its iterator
-        alive._iterator._shutdown_workers()  # type: ignore[attr-defined]
+    remaining = loader()
+    if remaining is not None:
+        shut_down_workers(remaining)
 
 
 def _union(bits: Bitmap, world: World) -> Bitmap:

@@ -29,8 +29,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, NoReturn
 
-from torch.distributed.distributed_c10d import Store
-
 from dissect_clip.distributed.health import (
     SILENCE_AFTER_LOSS,
     Heartbeat,
@@ -42,6 +40,7 @@ from dissect_clip.distributed.health import (
     find_stalled,
     silence_limit,
 )
+from dissect_clip.distributed.torch_compat import Store
 from dissect_clip.errors import SetupError
 
 INTERVAL = 1.0

@@ -16,16 +16,12 @@ import torch
 import torch.distributed as dist
 from open_clip_train.distributed import is_device_available, is_using_distributed, set_device, world_info_from_env
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
 
+from dissect_clip.distributed.torch_compat import PrefixStore, Store, all_gather_single, rendezvous
 from dissect_clip.distributed.watchdog import Watchdog
 from dissect_clip.errors import SetupError
 
 T = TypeVar("T")
-
-# Its name since torch 2.14, which warns of the older one in every call.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +55,7 @@ class World:
             return rows
         out = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
         with self.watchdog.wait_for_ranks():
-            _gather(out, rows.contiguous())
+            all_gather_single(out, rows.contiguous())
         return out
 
     def all_gather_uneven(self, rows: Tensor) -> Tensor:

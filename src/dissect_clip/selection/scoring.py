@@ -18,13 +18,12 @@ from open_clip.transformer import PatchDropout, TextTransformer, VisionTransform
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
 from dissect_clip.errors import SetupError
-from dissect_clip.models.build import Autocast, OpenClip
+from dissect_clip.models.openclip_compat import BatchNorm, Dropout, OpenClip, encode_patches
+from dissect_clip.models.precision import Autocast
 from dissect_clip.seeding import Stream, derive_seed
 
 Forward = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
@@ -122,18 +121,6 @@ def keep_patches(sample_id: Tensor, patches: int, share: float, seed: int) -> Te
     return (mixed ^ ((mixed >> 31) & ((1 << 33) - 1))).topk(max(1, int((1 - share) * patches))).indices
 
 
-def _encode_patches(visual: OpenClip, image: Tensor, patches: Tensor) -> Tensor:
-    """open_clip's VisionTransformer on some patches [N, Q] of each image, with its class token: [N, D].
-
-    Patches are left out after ``ln_pre``, which works on each alone: the same as before it, where open_clip does it.
-    """
-    tokens = visual._embeds(image)
-    places = torch.cat([torch.zeros_like(patches[:, :1]), patches + 1], dim=1)
-    tokens = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
-    pooled: Tensor = visual._pool(visual.transformer(tokens))[0]
-    return pooled if visual.proj is None else pooled @ visual.proj
-
-
 # ---- captions
 
 
@@ -200,9 +187,9 @@ def _is_fixed(part: nn.Module) -> bool:
     """Whether a layer does the same in training as in evaluation, and has nothing to learn."""
     if any(parameter.requires_grad for parameter in part.parameters(recurse=False)):
         return False
-    if isinstance(part, _BatchNorm):
+    if isinstance(part, BatchNorm):
         return False
-    if isinstance(part, _DropoutNd):
+    if isinstance(part, Dropout):
         return bool(part.p == 0)
     if isinstance(part, nn.MultiheadAttention):
         return bool(part.dropout == 0)
@@ -247,7 +234,7 @@ class _Towers(nn.Module):
         if patches is None:
             image_features = self.clip.encode_image(image, normalize=False)
         else:
-            image_features = _encode_patches(self.clip.visual, image, patches)
+            image_features = encode_patches(self.clip.visual, image, patches)
         return image_features, self.clip.encode_text(text, normalize=False)
 
 
@@ -278,7 +265,7 @@ class Scorer:
         self.mode = mode
         self.shortcuts = shortcuts or Shortcuts()
         self.seed = seed
-        self.batch_norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+        self.batch_norms = [part for part in module.modules() if isinstance(part, BatchNorm)]
         self._towers = _Towers(module)
         self._check_image()
         self._pooling = None if self.shortcuts.context_length is None else text_pooling(module)

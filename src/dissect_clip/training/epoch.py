@@ -30,8 +30,10 @@ from dissect_clip.data.transfer import Transfer
 from dissect_clip.distributed.watchdog import StepDecision
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import Stopped, TrainingError
-from dissect_clip.models.build import Autocast, RunningBuffers
 from dissect_clip.models.loss import loss_against_all, weighted_loss
+from dissect_clip.models.openclip_compat import uncompiled
+from dissect_clip.models.parallel import RunningBuffers
+from dissect_clip.models.precision import Autocast
 from dissect_clip.run.reporting import Progress, Reporter
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
 from dissect_clip.selection import Chooser, Decoys, Selection, Selector
@@ -264,7 +266,7 @@ def _accumulate(state: TrainState, chosen: Sequence[Chosen]) -> dict[str, Tensor
 
 def _sync_gradients(model: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
     """Let DDP reduce the gradients over the ranks in this backward pass, or hold them back for a later one."""
-    inner = model._orig_mod if hasattr(model, "_orig_mod") else model
+    inner = uncompiled(model)
     # A static graph is made in the first backward pass, which has to reduce; reducing in each gives the same sum.
     if now or not isinstance(inner, DistributedDataParallel) or inner.static_graph:
         return contextlib.nullcontext()

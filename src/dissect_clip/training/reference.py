@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
-from dissect_clip.models.build import Autocast, build_reference_model
+from dissect_clip.models.build import build_reference_model
+from dissect_clip.models.precision import Autocast
 from dissect_clip.selection.scoring import Encoded, Scorer, build_scorer
 
 log = logging.getLogger(__name__)

@@ -24,6 +24,7 @@ from torchvision.transforms import Compose, Normalize, RandomResizedCrop, ToTens
 from dissect_clip.data.formats.decode import decode_image, transform_image
 from dissect_clip.data.skips import BadSampleError
 from dissect_clip.errors import SetupError
+from dissect_clip.models.openclip_compat import shared_tensor
 
 Pixels = Tensor | NDArray[np.uint8]
 """An image as a loader worker leaves it: floats [3, H, W], or bytes [H, W, 3] that the device is to normalise."""
@@ -162,8 +163,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A tensor to be filled; in a worker in shared memory, so that it need not be copied to be handed over."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)  # type: ignore[call-overload, no-any-return]
+    return shared_tensor(shape, dtype, math.prod(shape) * dtype.itemsize)
 
 
 def stack_pixels(images: Sequence[Pixels]) -> Tensor:

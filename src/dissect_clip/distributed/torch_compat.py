@@ -1,0 +1,16 @@
+"""What this package uses of torch.distributed that is not exported under one name by all versions (checked: 2.15).
+
+``Store``, ``PrefixStore`` and ``rendezvous`` are documented as ``torch.distributed.*``, but type checkers find them in
+their own modules only. ``all_gather_single`` is the name of ``all_gather_into_tensor`` since torch 2.14, which
+warns of the older one in every call.
+"""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+__all__ = ["PrefixStore", "Store", "all_gather_single", "rendezvous"]
+
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
