@@ -1,12 +1,11 @@
-"""Cells of a study: command lines that are run to their end once, each in a process of its own, whatever comes between.
+"""Cells of a grid: command lines, each run to completion once in a separate process, across interruptions.
 
     <runs>/<cell>/          the run folder of src/main.py
-    <runs>/<cell>.log       what the process said; held locked for as long as any of its processes lives
-    <runs>/<cell>.json      the command, and the exit status once there is one
+    <runs>/<cell>.log       the output of the process; locked as long as one of its processes lives
+    <runs>/<cell>.json      the command, and the exit status once it has ended
 
-A cell that is finished is never run again. One that was cut off goes on from its own checkpoints, or from the start
-where it has none. Several processes, also on several machines, may work on the same folder: a cell that is locked is
-left alone.
+A finished cell is never run again. An interrupted one resumes from its own checkpoints, or starts again if it has none.
+Several processes, also on several machines, may work on the same folder: locked cells are skipped.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
-import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,32 +25,55 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dissect_clip.errors import SetupError
+from experiments.process import supervise
 
 CUT_OFF = (75, 130)
-"""Exit statuses of a training that was asked to stop, and saved."""
+"""Exit statuses of a training that saved and stopped on request."""
 
 _TAIL = 15  # lines of a log
-_POLL = 0.5  # seconds between two looks at a running cell
-_TRIES = 5
+_TRIES, _PAUSE = 5, 0.1  # to get a lock, and seconds between them
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """The values of a grid's factors that identify a cell."""
+
+    data: str
+    noise: float
+    method: str
+    rate: float | None  # None trains on all data
+    seed: int
+
+    def __str__(self) -> str:
+        rate = "" if self.rate is None else f" at {100 * self.rate:g} %"
+        noise = f" with {100 * self.noise:g} % wrong captions" if self.noise else ""
+        return f"{self.method}{rate} on {self.data}{noise}, seed {self.seed}"
+
+    @property
+    def name(self) -> str:
+        """The name of the cell's files."""
+        noise = f"-noise{self.noise:g}" if self.noise else ""
+        rate = "" if self.rate is None else f"-{self.rate:g}"
+        return re.sub(r"[^\w.]+", "-", f"{self.data}{noise}-{self.method}{rate}-seed{self.seed}")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A run that is to be made. ``command`` is what it is of: that of a finished cell must not change.
+    """A training run and its evaluations. The ``command`` identifies it: that of a finished cell must not change.
 
-    ``words`` is what is typed after the program, where it differs from ``command``: folders may move.
+    ``words`` are the arguments of the program if they differ from ``command``: folders may move.
     """
 
     name: str  # of its files
-    label: str  # for people
+    label: str  # for messages
     command: tuple[str, ...]
     words: tuple[str, ...] = ()
-    launcher: tuple[str, ...] = ()  # in front of the program instead of the Python that runs this
+    launcher: tuple[str, ...] = ()  # starts the program, in place of this Python
     evaluations: tuple[Evaluation, ...] = ()
 
     @property
     def identity(self) -> list[str]:
-        """What is compared with the command of an earlier run."""
+        """The words that are compared with the command of an earlier run."""
         return [*self.launcher, *self.command]
 
 
@@ -67,12 +88,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Note:
-    """What is known of a cell: the command of the last attempt, and how it ended (None while it is not over)."""
+    """The record of a cell: the command of the last attempt and its exit status (None until it ends)."""
 
     command: list[str]
     status: int | None
     seconds: float = 0.0  # of the last attempt's process
-    stopped: bool = False  # by a signal, not by itself
+    stopped: bool = False  # by a signal
     evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)  # command and status of each, by name
 
     def outcomes(self) -> list[int | None]:
@@ -81,7 +102,7 @@ class Note:
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """A signal asked for the end; what was running has saved and ended."""
+    """A signal requested a stop; the running process has saved and ended."""
 
 
 class Busy(Exception):  # noqa: N818 - nothing went wrong
@@ -97,28 +118,28 @@ class Runs:
     cwd: Path | None = None
 
     def run_folder(self, cell: Cell) -> Path:
-        """Where the training of a cell writes."""
+        """The run folder of a cell."""
         return self.folder / cell.name
 
     def log(self, cell: Cell) -> Path:
-        """What the processes of a cell said, of all attempts since it was last begun anew."""
+        """The output of all attempts since the cell last started from the beginning."""
         return self.folder / f"{cell.name}.log"
 
     def evaluation_folder(self, cell: Cell, evaluation: Evaluation) -> Path:
-        """Where an evaluation of a cell writes."""
+        """The run folder of an evaluation."""
         return self.run_folder(cell) / "evaluation" / evaluation.name
 
     def note_file(self, cell: Cell) -> Path:
-        """Where the note of a cell is."""
+        """The file with the note of a cell."""
         return self.folder / f"{cell.name}.json"
 
     def note(self, cell: Cell) -> Note | None:
-        """What is known of a cell; None before its first attempt."""
+        """The note of a cell; None before its first attempt."""
         file = self.note_file(cell)
         return Note(**json.loads(file.read_text(encoding="utf-8"))) if file.exists() else None
 
     def status(self, cell: Cell) -> int | None:
-        """The exit status of the last attempt; None where there is none."""
+        """The exit status of the last attempt; None if it has none."""
         note = self.note(cell)
         return None if note is None else note.status
 
@@ -138,10 +159,10 @@ class Runs:
         return "failed" if wrong and not note.stopped else "cut off"
 
     def check_unchanged(self, cell: Cell) -> None:
-        """Stop where a finished cell was another one.
+        """Check that finished cells still have the same command.
 
         Raises:
-            SetupError: says which flags differ.
+            SetupError: one differs; names the flags.
         """
         note = self.note(cell)
         if note is None:
@@ -153,8 +174,8 @@ class Runs:
         for before, now in pairs:
             if before != now:
                 raise SetupError(
-                    f"{self.note_file(cell)} is of another command, and finished: {difference(before, now)}. Put it "
-                    "back, work in another folder, or delete this file to run the cell anew"
+                    f"{self.note_file(cell)} is finished, with another command: {difference(before, now)}. Restore the "
+                    "command, use another folder, or delete this file to run the cell again"
                 )
 
     def tail(self, cell: Cell) -> str:
@@ -169,7 +190,7 @@ class Runs:
         SIGTERM, SIGUSR1 and SIGINT are passed on as one SIGTERM, at which training saves and ends.
 
         Args:
-            resume: go on from checkpoints of an attempt that was cut off; otherwise begin anew.
+            resume: resume from checkpoints of an interrupted attempt; otherwise start from the beginning.
             watch: called every half second while something runs.
 
         Raises:
@@ -211,15 +232,15 @@ class Runs:
         return note
 
     def _call(self, cell: Cell, words: Sequence[str], log: TextIO, watch: Callable[[], None]) -> tuple[int, bool]:
-        """Run one command line; its exit status, and whether a signal asked for its end."""
+        """Run one command line; its exit status, and whether a signal requested its end."""
         program = (*cell.launcher, *self.program[1:]) if cell.launcher else self.program
-        return _supervise([*program, *words], log, self.cwd, watch)
+        return supervise([*program, *words], log, self.cwd, watch)
 
     def _written(self, cell: Cell, note: Note, asked: bool) -> Note:
-        """The note, once it is on the disk.
+        """Write the note to disk and return it.
 
         Raises:
-            Interrupted: where a signal has ``asked`` for the end.
+            Interrupted: a signal ``asked`` for the end.
         """
         self._write(cell, note)
         if asked:
@@ -246,17 +267,17 @@ class Runs:
     @contextlib.contextmanager
     def _locked(self, cell: Cell) -> Iterator[TextIO]:
         with self.log(cell).open("a", encoding="utf-8") as file:
-            for _ in range(_TRIES):  # somebody may be looking whether it is locked
+            for _ in range(_TRIES):  # another process may be checking the lock
                 if _lock(file):
                     break
-                time.sleep(_POLL / _TRIES)
+                time.sleep(_PAUSE)
             else:
                 raise Busy
             yield file
 
 
 def _lock(file: TextIO) -> bool:
-    """Whether the lock of an open file could be had; it goes with the last process that has inherited the file."""
+    """Try to lock an open file. The lock lasts until the last process that inherited the file ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -264,54 +285,6 @@ def _lock(file: TextIO) -> bool:
             return False
         raise SetupError(f"cannot lock {file.name}: {error.strerror}. Use a file system that has locks") from error
     return True
-
-
-def _supervise(command: Sequence[str], log: TextIO, cwd: Path | None, watch: Callable[[], None]) -> tuple[int, bool]:
-    """Exit status of a process, and whether a signal to this one has asked for its end.
-
-    The process has a session of its own, so that Ctrl-C comes here only, and is passed on once. What it says goes to
-    ``log``, which it holds open, and so locked, even where this process is killed.
-    """
-    # Other programs on the cores would make threads that wait by spinning many times slower.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    asked: list[int] = []
-    # Before the process starts, so that no signal is lost.
-    before = {
-        n: signal.signal(n, lambda n, _: asked.append(n)) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
-    try:
-        with subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, cwd=cwd, env=environment,
-            start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                return _wait(process, asked, watch), bool(asked)
-            except BaseException:
-                _kill(process)
-                raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait(process: subprocess.Popen[bytes], asked: Sequence[int], watch: Callable[[], None]) -> int:
-    """Wait for the end; the first signal is passed on as SIGTERM, a second Ctrl-C kills."""
-    passed_on = False
-    while True:
-        if asked and not passed_on:
-            process.terminate()
-            passed_on = True
-        elif asked.count(signal.SIGINT) > 1:
-            _kill(process)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(_POLL)
-        watch()
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and the others of its session."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _settings(words: Sequence[str]) -> list[str]:
@@ -326,16 +299,16 @@ def _settings(words: Sequence[str]) -> list[str]:
 
 
 def difference(before: Sequence[str], now: Sequence[str]) -> str:
-    """As in "was `--lr 0.1`, now `--lr 0.2`"; for command lines that differ."""
+    """The difference of two command lines, as in "was `--lr 0.1`, now `--lr 0.2`"."""
     old, new = _settings(before), _settings(now)
     gone, come = [s for s in old if s not in new], [s for s in new if s not in old]
     if not gone and not come:
-        return "its flags stand in another order"
+        return "its flags are in another order"
     return f"was `{' '.join(gone)}`, now `{' '.join(come)}`"
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
-    """The evaluations of a ``results.jsonl`` by epoch; where an epoch comes twice, its last line.
+    """The evaluations in a ``results.jsonl``, by epoch; the last line of an epoch that appears twice.
 
     A line that is torn, as of a run that was killed, is passed over.
     """

@@ -16,40 +16,38 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dissect_clip.errors import SetupError
-from experiments.cells import difference, read_results
+from experiments.cells import CellKey, difference, read_results
 from experiments.grid import Grid
-from experiments.metrics import RECALLS, Published, Run, make_run, read_published
 from experiments.plots import draw
-from experiments.point import Point
-from experiments.tables import FORMATS, as_markdown, sheets
+from experiments.published import Published, read_published
+from experiments.results import RECALLS, Run, make_run
+from experiments.tables import FORMATS, as_markdown, make_tables
 
 
-def read_run(grid: Grid, point: Point, runs: Path) -> Run | None:
+def read_run(grid: Grid, key: CellKey, runs: Path) -> Run | None:
     """A finished cell, with its evaluations; None for any other.
 
     Raises:
         SetupError: it has no evaluation, or was run with other flags than the grid has now.
     """
-    file = runs / f"{point.name}.json"
+    file = runs / f"{key.name}.json"
     note = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     if note is None or note["status"] != 0:
         return None
-    first, *others = grid.data_sets[point.data].val
-    rows = _evaluations(runs / point.name)
+    first, *others = grid.data_sets[key.data].val
+    rows = _evaluations(runs / key.name)
     if not rows:
-        raise SetupError(
-            f"{runs / point.name}: no evaluation of retrieval: --val-frequency 0 leaves nothing to collect"
-        )
-    found = {name: _evaluations(runs / point.name / "evaluation" / name) for name in others}
+        raise SetupError(f"{runs / key.name}: no evaluation of retrieval: --val-frequency 0 leaves nothing to collect")
+    found = {name: _evaluations(runs / key.name / "evaluation" / name) for name in others}
     last = {name: lines[-1] for name, lines in found.items() if lines}
     words = note["command"]
-    flags, now = words[words.index("--val-data") + 2 :], grid.training_flags(point)  # data come before them
+    flags, now = words[words.index("--val-data") + 2 :], grid.training_flags(key)  # data come before them
     if flags != now:
         raise SetupError(
             f"{file} is of other flags than {grid.file} has now: {difference(flags, now)}. Put them back, collect from "
-            "another folder, or delete this file to run the cell anew"
+            "another folder, or delete this file to run the cell again"
         )
-    return make_run(point, rows, last, first, clean_share(grid, point, runs), shlex.join(flags))
+    return make_run(key, rows, last, first, clean_share(grid, key, runs), shlex.join(flags))
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:
@@ -58,22 +56,22 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
     return [row for row in rows if all(name in row for name in RECALLS.values())]
 
 
-def clean_share(grid: Grid, point: Point, runs: Path) -> float | None:
+def clean_share(grid: Grid, key: CellKey, runs: Path) -> float | None:
     """Percent of the pairs trained on after the warm-up that have their own caption, from ``--record``.
 
     A run on all data has the share of the data. None where nothing was recorded, all captions are right, or the shards
     with the wrong ones are not there any more.
     """
-    shards = grid.shards(point, runs)
-    if not point.noise or not shards.exists() or not shards.with_name(f"{shards.name}.json").exists():
+    shards = grid.shards(key, runs)
+    if not key.noise or not shards.exists() or not shards.with_name(f"{shards.name}.json").exists():
         return None
     swapped = _swapped(shards)
-    if point.rate is None:
+    if key.rate is None:
         return round(100 * (1 - len(swapped) / _captions(shards)), 3)
-    config = grid.config(point)
+    config = grid.config(key)
     begin = config.selection.warmup_epochs if config.selection.warms_up else 0
     clean = total = 0
-    for file in sorted((runs / point.name / "record").glob("epoch_*.parquet")):
+    for file in sorted((runs / key.name / "record").glob("epoch_*.parquet")):
         if int(file.stem.removeprefix("epoch_")) < begin:
             continue
         table = pq.read_table(file, columns=["key", "selected"])
@@ -133,26 +131,26 @@ no figure. [In brackets: the published figure, and ours minus that.] Metrics are
 """
 
 
-def page(grid: Grid, runs: Mapping[Point, Run], published: Mapping[str, Published], pictures: Sequence[Path]) -> str:
+def page(grid: Grid, runs: Mapping[CellKey, Run], published: Mapping[str, Published], pictures: Sequence[Path]) -> str:
     """The Markdown page of a grid."""
-    points = list(grid.points())
+    keys = list(grid.cell_keys())
     seeds = f"seed{'s' * (len(grid.seeds) > 1)} {', '.join(map(str, grid.seeds))}"
     parts = [
         f"# {grid.title}",
-        f"{len(runs)} of {len(points)} runs are finished.",
+        f"{len(runs)} of {len(keys)} runs are finished.",
         _READING.format(seeds=seeds).strip(),
     ]
-    for sheet in sheets(grid, runs, published):
-        parts += [f"## {sheet.title}", as_markdown(sheet)]
+    for table in make_tables(grid, runs, published):
+        parts += [f"## {table.title}", as_markdown(table)]
     if pictures:
         parts += ["## Plots", *(f"![{picture.stem}]({picture.name})" for picture in pictures)]
     return "\n\n".join(parts) + "\n"
 
 
-def collect(grid: Grid, runs_folder: Path, out: Path, earlier: Mapping[Point, Run] | None = None) -> list[Path]:
+def collect(grid: Grid, runs_folder: Path, out: Path, recorded: Mapping[CellKey, Run] | None = None) -> list[Path]:
     """Write runs, tables and plots of what is finished; returns the files.
 
-    The same runs give the same text files. Cells that have no finished run in the folder may be ``earlier`` ones.
+    The same runs give the same text files. Cells that have no finished run in the folder may be ``recorded`` ones.
 
     Raises:
         SetupError: a published table cannot be read, or a finished run has no evaluation.
@@ -160,14 +158,14 @@ def collect(grid: Grid, runs_folder: Path, out: Path, earlier: Mapping[Point, Ru
     """
     published = published_figures(grid)
     found = {
-        point: (None if grid.is_recorded(point) else read_run(grid, point, runs_folder)) or (earlier or {}).get(point)
-        for point in grid.points()
+        key: (None if grid.is_retired(key) else read_run(grid, key, runs_folder)) or (recorded or {}).get(key)
+        for key in grid.cell_keys()
     }
-    runs = {point: run for point, run in found.items() if run is not None}
+    runs = {key: run for key, run in found.items() if run is not None}
     out.mkdir(parents=True, exist_ok=True)
     texts = {f"{grid.name}.jsonl": "".join(json.dumps(run.to_json()) + "\n" for run in runs.values())}
-    for sheet in sheets(grid, runs, published):
-        texts |= {f"{sheet.name}.{ending}": write(sheet) for ending, write in FORMATS.items()}
+    for table in make_tables(grid, runs, published):
+        texts |= {f"{table.name}.{ending}": write(table) for ending, write in FORMATS.items()}
     pictures = draw(grid, runs, published, out)
     texts[f"{grid.name}.md"] = page(grid, runs, published, pictures)
     for name, text in texts.items():

@@ -21,14 +21,14 @@ _TRIES = 1000
 
 
 @dataclass(frozen=True)
-class Wrong:
+class CaptionNoise:
     """Which pairs get a caption that is not theirs."""
 
     donors: dict[str, str]  # key -> the key whose caption it gets
     captions: dict[str, str]  # key -> the caption it gets
 
 
-def read_list(file: Path) -> Wrong:
+def read_list(file: Path) -> CaptionNoise:
     """A csv with a header and two columns: ``key``, and ``donor`` or ``caption``.
 
     Raises:
@@ -43,9 +43,9 @@ def read_list(file: Path) -> Wrong:
     if bad := next((row for row in rows if len(row) != 2), None):
         raise SetupError(f"{file}: {','.join(bad)!r} has {len(bad)} columns, not 2")
     if double := [key for key, count in Counter(row[0] for row in rows[1:]).items() if count > 1]:
-        raise SetupError(f"{file}: {double[0]!r} comes twice")
+        raise SetupError(f"{file}: {double[0]!r} appears twice")
     listed = dict(row for row in rows[1:])
-    return Wrong(listed, {}) if rows[0][1] == "donor" else Wrong({}, listed)
+    return CaptionNoise(listed, {}) if rows[0][1] == "donor" else CaptionNoise({}, listed)
 
 
 def _members(shards: Sequence[str], end: str) -> dict[str, bytes]:
@@ -135,7 +135,7 @@ def _pattern(folder: Path, count: int) -> str:
     return f"{folder}/{{00000..{count - 1:05d}}}.tar"
 
 
-def write_noisy(shards: Sequence[str], wrong: Wrong, out: Path) -> str:
+def write_noisy(shards: Sequence[str], wrong: CaptionNoise, out: Path) -> str:
     """Shards in which each key of ``wrong`` has the caption it is to get; returns their pattern.
 
     Raises:
@@ -171,7 +171,7 @@ def write_noisy(shards: Sequence[str], wrong: Wrong, out: Path) -> str:
 def noisy_shards(train_data: str, noise_list: Path, folder: Path, flag: str = "--train-data") -> str:
     """The pattern of the shards in ``folder``, written where they are not there.
 
-    ``folder.json`` beside it says what they were made of. They are never written anew from something else: runs that
+    ``folder.json`` beside it says what they were made of. They are never rewritten from something else: runs that
     were trained on them, or are in the middle of it, would not be what their names say.
 
     Raises:

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.cells import CellKey
 from experiments.grid import Grid
-from experiments.metrics import Published, Run
-from experiments.point import Point
+from experiments.published import Published
+from experiments.results import Run
 from experiments.tables import values_of
 
 _COLOURS = (
@@ -67,10 +68,10 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _points(grid: Grid, data: str, noise: float, method: str, rate: float) -> list[Point]:
+def _keys(grid: Grid, data: str, noise: float, method: str, rate: float) -> list[CellKey]:
     """The seeds of a method; one without a strategy has no rate."""
     own = rate if grid.methods[method].strategy else None
-    return [Point(data, noise, method, own, seed) for seed in grid.seeds]
+    return [CellKey(data, noise, method, own, seed) for seed in grid.seeds]
 
 
 Series = dict[str, list[tuple[float, tuple[float, ...]]]]
@@ -78,7 +79,7 @@ Series = dict[str, list[tuple[float, tuple[float, ...]]]]
 
 
 def _against(axes: Any, grid: Grid, series: Series) -> None:
-    """Means with error bars; methods stand a little apart, so that the bars can be told from each other."""
+    """Means with error bars; methods stand a little apart, so that the bars do not overlap."""
     places = sorted({at for found in series.values() for at, _ in found})
     gaps = [after - before for before, after in itertools.pairwise(places)]
     width = min(sum(gaps) / 12, min(gaps) / 3) if gaps else 0
@@ -101,21 +102,21 @@ def _qualities(grid: Grid) -> list[str]:
     return list(_QUALITIES) if grid.all_data() is not None else ["rsum4"]
 
 
-def _series(grid: Grid, runs: Mapping[Point, Run], places: Mapping[float, Sequence[Any]], quality: str) -> Series:
+def _series(grid: Grid, runs: Mapping[CellKey, Run], places: Mapping[float, Sequence[Any]], quality: str) -> Series:
     """A quality of every method. ``places`` are data, noise and rate, by the place on the x axis."""
     found: Series = {}
     for method in grid.methods:
         found[method] = []
         for at, (data, noise, rate) in places.items():
             benchmark = next(iter(grid.data_sets[data].val))
-            values = values_of(grid, runs, _points(grid, data, noise, method, rate), quality, benchmark)
+            values = values_of(grid, runs, _keys(grid, data, noise, method, rate), quality, benchmark)
             if values:
                 found[method].append((at, values))
     return found
 
 
 def draw_rates(
-    grid: Grid, runs: Mapping[Point, Run], published: Mapping[str, Published], data: str, file: Path
+    grid: Grid, runs: Mapping[CellKey, Run], published: Mapping[str, Published], data: str, file: Path
 ) -> Path:
     """Quality of the trained model against the rate, a row for each share of wrong captions."""
     benchmark = next(iter(grid.data_sets[data].val))
@@ -153,7 +154,7 @@ def _draw_published(axes: Any, grid: Grid, published: Mapping[str, Published], d
                 axes.plot(*zip(*known, strict=True), label=f"{name}, published", **style)
 
 
-def draw_noise(grid: Grid, runs: Mapping[Point, Run], data: str, file: Path) -> Path:
+def draw_noise(grid: Grid, runs: Mapping[CellKey, Run], data: str, file: Path) -> Path:
     """Quality of the trained model against the share of wrong captions, a row for each rate."""
     qualities, noises = _qualities(grid), sorted(grid.noise)
     figure, panels = _figure(len(grid.rates), len(qualities), f"{grid.title}: trained on {data}")
@@ -165,13 +166,12 @@ def draw_noise(grid: Grid, runs: Mapping[Point, Run], data: str, file: Path) -> 
     return _save(figure, panels[0][0], file)
 
 
-def draw_curves(grid: Grid, runs: Mapping[Point, Run], data: str, noise: float, rate: float, file: Path) -> Path:
+def draw_curves(grid: Grid, runs: Mapping[CellKey, Run], data: str, noise: float, rate: float, file: Path) -> Path:
     """R@Sum during training against pairs trained on and seconds, with scoring; means over the seeds."""
     noisy = f", {100 * noise:g} % wrong captions" if noise else ""
     figure, ((by_pairs, by_seconds),) = _figure(1, 2, f"{grid.title}: {data}{noisy}, {100 * rate:g} % trained on")
     shown = {
-        method: [runs[point] for point in _points(grid, data, noise, method, rate) if point in runs]
-        for method in grid.methods
+        method: [runs[key] for key in _keys(grid, data, noise, method, rate) if key in runs] for method in grid.methods
     }
     for axes, quantity in ((by_pairs, "trained"), (by_seconds, "seconds")):
         longest = max(getattr(run, quantity)[-1] for own in shown.values() for run in own)
@@ -198,11 +198,11 @@ def _draw_curve(
         axes.errorbar(x[-1] + shift, y[-1], _deviation(ends), color=style["color"], capsize=2, elinewidth=0.8)
 
 
-def draw(grid: Grid, runs: Mapping[Point, Run], published: Mapping[str, Published], out: Path) -> list[Path]:
+def draw(grid: Grid, runs: Mapping[CellKey, Run], published: Mapping[str, Published], out: Path) -> list[Path]:
     """The plots of the grid that there are runs for; returns the files."""
     found = []
     for data in grid.data_sets:
-        own = [point for point in runs if point.data == data]
+        own = [key for key in runs if key.data == data]
         if not own:
             continue
         stem = f"{grid.name}-{data}" if len(grid.data_sets) > 1 else grid.name
@@ -212,7 +212,7 @@ def draw(grid: Grid, runs: Mapping[Point, Run], published: Mapping[str, Publishe
             found.append(draw_noise(grid, runs, data, out / f"{stem}-noise.png"))
         for noise in grid.noise if "curves" in grid.plots else ():
             for rate in grid.rates:
-                if any(point.noise == noise and point.rate in (None, rate) for point in own):
+                if any(key.noise == noise and key.rate in (None, rate) for key in own):
                     file = out / f"{stem}-curves-{f'noise{noise:g}-' if noise else ''}{rate:g}.png"
                     found.append(draw_curves(grid, runs, data, noise, rate, file))
     return found

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 import experiments.__main__ as reproduce
-from experiments.grid import Grid, read_grid
+from experiments.grid import Grid
+from experiments.grid_file import read_grid
 
 FAKE = (sys.executable, str(Path(__file__).parent / "fake_trainer.py"))
 

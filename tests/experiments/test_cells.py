@@ -18,7 +18,7 @@ from experiments.cells import Cell, Note, Runs, difference, read_results
         ("--lr 1 --select", "--lr 2 --select", "was `--lr 1`, now `--lr 2`"),
         ("--lr 1", "--lr 1 --select --wd 0", "was ``, now `--select --wd 0`"),
         ("torchrun -n 8 --lr 1", "torchrun -n 4 --lr 1", "was `torchrun -n 8`, now `torchrun -n 4`"),
-        ("--lr 1 --wd 2", "--wd 2 --lr 1", "its flags stand in another order"),
+        ("--lr 1 --wd 2", "--wd 2 --lr 1", "its flags are in another order"),
     ],
 )
 def test_what_differs_between_commands(before: str, now: str, told: str):
@@ -58,5 +58,5 @@ def test_a_finished_cell_of_another_command_is_refused(tmp_path: Path):
     runs.note_file(cell).write_text(json.dumps({"command": ["--lr", "2"], "status": 1, "seconds": 3.0}))
     runs.check_unchanged(cell)
     runs.note_file(cell).write_text(json.dumps({"command": ["--lr", "2"], "status": 0, "seconds": 3.0}))
-    with pytest.raises(SetupError, match="another command, and finished: was `--lr 2`, now `--lr 1`"):
+    with pytest.raises(SetupError, match="is finished, with another command: was `--lr 2`, now `--lr 1`"):
         runs.check_unchanged(cell)

@@ -17,11 +17,13 @@ from grids import CONTENT, make_grid, run, write_grid
 
 from dissect_clip.errors import SetupError
 from experiments.collect import published_figures
-from experiments.earlier import check_earlier, read_earlier
-from experiments.grid import Grid, read_grid
-from experiments.metrics import METRICS, read_published
+from experiments.grid import Grid
+from experiments.grid_file import read_grid
+from experiments.metrics import METRICS
 from experiments.moved import moved
-from experiments.tables import FORMATS, as_markdown, sheets
+from experiments.published import read_published
+from experiments.recorded import check_recorded, read_recorded
+from experiments.tables import FORMATS, as_markdown, make_tables
 
 SET = CONTENT["data_sets"]["set"]
 GIVEN = dict.fromkeys(("CC3M", "CC12M", "YFCC15M", "COCO", "FLICKR", "EMOJI", "LISTS"), "/data")
@@ -33,12 +35,12 @@ PUBLISHED = sorted((EXPERIMENTS / "paper" / "published").glob("*.csv"))
 def test_the_cells_are_all_combinations(tmp_path: Path):
     noisy = {"set": {**SET, "noise": {0.4: "list.csv"}}}
     grid = make_grid(tmp_path, data_sets=noisy, noise=[0, 0.4], rates=[0.3, 0.5], seeds=[0, 1])
-    points = list(grid.points())
-    assert len(points) == len(set(points)) == 2 * 2 * (1 + 3 * 2)
-    assert {point.rate for point in points if point.method == "All data"} == {None}
-    assert points[0].seed == 0
-    assert [point.seed for point in points] == sorted(point.seed for point in points)
-    assert len({point.name for point in points}) == len(points)
+    keys = list(grid.cell_keys())
+    assert len(keys) == len(set(keys)) == 2 * 2 * (1 + 3 * 2)
+    assert {key.rate for key in keys if key.method == "All data"} == {None}
+    assert keys[0].seed == 0
+    assert [key.seed for key in keys] == sorted(key.seed for key in keys)
+    assert len({key.name for key in keys}) == len(keys)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_the_cells_are_all_combinations(tmp_path: Path):
         ({"rates": [0.3, 1.5]}, "rates: 1.5 must be above 0 and at most 1"),
         ({"rates": ["a"]}, "rates: ['a'] is not a list of numbers"),
         ({"rates": []}, "rates: the list is empty"),
-        ({"seeds": [0, 0]}, "seeds: 0 comes twice"),
+        ({"seeds": [0, 0]}, "seeds: 0 appears twice"),
         ({"seeds": [True]}, "seeds: [True] is not a list of whole numbers"),
         ({"noise": [0.2]}, "noise: 0.2 has no list in data_sets: set: noise"),
         ({"rows": ["Random", "Rondom"]}, "rows: 'Rondom' is unknown; there are All data, Random"),
@@ -80,10 +82,10 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], message: str, tmp_path:
     ("text", "message"),
     [
         ("- a\n- b\n", "a grid is a mapping"),
-        ("a: [", "is no YAML"),
-        ("title: a\ntitle: b\n", "line 2: 'title' comes twice"),
-        ("methods:\n  A: {}\n  A: {}\n", "line 3: 'A' comes twice"),
-        ("title: !!python/object/apply:os.getcwd []\n", "is no YAML"),
+        ("a: [", "is not YAML"),
+        ("title: a\ntitle: b\n", "line 2: 'title' appears twice"),
+        ("methods:\n  A: {}\n  A: {}\n", "line 3: 'A' appears twice"),
+        ("title: !!python/object/apply:os.getcwd []\n", "is not YAML"),
         ("base: 3\n", "base: 3 is not a text"),
         ("base: nowhere.yaml\n", "cannot read"),
     ],
@@ -117,7 +119,7 @@ def test_a_file_stands_over_its_base(tmp_path: Path):
 def test_flags_of_all_cells_are_checked(changes: dict[str, Any], message: str, tmp_path: Path):
     grid = make_grid(tmp_path, **changes)
     with pytest.raises(SetupError) as error:
-        grid.check(list(grid.points()))
+        grid.check(list(grid.cell_keys()))
     assert message in str(error.value)
 
 
@@ -127,7 +129,7 @@ def test_variables_are_filled_and_missing_ones_named(tmp_path: Path):
     grid = read_grid(file, {})
     assert grid.variables == {"FOLDER"}
     with pytest.raises(SetupError, match="needs --data FOLDER"):
-        grid.check(list(grid.points()))
+        grid.check(list(grid.cell_keys()))
     assert read_grid(file, {"FOLDER": "${OTHER}"}).data_sets["set"].train == "${OTHER}/train.tar"
 
 
@@ -139,7 +141,7 @@ def test_shards_with_wrong_captions_are_written_once(tmp_path: Path):
             tar.addfile(info, io.BytesIO(key.encode()))
     data = {"set": {**SET, "noise": {0.4: "${FOLDER}/list.csv"}}}
     grid, runs = make_grid(tmp_path, data_sets=data, noise=[0, 0.4]), tmp_path / "runs"
-    noisy = [point for point in grid.points() if point.noise]
+    noisy = [key for key in grid.cell_keys() if key.noise]
     with pytest.raises(SetupError, match="there is no file"):
         grid.prepare(noisy, runs)
     (tmp_path / "list.csv").write_text("key,donor\nk0,k1\nk1,k0\n")
@@ -159,7 +161,7 @@ def test_shards_with_wrong_captions_are_written_once(tmp_path: Path):
 def test_only_the_lists_that_are_used_need_a_value(tmp_path: Path):
     data = {"set": {**SET, "noise": {0.4: "${LISTS}/list.csv"}}}
     grid = make_grid(tmp_path, data_sets=data, noise=[0, 0.4])
-    clean, noisy = ([point for point in grid.points() if bool(point.noise) is wanted] for wanted in (False, True))
+    clean, noisy = ([key for key in grid.cell_keys() if bool(key.noise) is wanted] for wanted in (False, True))
     grid.check(clean)
     with pytest.raises(SetupError, match="needs --data LISTS="):
         grid.check([*clean, *noisy])
@@ -208,9 +210,9 @@ def test_there_are_grids():
 def test_the_flags_of_every_row_are_known(file: Path, row: str):
     grid = grid_of(file)
     strategy = grid.methods[row].strategy
-    points = [point for point in grid.points() if point.method == row]
-    grid.check(points)
-    assert {grid.config(point).selection.select for point in points} == {strategy is not None}
+    keys = [key for key in grid.cell_keys() if key.method == row]
+    grid.check(keys)
+    assert {grid.config(key).selection.select for key in keys} == {strategy is not None}
 
 
 def test_the_grid_of_the_documentation_can_be_read(tmp_path: Path):
@@ -232,9 +234,9 @@ def test_grids_of_a_folder_share_cells(folder: str, tmp_path: Path):
     cells: dict[str, Any] = {}
     for file in [file for file in GRIDS if file.parent.parent.name == folder]:
         grid = grid_of(file)
-        for point in grid.points():
-            if not grid.is_recorded(point):
-                cell = grid.cell(point, tmp_path)
+        for key in grid.cell_keys():
+            if not grid.is_retired(key):
+                cell = grid.cell(key, tmp_path)
                 assert cells.setdefault(cell.name, cell) == cell
 
 
@@ -259,7 +261,7 @@ def test_published_tables_need_known_columns(tmp_path: Path):
     with pytest.raises(SetupError, match="no column select_percent"):
         read_published(file)
     file.write_text("train_set,benchmark,method,select_percent,speed\n")
-    with pytest.raises(SetupError, match="'speed' is no metric"):
+    with pytest.raises(SetupError, match="'speed' is not a metric"):
         read_published(file)
     assert "rsum4" in METRICS
 
@@ -279,10 +281,10 @@ RECORDED = [file for file in GRIDS if file.with_suffix(".jsonl").exists()]
 
 @pytest.mark.parametrize("file", RECORDED, ids=lambda file: file.stem)
 def test_the_tables_of_every_grid_are_those_of_its_recorded_runs(file: Path):
-    grid, runs = grid_of(file), read_earlier([file.parent])
-    check_earlier(grid, list(grid.points()), runs)
-    assert set(runs) == set(grid.points())
-    tables = list(sheets(grid, runs, published_figures(grid)))
+    grid, runs = grid_of(file), read_recorded([file.parent])
+    check_recorded(grid, list(grid.cell_keys()), runs)
+    assert set(runs) == set(grid.cell_keys())
+    tables = list(make_tables(grid, runs, published_figures(grid)))
     assert tables
     for table in tables:
         for ending, text in FORMATS.items():

@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "scripts"))  # the script is imported, as it is ru
 import noise_list
 
 from dissect_clip.errors import SetupError
-from experiments.noise import Wrong, noisy_shards, read_list, replace_captions, swap_captions, write_noisy
+from experiments.noise import CaptionNoise, noisy_shards, read_list, replace_captions, swap_captions, write_noisy
 
 COUNT = 60
 
@@ -100,7 +100,7 @@ def test_the_script_writes_what_is_read(shards: list[str], tmp_path: Path, capsy
     words = ["--train-data", f"{tmp_path}/?.tar", "--share", "0.4", "--within", "group", "--seed", "3"]
     assert noise_list.main([*words, "--output", str(listed)]) == 0
     assert capsys.readouterr().out == f"{listed}: 24 pairs\n"
-    assert read_list(listed) == Wrong(swap_captions(shards, 0.4, 3, "group"), {})
+    assert read_list(listed) == CaptionNoise(swap_captions(shards, 0.4, 3, "group"), {})
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_the_script_says_what_is_wrong(
         ("k0,k1\n", "begins with the line"),
         ("key,donor\nk0\n", "'k0' has 1 columns, not 2"),
         ("key,caption\nk0,a, b\n", "has 3 columns"),
-        ("key,donor\nk0,k1\nk0,k2\n", "'k0' comes twice"),
+        ("key,donor\nk0,k1\nk0,k2\n", "'k0' appears twice"),
     ],
 )
 def test_a_list_of_another_form_is_an_error(tmp_path: Path, text: str, message: str):

@@ -16,27 +16,28 @@ import pytest
 from grids import make_grid
 
 from dissect_clip.errors import SetupError
+from experiments.cells import CellKey
 from experiments.collect import clean_share, collect, page, published_figures, read_run
 from experiments.grid import Grid
-from experiments.metrics import METRICS, Peers, Run, make_run
-from experiments.point import Point
-from experiments.tables import Sheet, as_csv, as_latex, as_markdown, sheets
+from experiments.metrics import METRICS, Peers
+from experiments.results import Run, make_run
+from experiments.tables import Table, as_csv, as_latex, as_markdown, make_tables
 
 ALL, RANDOM, DISSECT = "All data", "Random", "DISSect"
 
 
 def run(method: str, seed: int = 0, rsum4: Any = (40.0, 80.0), seconds: Any = (50.0, 100.0), **more: Any) -> Run:
     """A run whose four recalls are a quarter of its R@Sum each; R@5 is 1."""
-    point = Point("set", more.pop("noise", 0.0), method, None if method == ALL else more.pop("rate", 0.3), seed)
+    key = CellKey("set", more.pop("noise", 0.0), method, None if method == ALL else more.pop("rate", 0.3), seed)
     recalls = {f"{way}_r{k}": rsum4[-1] / 4 if k != 5 else 1.0 for way in ("i2t", "t2i") for k in (1, 5, 10)}
     count = len(rsum4)
     facts = {"trained": [10] * count, "scored": [0] * count, "score_seconds": [s / 5 for s in seconds], **more}
     final = {"one": recalls, "two": recalls}
-    return Run(point, list(range(1, count + 1)), list(rsum4), seconds=list(seconds), final=final, **facts)
+    return Run(key, list(range(1, count + 1)), list(rsum4), seconds=list(seconds), final=final, **facts)
 
 
-def only_sheet(grid: Grid, runs: list[Run]) -> Sheet:
-    found = sheets(grid, {run.point: run for run in runs}, published_figures(grid))
+def only_sheet(grid: Grid, runs: list[Run]) -> Table:
+    found = make_tables(grid, {run.key: run for run in runs}, published_figures(grid))
     return next(iter(found))
 
 
@@ -55,7 +56,7 @@ def test_recalls_and_sums_come_from_the_results(tmp_path: Path):
     row = {name: (place + 1) / 100 for place, name in enumerate(names)}
     row |= {"epoch": 3, "trained": 9, "scored": 12, "rsum": 21.0}
     row |= {"load_seconds": 1.0, "score_seconds": 2.0, "train_seconds": 4.0, "optimizer_seconds": 8.0}
-    found = make_run(Point("set", 0, ALL, None, 0), [row], {}, "one", None)
+    found = make_run(CellKey("set", 0, ALL, None, 0), [row], {}, "one", None)
     assert (found.rsum4, found.seconds, found.score_seconds) == ([1 + 3 + 4 + 6], [15], [2])
     value = {name: METRICS[name].value(found, Peers(None, None), "one") for name in METRICS}
     assert value["rsum4"] == pytest.approx(14)
@@ -87,20 +88,20 @@ def test_mean_deviation_published_and_difference(tmp_path: Path):
     methods = {ALL: {"published": ["CLIP"]}, DISSECT: {"strategy": "small_loss", "published": ["Other", "Small"]}}
     grid = make_table(tmp_path, "rsum4", published=published, methods=methods)
     runs = [run(ALL, 0, [60.0]), run(ALL, 1, [70.0]), run(ALL, 2, [80.0]), run(DISSECT, 1, [100.0])]
-    sheet = only_sheet(grid, runs)
-    ((_, (full,)), (_, (ours,))) = sheet.rows
+    table = only_sheet(grid, runs)
+    ((_, (full,)), (_, (ours,))) = table.rows
     assert (full.mean, full.deviation, full.difference) == (70, 10, pytest.approx(-0.5))
     assert (ours.mean, ours.deviation, ours.difference) == (100, None, 10)
-    assert as_markdown(sheet).splitlines() == [
+    assert as_markdown(table).splitlines() == [
         "| R@Sum (1, 10) | 30 % |",
         "| --- | --: |",
         "| All data | 70.00 ± 10.00 [70.50, -0.50] |",
         "| DISSect | 100.00 (1 of 3) [90.00, +10.00] |",
     ]
-    rows = list(csv.DictReader(io.StringIO(as_csv(sheet))))
+    rows = list(csv.DictReader(io.StringIO(as_csv(table))))
     assert [row["mean"] for row in rows] == ["70.000", "100.000"]
     assert [row["deviation"] for row in rows] == ["10.000", ""]
-    assert r"All data & 70.00 $\pm$ 10.00 [70.50, -0.50] \\" in as_latex(sheet)
+    assert r"All data & 70.00 $\pm$ 10.00 [70.50, -0.50] \\" in as_latex(table)
 
 
 def test_one_seed_shows_no_spread_and_missing_cells_are_told(tmp_path: Path):
@@ -117,22 +118,22 @@ def test_columns_are_noise_times_rates_times_metrics(tmp_path: Path):
     data = {"set": {"train": "t.tar", "val": {"one": "v.tar"}, "noise": {0.4: "l.csv"}}}
     grid = make_table(tmp_path, "rsum4", "trained", data_sets=data, noise=[0, 0.4], rates=[0.3, 0.5], seeds=[0])
     runs = [run(ALL), run(DISSECT, noise=0.4, rate=0.5, rsum4=[7.0])]
-    sheet = only_sheet(grid, runs)
-    assert [(c.noise, c.rate, c.metric) for c in sheet.columns] == [
+    table = only_sheet(grid, runs)
+    assert [(c.noise, c.rate, c.metric) for c in table.columns] == [
         (n, r, m) for n in (0, 0.4) for r in (0.3, 0.5) for m in ("rsum4", "trained")
     ]
-    text = as_markdown(sheet).splitlines()
+    text = as_markdown(table).splitlines()
     assert text[0].startswith("| method | 0 % wrong captions, 30 %: R@Sum (1, 10) | 0 % wrong captions, 30 %: pairs")
     assert text[2].count("80.00") == 2  # all data stands at both rates
     assert text[4].split(" | ")[-2:] == ["7.00", "10 |"]
-    assert r"\multicolumn{2}{c}{40 \% wrong captions, 50 \%}" in as_latex(sheet)
+    assert r"\multicolumn{2}{c}{40 \% wrong captions, 50 \%}" in as_latex(table)
 
 
 def test_a_table_for_each_benchmark_where_that_matters(tmp_path: Path):
     grid = make_table(tmp_path, "rsum4")
-    assert [sheet.name for sheet in sheets(grid, {}, {})] == ["grid-table1-one", "grid-table1-two"]
+    assert [table.name for table in make_tables(grid, {}, {})] == ["grid-table1-one", "grid-table1-two"]
     grid = make_table(tmp_path, "hours_to_end")
-    assert [sheet.name for sheet in sheets(grid, {}, {})] == ["grid-table1"]
+    assert [table.name for table in make_tables(grid, {}, {})] == ["grid-table1"]
 
 
 def test_published_shares_are_of_published_all_data(tmp_path: Path):
@@ -159,8 +160,8 @@ def test_rows_that_are_published_only(tmp_path: Path):
 
 def test_latex_escapes_what_it_would_read():
     grid_title = "50 % & _x_ {#} ~^\\"
-    sheet = Sheet("n", grid_title, [], [], False)
-    line = next(line for line in as_latex(sheet).splitlines() if line.startswith(r"\caption"))
+    table = Table("n", grid_title, [], [], False)
+    line = next(line for line in as_latex(table).splitlines() if line.startswith(r"\caption"))
     assert r"50 \% \& \_x\_ \{\#\} \textasciitilde{}\textasciicircum{}\textbackslash{}" in line
 
 
@@ -182,13 +183,13 @@ def write_run(folder: Path, name: str, rows: list[dict[str, Any]], status: int =
 
 def test_only_finished_runs_with_evaluations_count(tmp_path: Path):
     grid = make_table(tmp_path, "rsum4")
-    point = next(grid.points())
-    assert read_run(grid, point, tmp_path) is None
-    write_run(tmp_path, point.name, [{"epoch": 1, "imagenet-zeroshot-val-top1": 0.5}], status=1)
-    assert read_run(grid, point, tmp_path) is None
-    (tmp_path / f"{point.name}.json").write_text(json.dumps({"command": ["--val-data", "v.tar"], "status": 0}))
+    key = next(grid.cell_keys())
+    assert read_run(grid, key, tmp_path) is None
+    write_run(tmp_path, key.name, [{"epoch": 1, "imagenet-zeroshot-val-top1": 0.5}], status=1)
+    assert read_run(grid, key, tmp_path) is None
+    (tmp_path / f"{key.name}.json").write_text(json.dumps({"command": ["--val-data", "v.tar"], "status": 0}))
     with pytest.raises(SetupError, match="no evaluation of retrieval"):
-        read_run(grid, point, tmp_path)
+        read_run(grid, key, tmp_path)
 
 
 def noisy_grid(folder: Path) -> Grid:
@@ -196,7 +197,7 @@ def noisy_grid(folder: Path) -> Grid:
     data = {"set": {"train": "t.tar", "val": {"one": "v.tar"}, "noise": {0.3: "l.csv"}}}
     methods = {ALL: {}, DISSECT: {"strategy": "warmup_base_sampling", "flags": "--warmup-point 1"}}
     grid = make_grid(folder, data_sets=data, noise=[0.3], methods=methods)
-    shards = grid.shards(next(grid.points()), folder)
+    shards = grid.shards(next(grid.cell_keys()), folder)
     shards.mkdir()
     with tarfile.open(shards / "00000.tar", "w") as tar:
         for number in range(10):
@@ -209,7 +210,7 @@ def noisy_grid(folder: Path) -> Grid:
 
 def test_the_clean_share_is_that_of_what_was_selected_after_the_warm_up(tmp_path: Path):
     grid = noisy_grid(tmp_path)
-    full, ours = [next(p for p in grid.points() if p.method == method) for method in (ALL, DISSECT)]
+    full, ours = [next(p for p in grid.cell_keys() if p.method == method) for method in (ALL, DISSECT)]
     assert clean_share(grid, full, tmp_path) == pytest.approx(70)
     assert clean_share(grid, ours, tmp_path) is None
     record = tmp_path / ours.name / "record"
@@ -219,7 +220,7 @@ def test_the_clean_share_is_that_of_what_was_selected_after_the_warm_up(tmp_path
         table = pa.table({"key": [f"k{n}" for n in range(10)], "selected": [n in chosen for n in range(10)]})
         pq.write_table(table, record / f"epoch_{epoch:05d}.parquet")
     assert clean_share(grid, ours, tmp_path) == pytest.approx(100 * 5 / 8)
-    assert clean_share(grid, Point("set", 0, DISSECT, 0.3, 0), tmp_path) is None
+    assert clean_share(grid, CellKey("set", 0, DISSECT, 0.3, 0), tmp_path) is None
 
 
 def test_collecting_twice_writes_the_same(tmp_path: Path):
@@ -231,13 +232,13 @@ def test_collecting_twice_writes_the_same(tmp_path: Path):
     assert "0 of 20 runs are finished" in (tmp_path / "empty" / "grid.md").read_text()
     names = ["image_to_text_R@1", "image_to_text_R@5", "image_to_text_R@10"]
     names += ["text_to_image_R@1", "text_to_image_R@5", "text_to_image_R@10"]
-    for place, point in enumerate(point for point in grid.points() if not point.noise):
+    for place, key in enumerate(key for key in grid.cell_keys() if not key.noise):
         rows = [
             {**dict.fromkeys(names, 0.1 * epoch + 0.01 * place), "epoch": epoch, "trained": epoch, "scored": 0}
             | {f"{phase}_seconds": float(epoch) for phase in ("load", "score", "train", "optimizer")}
             for epoch in (1, 2)
         ]
-        write_run(tmp_path / "runs", point.name, rows, flags=grid.training_flags(point))
+        write_run(tmp_path / "runs", key.name, rows, flags=grid.training_flags(key))
     first, second = (collect(grid, tmp_path / "runs", tmp_path / name) for name in "ab")
     assert [file.read_bytes() for file in first] == [file.read_bytes() for file in second]
     assert {file.name for file in first if file.suffix == ".png"} == {

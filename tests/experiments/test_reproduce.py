@@ -19,9 +19,11 @@ from conftest import ROOT
 from grids import FAKE, command, make_grid, run, write_grid
 
 import experiments.__main__ as reproduce
+import experiments.progress as progress_of
 from dissect_clip.config.parser import parse_args
 from dissect_clip.selection import summaries
 from experiments.cells import Runs
+from experiments.jobs import Job
 
 ONE = "set-DISSect-0.3-seed1"
 
@@ -97,7 +99,7 @@ def test_a_signal_saves_stops_and_leaves_the_rest(tmp_path: Path):
     note = json.loads((tmp_path / "runs" / f"{ONE}.json").read_text())
     assert (note["status"], note["stopped"]) == (75, True)
     grid = make_grid(tmp_path)
-    states = [Runs(tmp_path / "runs", FAKE).state(grid.cell(p, tmp_path / "runs")) for p in grid.points()]
+    states = [Runs(tmp_path / "runs", FAKE).state(grid.cell(p, tmp_path / "runs")) for p in grid.cell_keys()]
     assert (states.count("cut off"), states.count("failed")) == (1, 0)
 
 
@@ -108,7 +110,7 @@ def test_a_cell_that_another_process_has_is_left_alone(
     monkeypatch.setenv("FAKE_SLOW", ONE)
     file = write_grid(tmp_path, rows=["DISSect"], seeds=[1], flags="--epochs 20")
     grid = make_grid(tmp_path, rows=["DISSect"], seeds=[1], flags="--epochs 20")
-    (cell,) = [grid.cell(point, tmp_path / "runs") for point in grid.points()]
+    (cell,) = [grid.cell(key, tmp_path / "runs") for key in grid.cell_keys()]
     (tmp_path / "runs").mkdir()
     runs = Runs(tmp_path / "runs", FAKE)
     with runs.log(cell).open("a") as log:
@@ -265,17 +267,17 @@ def test_a_job_array_knows_what_was_run_elsewhere(whole: Path, tmp_path: Path, c
     script, out = tmp_path / "array.sbatch", tmp_path / "tables"
     results = whole / "runs" / "results"
     kept = (results / "grid.jsonl").read_text().splitlines()[1:]
-    earlier = tmp_path / "earlier"
-    earlier.mkdir()
-    (earlier / "grid.jsonl").write_text("\n".join(kept) + "\n")
+    recorded = tmp_path / "recorded"
+    recorded.mkdir()
+    (recorded / "grid.jsonl").write_text("\n".join(kept) + "\n")
     grid = whole / "grid.yaml"
-    words = ["--data", f"FOLDER={whole}", "--runs", str(tmp_path / "runs"), "--from", str(earlier), "--out", str(out)]
+    words = ["--data", f"FOLDER={whole}", "--runs", str(tmp_path / "runs"), "--from", str(recorded), "--out", str(out)]
     assert reproduce.main([str(grid), *words, "--slurm", str(script)], program=FAKE) == 0
     assert "1 tasks" in capsys.readouterr().out
     lines = script.read_text().splitlines()
     collect = next(line for line in lines if "--collect" in line)
-    assert f"--from {earlier} --collect --out {out}" in collect
-    assert f"--from {earlier} " in next(line for line in lines if "--cell" in line)
+    assert f"--from {recorded} --collect --out {out}" in collect
+    assert f"--from {recorded} " in next(line for line in lines if "--cell" in line)
 
 
 def test_grids_share_their_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -290,7 +292,7 @@ def test_grids_share_their_cells(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_progress_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("FAKE_SLOW", ONE)
-    monkeypatch.setattr(reproduce, "_QUIET", 0.0)
+    monkeypatch.setattr(progress_of, "_QUIET", 0.0)
     assert run(tmp_path, file=write_grid(tmp_path, rows=["DISSect"], seeds=[1, 2])) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
     assert lines
@@ -305,15 +307,15 @@ class Terminal(io.StringIO):
 
 def test_on_a_terminal_one_line_changes(tmp_path: Path):
     grid = make_grid(tmp_path, rows=["DISSect"], seeds=[0, 1, 2])
-    jobs = [reproduce.Job(grid, point, grid.cell(point, tmp_path), 4) for point in grid.points()]
+    jobs = [Job(grid, key, grid.cell(key, tmp_path), 4) for key in grid.cell_keys()]
     states = dict(zip([job.cell.name for job in jobs], ["done", "waiting", "waiting"], strict=True))
-    progress = reproduce.Progress(Runs(tmp_path, FAKE), jobs, Terminal())
+    progress = progress_of.Progress(Runs(tmp_path, FAKE), jobs, Terminal())
     (tmp_path / f"{jobs[0].cell.name}.json").write_text(json.dumps({"command": [], "status": 0, "seconds": 600.0}))
     (tmp_path / jobs[1].cell.name).mkdir()
     progress.begin(jobs[1], states)
     (tmp_path / jobs[1].cell.name / "train.jsonl").write_text('{"step": 1, "epoch": 1.5}\n{"step": 2, "epo')
     progress.began -= 60  # 1.5 of 4 epochs in a minute: 100 s are left, and 10 minutes for the cell after that
-    progress._told -= 60
+    progress._shown -= 60
     progress.show(jobs[1], states)
     last = progress.stream.getvalue().split("\r")[-1]
     assert last.startswith("\x1b[K[1 done of 3] DISSect at 30 % on set, seed 1: epoch 1.5 of 4; all done in 1")
@@ -324,13 +326,13 @@ def test_on_a_terminal_one_line_changes(tmp_path: Path):
 
 @pytest.mark.parametrize(("seconds", "text"), [(7, "7 s"), (310, "5 min 10 s"), (3900, "1 h 05 min")])
 def test_times_are_told_shortly(seconds: float, text: str):
-    assert reproduce.short_time(seconds) == text
+    assert progress_of.short_time(seconds) == text
 
 
 def test_what_a_cell_types_is_a_command_line_of_the_trainer(tmp_path: Path):
     grid = make_grid(tmp_path)
-    point = next(point for point in grid.points() if point.method == "DISSect")
-    cell = grid.cell(point, tmp_path / "runs")
+    key = next(key for key in grid.cell_keys() if key.method == "DISSect")
+    cell = grid.cell(key, tmp_path / "runs")
     config = parse_args(cell.words, summaries())
     assert (config.run.name, config.checkpoint.resume, config.training.seed) == (cell.name, "latest", 0)
     assert (config.data.train_data, config.evaluation.val_data) == (f"{tmp_path}/train.tar", "v1.tar")

@@ -1,4 +1,4 @@
-"""Finished runs as the lines of a collected grid, from wherever they were run."""
+"""Finished runs read from the ``*.jsonl`` files of collected grids."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from dissect_clip.errors import SetupError
+from experiments.cells import CellKey
 from experiments.grid import Grid
-from experiments.metrics import RECALLS, Run
-from experiments.point import Point
+from experiments.results import RECALLS, Run
 
 
-def read_earlier(folders: Iterable[Path]) -> dict[Point, Run]:
+def read_recorded(folders: Iterable[Path]) -> dict[CellKey, Run]:
     """The runs in all ``*.jsonl`` of these folders, or of the folders in them when they hold none themselves.
 
     Raises:
         SetupError: a folder has no such file, a line is not one that was written by a collection, or a cell stands
             there twice with different figures.
     """
-    runs: dict[Point, Run] = {}
-    places: dict[Point, str] = {}
+    runs: dict[CellKey, Run] = {}
+    places: dict[CellKey, str] = {}
     for folder in folders:
         files = sorted(folder.glob("*.jsonl")) or sorted(folder.glob("*/*.jsonl"))
         if not files:
@@ -36,23 +36,22 @@ def read_earlier(folders: Iterable[Path]) -> dict[Point, Run]:
                     run = _run(line)
                 except (ValueError, TypeError, KeyError) as error:
                     raise SetupError(
-                        f"{file}: line {number} is not a run that --collect has written ({error!r}): take it out, or "
-                        "collect the grid again where its runs are"
+                        f"{file}: line {number} is not a run that --collect has written ({error!r}): remove it, or "
+                        "collect the grid again from its runs"
                     ) from error
                 place = f"{file}, line {number}"
-                if run != runs.setdefault(run.point, run):
+                if run != runs.setdefault(run.key, run):
                     raise SetupError(
-                        f"{run.point} stands in {places[run.point]} and, with other figures, in {place}: take the one "
-                        "that does not count out"
+                        f"{run.key} stands in {places[run.key]} and, with other figures, in {place}: remove one of them"
                     )
-                places.setdefault(run.point, place)
+                places.setdefault(run.key, place)
     return runs
 
 
 def _run(line: str) -> Run:
     content = json.loads(line)
-    point = Point(**{field.name: content.pop(field.name) for field in dataclasses.fields(Point)})
-    run = Run(point, **content)
+    key = CellKey(**{field.name: content.pop(field.name) for field in dataclasses.fields(CellKey)})
+    run = Run(key, **content)
     lists: list[Any] = [run.epochs, run.rsum4, run.trained, run.scored, run.seconds, run.score_seconds]
     if not all(isinstance(one, list) and len(one) == len(run.epochs) > 0 for one in lists):
         raise ValueError("its lists are not of one length")
@@ -66,27 +65,27 @@ def _run(line: str) -> Run:
     return run
 
 
-def check_earlier(grid: Grid, points: Sequence[Point], earlier: Mapping[Point, Run]) -> None:
-    """Stop where a run was made with other flags than the grid has now, or was evaluated on less.
+def check_recorded(grid: Grid, keys: Sequence[CellKey], recorded: Mapping[CellKey, Run]) -> None:
+    """Check that recorded runs have the flags and the evaluation sets of the grid.
 
     Raises:
-        SetupError: with what differs.
+        SetupError: names the difference.
     """
-    for point in points:
-        run = earlier.get(point)
+    for key in keys:
+        run = recorded.get(key)
         if run is None:
             continue
-        if lacking := [name for name in grid.data_sets[point.data].val if name not in run.final]:
+        if lacking := [name for name in grid.data_sets[key.data].val if name not in run.final]:
             raise SetupError(
-                f"{grid.file}: {point} stands in a folder given with --from, but without {', '.join(lacking)}, which "
+                f"{grid.file}: {key} stands in a folder given with --from, but without {', '.join(lacking)}, which "
                 "the grid evaluates on now: leave --from out, or the grid as it was"
             )
-        now = grid.training_flags(point)
+        now = grid.training_flags(key)
         if shlex.split(run.flags) == now:
             continue
         then = shlex.split(run.flags)
         words = (word for word in difflib.ndiff(then, now) if word[0] in "+-")
         raise SetupError(
-            f"{grid.file}: {point} stands in a folder given with --from, but was run with other flags than the grid "
+            f"{grid.file}: {key} stands in a folder given with --from, but was run with other flags than the grid "
             f"has now ({' '.join(words)}; - was, + is): leave --from out, or the grid as it was"
         )
