@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from toy import write_configs
 
-from dissect_clip.cli.train import main
+from dissect_clip.cli import main
 
 
 def arguments(folder: Path, data: str, name: str = "run", **changes: Any) -> list[str]:

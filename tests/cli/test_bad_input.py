@@ -6,7 +6,8 @@ import pytest
 from runs import arguments, selection, train
 from shards_util import make_shards
 
-from dissect_clip.cli.train import EXIT_SETUP, main
+from dissect_clip.cli import main
+from dissect_clip.cli.exit_status import EXIT_SETUP
 
 
 @pytest.fixture

@@ -36,9 +36,10 @@ from runs import train
 from shards_util import make_shards
 from torch.utils.data import DataLoader
 
-from dissect_clip.cli.commands import COMMANDS
+from dissect_clip.cli import main
 from dissect_clip.cli.evaluate import parse_args
-from dissect_clip.cli.train import EXIT_SETUP, EXIT_TRAINING, main
+from dissect_clip.cli.exit_status import EXIT_SETUP, EXIT_TRAINING
+from dissect_clip.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 

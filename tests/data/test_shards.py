@@ -70,7 +70,7 @@ def test_remote_shards_are_counted_with_a_warning(tmp_path, caplog):
         index = index_shards([f"pipe:cat {tmp_path}/data/train-000.tar"], {}, World(), tmp_path)
     assert index.sizes.tolist() == [3]
     assert "reads every byte" in caplog.text
-    assert "index_shards.py" in caplog.text
+    assert "dissect-clip index" in caplog.text
     assert (tmp_path / SIZES_FILE).exists()
 
 

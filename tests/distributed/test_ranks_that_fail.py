@@ -17,7 +17,8 @@ from runs import arguments
 from shards_util import make_shards
 
 from dissect_clip.checkpoint import writer
-from dissect_clip.cli.train import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, main
+from dissect_clip.cli import main
+from dissect_clip.cli.exit_status import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING
 from dissect_clip.evaluation import retrieval
 from dissect_clip.training import epoch as train
 

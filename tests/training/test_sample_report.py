@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,19 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT
 from runs import arguments, selection, train
 from selection.test_clean_posterior import make_strategy, rows, two_parts
 
+from dissect_clip.cli import clean_report
 from dissect_clip.cli import train as cli
 from dissect_clip.data.sampling.subset import Names
 from dissect_clip.errors import SetupError, TrainingError
+from dissect_clip.training import clean_report as clean_report_module
 from dissect_clip.training import sample_report as verdict
 from dissect_clip.training.sample_report import METADATA, write_verdict
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import clean_report
 
 SHARDS = ("a.tar", "b.tar")
 SMALL = "train-00000{0,1}.tar"
@@ -140,12 +136,12 @@ def test_keys_are_those_of_the_shards(run_with_truth: tuple[Path, str, Path], em
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "status", "message"),
     [
-        (["--train-data", "one"], "the table has 1000 samples"),
-        (["--train-data", "both", "--wrong", "other.csv"], "none of its 1 keys, such as 'nobody', is in the shards"),
-        (["--train-data", "both", "--wrong", "missing.csv"], "cannot be read"),
-        (["--json", "nowhere/report.json"], "nowhere/report.json"),
+        (["--train-data", "one"], 2, "the table has 1000 samples"),
+        (["--train-data", "both", "--wrong", "other.csv"], 2, "none of its 1 keys, such as 'nobody', is in the shards"),
+        (["--train-data", "both", "--wrong", "missing.csv"], 2, "cannot be read"),
+        (["--json", "nowhere/report.json"], 1, "nowhere/report.json"),
     ],
 )
 def test_what_does_not_fit_is_an_error(
@@ -154,13 +150,14 @@ def test_what_does_not_fit_is_an_error(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
+    status: int,
     message: str,
 ):
     file, pattern, _ = run_with_truth
     (tmp_path / "other.csv").write_text("key\nnobody\n")
     places = {"one": str(emoji / "train-000000.tar"), "both": pattern}
     words = [places.get(word, f"{tmp_path}/{word}" if word.endswith(".csv") else word) for word in words]
-    assert clean_report.main([str(file), *words]) == 1
+    assert clean_report.main([str(file), *words]) == status
     assert message in capsys.readouterr().err
 
 
@@ -168,9 +165,9 @@ def test_a_shard_without_samples_has_no_rows():
     table = pa.table({"shard": ["a.tar"] * 2 + ["c.tar"]})
     sizes = np.array([2, 0, 1, 0])
     names = Names(("a.tar", "b.tar", "c.tar", "d.tar"), sizes, lambda place: iter("xy" if place == 0 else "z"))
-    assert clean_report.read_keys(names, table) == ["x", "y", "z"]
+    assert clean_report_module.read_keys(names, table) == ["x", "y", "z"]
     with pytest.raises(SetupError, match="give the shards that the run had"):
-        clean_report.read_keys(Names(("a.tar", "b.tar"), np.array([2, 1]), names.keys), table)
+        clean_report_module.read_keys(Names(("a.tar", "b.tar"), np.array([2, 1]), names.keys), table)
 
 
 def test_without_the_shards_the_report_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -178,6 +175,6 @@ def test_without_the_shards_the_report_is_short(tmp_path: Path, capsys: pytest.C
     assert clean_report.main([str(tmp_path / "clean.parquet")]) == 0
     assert "the run could not tell two parts apart" in capsys.readouterr().out
     (tmp_path / "other.parquet").write_bytes(b"nothing")
-    assert clean_report.main([str(tmp_path / "other.parquet")]) == 1
+    assert clean_report.main([str(tmp_path / "other.parquet")]) == 2
     with pytest.raises(SystemExit):
         clean_report.main([str(tmp_path / "clean.parquet"), "--wrong", "x"])

@@ -1,5 +1,5 @@
 """The command line; one module a command."""
 
-from dissect_clip.cli.train import main
+from dissect_clip.cli.main import main
 
 __all__ = ["main"]

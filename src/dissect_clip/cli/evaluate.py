@@ -20,7 +20,8 @@ import open_clip
 import torch
 
 from dissect_clip.checkpoint import check_fits, load_checkpoint
-from dissect_clip.cli.launch import EXIT_TRAINING, launch, only_first_speaks
+from dissect_clip.cli.exit_status import EXIT_TRAINING, only_first_rank_prints
+from dissect_clip.cli.launch import launch
 from dissect_clip.cli.results import (
     COLUMNS,
     Result,
@@ -155,7 +156,7 @@ def parse_args(argv: Sequence[str]) -> tuple[Settings, Config]:
 
 def main(argv: Sequence[str]) -> int:
     """Evaluate as the command line says; the exit status is 1 where a data set failed, 2 where flags are wrong."""
-    with only_first_speaks():
+    with only_first_rank_prints():
         settings, config = parse_args(argv)
     return launch(config, lambda world: run(settings, config, world), "the same command goes on with what is missing")
 

@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import os
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
+from dissect_clip.cli.exit_status import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, is_first_rank
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World, init_world, is_loss_of_others, shutdown_world
 from dissect_clip.errors import SetupError, Stopped, TrainingError, printable
 from dissect_clip.run.reporting import close_logging
 
 log = logging.getLogger(__name__)
-
-EXIT_TRAINING = 1
-"""Exit status where training could not go on."""
-
-EXIT_SETUP = 2
-"""Exit status where flags, data or files are wrong: nothing was trained."""
-
-EXIT_REQUEUE = 75
-"""Exit status after a signal of a scheduler, when all is saved: start the same command again (EX_TEMPFAIL)."""
-
-EXIT_INTERRUPT = 130
-"""Exit status after Ctrl-C, as shells have it."""
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-@contextlib.contextmanager
-def only_first_speaks() -> Iterator[None]:
-    """Within the block, before there is a world, only the first of the run's processes is heard."""
-    if _is_first():
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def launch(config: Config, work: Callable[[World], int], afterwards: str) -> int:
@@ -52,7 +25,7 @@ def launch(config: Config, work: Callable[[World], int], afterwards: str) -> int
     Of several processes, one that cannot go on ends here and now, and the watch ends the others. ``afterwards`` tells
     the user how to go on after an end that was not the work's own.
     """
-    first = _is_first()
+    first = is_first_rank()
     try:
         with warnings.catch_warnings():
             if not first:

@@ -1,14 +1,12 @@
-"""Score every sample of a data set with a model, without training, and write the scores as a record (docs/record.md).
+"""Score every sample of a dataset with a model, without training, and write the scores as a record.
 
-For scripts/make_coreset.py. The loader, the scoring pass and the record are those of training; images are transformed
-as in evaluation. Works under torchrun.
+The loader, the scoring pass and the record are those of training; images are transformed as in evaluation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,6 @@ import open_clip
 import torch
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from dissect_clip.checkpoint import check_fits, load_checkpoint
 from dissect_clip.config.parser import parse_args
@@ -48,7 +44,7 @@ class Remembered:
     fingerprint: str  # of its data, without that of a list
 
 
-def score_data_set(folder: Path, flags: Sequence[str], passes: int, remembered: bool) -> bool:
+def score_dataset(folder: Path, flags: Sequence[str], passes: int, remembered: bool) -> bool:
     """Score what ``--train-data`` names with the model of ``--resume`` or ``--pretrained``; whether this is rank 0.
 
     Each of the ``passes`` is an epoch of the record, in another order; losses are against the batch of all ranks. With

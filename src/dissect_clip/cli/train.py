@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from dissect_clip.checkpoint import (
     load_checkpoint,
 )
 from dissect_clip.checkpoint.training import Saver, restore
-from dissect_clip.cli.commands import COMMANDS, run_command
-from dissect_clip.cli.launch import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, launch, only_first_speaks
+from dissect_clip.cli.exit_status import only_first_rank_prints
+from dissect_clip.cli.launch import launch
+from dissect_clip.cli.main import COMMANDS
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data import (
@@ -58,22 +58,17 @@ _USABLE_DECOYS = 64
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EXIT_INTERRUPT", "EXIT_REQUEUE", "EXIT_SETUP", "EXIT_TRAINING", "build_state", "main", "run"]
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Train, evaluate or run a command as the command line says; the exit status (docs/operations.md has a table)."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in COMMANDS:
-        return run_command(words[0], words[1:])
-    with only_first_speaks():
-        config = parse_args(words, summaries(), {name: command.summary for name, command in COMMANDS.items()})
+def main(argv: Sequence[str]) -> int:
+    """Train, or evaluate a checkpoint if there is no training data; the exit status."""
+    with only_first_rank_prints():
+        config = parse_args(argv, summaries(), {name: command.summary for name, command in COMMANDS.items()})
 
     def work(world: World) -> int:
         run(config, world)
         return 0
 
-    return launch(config, work, "--resume latest goes on from the last checkpoint")
+    return launch(config, work, "--resume latest continues from the last checkpoint")
 
 
 def run(config: Config, world: World) -> None:

@@ -1,23 +1,17 @@
-#!/usr/bin/env python
-"""Write the samples of a list as new WebDataset shards, their files' names and bytes untouched.
+"""Part of a dataset as new WebDataset shards: the samples of a list, their files' names and bytes untouched.
 
-    python scripts/export_shards.py 'data/cc3m/{00000..00331}.tar' --keep coreset.parquet --output data/cc3m-30
-
-The samples stand in the order of their ids. DIR appears when all is in it, with a sizes.json; until then the shards are
-in DIR.partial, and the same command goes on there after it was stopped. Nothing is overwritten.
+The samples stand in the order of their ids. The folder appears when all is in it, with a sizes.json; until then the
+shards are in FOLDER.partial, where an export that was stopped continues. Nothing is overwritten.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
-import logging
 import os
-import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -25,9 +19,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-
-from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.tar import DamagedTarError, ShardReader, split_name
 from dissect_clip.data.formats.urls import check_present, expand
 from dissect_clip.data.formats.webdataset import OrdinalSet, shard_names
@@ -54,6 +45,18 @@ class Sample(NamedTuple):
     def suffixes(self) -> list[str]:
         """Of the files, as samples are told apart by them."""
         return [parts[1].lower() for name, _ in self.files if (parts := split_name(name)) is not None]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to export, and how."""
+
+    pattern: str
+    keep: str
+    output: Path
+    per_shard: int
+    skip_damaged: bool
+    data_timeout: float
 
 
 @dataclass
@@ -208,15 +211,15 @@ def begin(output: Path, of: str) -> tuple[Path, State]:
     return partial, state
 
 
-def export(index: ShardIndex, keep: Bitmap, args: argparse.Namespace) -> tuple[State, int]:
+def write_shards(index: ShardIndex, keep: Bitmap, options: Export) -> tuple[State, int]:
     """Write the shards; what was done, and how many samples were to be written.
 
     Raises:
         SetupError: the output is in the way, or a sample cannot be read.
     """
     kept = ShardSubset.of(index.sizes, inverted(keep, index.num_samples))
-    of = f"{index.fingerprint}+{list_digest(keep)} {args.per_shard} {args.skip_damaged}"
-    partial, state = begin(args.output, hashlib.sha256(of.encode()).hexdigest())
+    of = f"{index.fingerprint}+{list_digest(keep)} {options.per_shard} {options.skip_damaged}"
+    partial, state = begin(options.output, hashlib.sha256(of.encode()).hexdigest())
     lost = list(state.lost)
     writer: ShardWriter | None = None
 
@@ -227,11 +230,11 @@ def export(index: ShardIndex, keep: Bitmap, args: argparse.Namespace) -> tuple[S
         state.write(partial / STATE_FILE)
 
     try:
-        for sample in read_samples(index, kept, state.last_id, args.data_timeout, lost, args.skip_damaged):
+        for sample in read_samples(index, kept, state.last_id, options.data_timeout, lost, options.skip_damaged):
             if writer is not None and not writer.takes(sample):
                 finish(writer)
                 writer = None
-            writer = writer or ShardWriter(partial / f"{len(state.sizes):05d}.tar", args.per_shard)
+            writer = writer or ShardWriter(partial / f"{len(state.sizes):05d}.tar", options.per_shard)
             writer.add(sample)
         if writer is not None:
             finish(writer)
@@ -245,65 +248,27 @@ def export(index: ShardIndex, keep: Bitmap, args: argparse.Namespace) -> tuple[S
     state.write(partial / STATE_FILE)
     write_sizes(partial / SIZES_FILE, state.sizes)
     sync_folder(partial)
-    os.rename(partial, args.output)
-    sync_folder(args.output.parent)
+    os.rename(partial, options.output)
+    sync_folder(options.output.parent)
     return state, int(kept.counts.sum())
 
 
-# ---- command line
+def export(options: Export) -> None:
+    """Export the samples of a list, and print what was written.
 
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("pattern", metavar="PATTERN", help="shards as --train-data takes them")
-    parser.add_argument("--keep", required=True, metavar="FILE", help="the list, as --train-keep takes it")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the new shards")
-    parser.add_argument(
-        "--per-shard", type=int, default=10_000, metavar="N", help="samples in a shard (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--skip-damaged", action="store_true", help="leave out, and count, samples that cannot be read; else stop"
-    )
-    parser.add_argument(
-        "--data-timeout",
-        type=float,
-        default=DataSettings.data_timeout,
-        metavar="SECONDS",
-        help="give a remote shard up that sends nothing for so long (default: %(default)g, as in training)",
-    )
-    args = parser.parse_args(argv)
-    if args.per_shard < 1:
-        parser.error("argument --per-shard: give at least 1")
-    if not 0 < args.data_timeout < float("inf"):
-        parser.error("argument --data-timeout: give a number above 0")
-    args.output = Path(os.path.normpath(args.output))
-    return args
-
-
-def main(argv: Sequence[str]) -> int:
-    """The exit status."""
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        urls = [url for source in expand(args.pattern, "PATTERN") for url in source]
-        check_present(urls, "PATTERN")
-        known = recorded_sizes(urls, None, ask_remote=True, timeout=args.data_timeout)
-        index = index_shards(urls, known, World(), None, args.data_timeout)
-        state, wanted = export(index, read_list(args.keep, shard_names(index, args.data_timeout), "--keep"), args)
-    except (SetupError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    Raises:
+        SetupError: shards or the list cannot be read, or the output is in the way.
+        OSError: a shard cannot be written.
+    """
+    urls = [url for source in expand(options.pattern, "PATTERN") for url in source]
+    check_present(urls, "PATTERN")
+    recorded = recorded_sizes(urls, None, ask_remote=True, timeout=options.data_timeout)
+    index = index_shards(urls, recorded, World(), None, options.data_timeout)
+    keep = read_list(options.keep, shard_names(index, options.data_timeout), "--keep")
+    state, wanted = write_shards(index, keep, options)
     written = sum(state.sizes.values())
-    print(f"wrote {written} of {wanted} samples to {len(state.sizes)} shards in {args.output}")
+    print(f"wrote {written} of {wanted} samples to {len(state.sizes)} shards in {options.output}")
     if state.lost:
         places = np.bincount(index.locate(np.array(state.lost)), minlength=len(urls))
         for place in np.flatnonzero(places):
             print(f"  {places[place]} samples of {urls[place]} could not be read")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

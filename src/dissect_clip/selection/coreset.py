@@ -1,26 +1,13 @@
-#!/usr/bin/env python
-"""Choose part of a data set by what a run recorded, or by a model's scores, as a list for --train-keep.
-
-    python scripts/make_coreset.py logs/RUN/record --method forgetting --rate 0.3 --output coreset.parquet
-    python scripts/make_coreset.py logs/RUN/record --method clipscore --threshold 25 --output coreset.parquet
-
-With flags of src/main.py behind `--` the data set is scored first: once (--passes) by the model of --resume or
---pretrained, without training; what it scored is written to RECORD as a run's record is. torchrun works, too.
-
-    python scripts/make_coreset.py scores --method cliploss --rate 0.3 --output coreset.parquet -- \\
-        --train-data 'data/cc3m/{00000..00331}.tar' --model ViT-B-32 --pretrained openai --batch-size 1024
+"""Part of a dataset, chosen by what a run recorded or by a model's scores, as a list for ``--train-keep``.
 
 docs/coresets.md says what each method measures and keeps.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import math
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-
-from dissect_clip.errors import SetupError, TrainingError
+from dissect_clip.errors import SetupError
 from dissect_clip.run.atomic import put_in_place
 
 METADATA = b"dissect_clip.coreset"
@@ -64,6 +49,24 @@ METHODS = {
     "cliploss": Method("loss", False),
     "differential": Method("", True),
 }
+
+
+@dataclass(frozen=True)
+class CoresetOptions:
+    """The flags of ``dissect-clip coreset``."""
+
+    record: Path
+    method: str
+    output: Path
+    rate: float | None = None
+    threshold: float | None = None
+    epochs: str | None = None
+    reference_epoch: int | None = None
+    learned_by: str = "loss"
+    learned_at: float | None = None
+    never_learned: str = "most"
+    passes: int = 1
+    seed: int = 0
 
 
 # ---- reading a record
@@ -138,7 +141,8 @@ def row_groups(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _floats(table: pa.Table, name: str) -> Floats:
-    return table[name].to_numpy().astype(np.float32)  # null is NaN
+    numbers: Floats = table[name].to_numpy().astype(np.float32)  # null is NaN
+    return numbers
 
 
 def first_visits(path: Path, num_samples: int, columns: Sequence[str]) -> Iterator[tuple[pa.Table, NDArray[np.int64]]]:
@@ -227,7 +231,7 @@ def forgetting_events(
     return result, {"never_learned": int(never_learned.sum()), "never_forgotten": int(unforgettable.sum())}
 
 
-def measure(args: argparse.Namespace, epochs: dict[int, Path], found: dict[int, Path], num_samples: int) -> Any:
+def measure(args: CoresetOptions, epochs: dict[int, Path], found: dict[int, Path], num_samples: int) -> Any:
     """What the method measures of every sample, and what to tell of it."""
     files = list(epochs.values())
     if args.method == "random":
@@ -325,7 +329,7 @@ def write_list(
         partial.unlink(missing_ok=True)
 
 
-def make(args: argparse.Namespace) -> None:
+def make(args: CoresetOptions) -> None:
     """From a record to a list."""
     method = METHODS[args.method]
     found = find_epochs(args.record)
@@ -361,14 +365,14 @@ def scored_with(record: Path) -> dict[str, object]:
     return {"scored_with": json.loads(path.read_text(encoding="utf-8"))} if path.is_file() else {}
 
 
-def run_settings(args: argparse.Namespace) -> dict[str, Any]:
+def run_settings(args: CoresetOptions) -> dict[str, Any]:
     """Settings of the run that wrote the record, where they are beside it."""
     path = args.record.parent / "config.json"
     settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return settings
 
 
-def check_loss(args: argparse.Namespace) -> None:
+def check_loss(args: CoresetOptions) -> None:
     """See that ln 2 nats mean something for what the run recorded as its loss.
 
     Raises:
@@ -384,95 +388,3 @@ def check_loss(args: argparse.Namespace) -> None:
         why = "with --score-refresh below 1 the record holds minus the z-score instead of the loss"
     if why is not None:
         raise SetupError(f"--learned-by loss: ln 2 nats mean nothing here, since {why}: give --learned-at, or score")
-
-
-# ---- command line
-
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("record", type=Path, metavar="RECORD", help="folder of a record, as logs/RUN/record")
-    parser.add_argument("--method", required=True, choices=tuple(METHODS))
-    parser.add_argument("--rate", type=float, metavar="R", help="keep this share of the samples that have a value")
-    parser.add_argument("--threshold", type=float, metavar="T", help="keep values of at least T; of cliploss at most T")
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the list, a Parquet file")
-    parser.add_argument(
-        "--epochs",
-        metavar="A[:B]",
-        help="epochs of the record, from 0, the last included; values are their mean (default: the newest; random and "
-        "forgetting: all)",
-    )
-    parser.add_argument(
-        "--reference-epoch", type=int, metavar="E", help="differential: what the score fell from (default: the "
-        "remembered score)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--learned-by", default="loss", choices=("loss", "score"), help="forgetting: by what (default: loss)"
-    )
-    parser.add_argument(
-        "--learned-at",
-        type=float,
-        metavar="X",
-        help="forgetting: learned is a loss of at most X nats (default: ln 2), or a score of at least the X-quantile "
-        "of those of its step (default: 0.5)",
-    )
-    parser.add_argument(
-        "--never-learned",
-        default="most",
-        choices=("most", "least"),
-        help="forgetting: samples that never were learned count as forgotten most often, as in the paper, or least",
-    )
-    parser.add_argument("--passes", type=int, default=1, metavar="N", help="score the data set N times (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="of random choices and of ties (default: 0)")
-    args = parser.parse_args(argv)
-    if (args.rate is None) == (args.threshold is None):
-        parser.error("give --rate or --threshold")
-    if args.rate is not None and not 0 < args.rate <= 1:
-        parser.error(f"argument --rate: {args.rate:g} is not above 0 and at most 1")
-    if args.threshold is not None and math.isnan(args.threshold):
-        parser.error("argument --threshold: give a number")
-    if args.method == "random" and args.threshold is not None:
-        parser.error("argument --threshold: --method random has no values to compare, give --rate")
-    if args.reference_epoch is not None and args.method != "differential":
-        parser.error("argument --reference-epoch: it is for --method differential")
-    if args.learned_by == "score" and args.learned_at is not None and not 0 <= args.learned_at <= 1:
-        parser.error(f"argument --learned-at: {args.learned_at:g} is no quantile between 0 and 1")
-    if args.passes < 1 or args.seed < 0:
-        parser.error("--passes is at least 1 and --seed at least 0")
-    if args.output.suffix != ".parquet":
-        parser.error(f"argument --output: {args.output} should end in .parquet")
-    return args
-
-
-def score_data_set(args: argparse.Namespace, flags: Sequence[str]) -> bool:
-    """Score as the flags of src/main.py say; whether this process is the one that goes on."""
-    from score_samples import score_data_set  # only here, since torch takes seconds to load
-
-    is_main = score_data_set(args.record, flags, args.passes, remembered=args.method == "differential")
-    return bool(is_main)
-
-
-def main(argv: Sequence[str]) -> int:
-    """The exit status."""
-    argv = list(argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args, flags = parse_args(argv[:cut]), argv[cut + 1 :]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        if args.output.exists():
-            raise SetupError(f"--output {args.output} is there already, and is not overwritten")
-        if args.method == "forgetting" and flags:
-            raise SetupError("--method forgetting looks at the epochs of a training run: it needs its record")
-        if not flags or score_data_set(args, flags):
-            make(args)
-    except (SetupError, TrainingError, OSError, pa.ArrowException) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,23 +1,9 @@
-#!/usr/bin/env python
-"""What RUN/clean.parquet says: how many pairs are clean, the keys of the samples, and how far P(clean) can be trusted.
-
-    python scripts/clean_report.py logs/RUN/clean.parquet
-    python scripts/clean_report.py logs/RUN/clean.parquet --train-data 'data/{00000..00331}.tar' --output keyed.parquet
-    python scripts/clean_report.py logs/RUN/clean.parquet --train-data 'data/*.tar' --wrong wrong.csv --json report.json
-
-Without --train-data it needs nothing but the file. With it the headers of the shards are read for the keys: --output
-writes them with all columns, and --wrong, a csv with a header and the keys of pairs that are known to be wrong in its
-column `key`, else in its first one, holds P(clean) against the truth.
-"""
+"""What a run's clean.parquet holds: the share of clean pairs, the keys of the samples, P(clean) against the truth."""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
-import logging
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +13,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-
-from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.urls import check_present, expand
 from dissect_clip.data.formats.webdataset import shard_names
 from dissect_clip.data.sampling.shard_ids import index_shards
@@ -97,7 +80,8 @@ def read_wrong(path: Path) -> set[str]:
 
 
 def _numbers(table: pa.Table, name: str) -> Floats:
-    return table[name].to_numpy().astype(np.float64)  # null is NaN
+    numbers: Floats = table[name].to_numpy().astype(np.float64)  # null is NaN
+    return numbers
 
 
 def calibration(table: pa.Table, clean: Bools) -> dict[str, Any]:
@@ -192,56 +176,40 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, metavar="CLEAN", help="the clean.parquet of a run")
-    parser.add_argument("--train-data", metavar="PATTERN", help="the shards of the run, as it was given them")
-    parser.add_argument("--wrong", type=Path, metavar="FILE", help="csv with a header: keys of pairs that are wrong")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the table with a column key, as Parquet")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what is printed as JSON")
-    parser.add_argument(
-        "--data-timeout", type=float, default=DataSettings.data_timeout, metavar="SECONDS", help="as in training"
-    )
-    args = parser.parse_args(argv)
-    if args.train_data is None and (args.wrong is not None or args.output is not None):
-        parser.error("--wrong and --output need the keys of the samples: give --train-data")
-    return args
+def report_file(
+    file: Path,
+    pattern: str | None,
+    wrong_file: Path | None,
+    output: Path | None,
+    json_file: Path | None,
+    timeout: float,
+) -> None:
+    """Print the summary of a clean.parquet, and write what was asked for.
 
-
-def main(argv: Sequence[str]) -> int:
-    """The exit status."""
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        table = read_clean(args.file)
-        report = summary(table)
-        if args.train_data is not None:
-            urls = [url for source in expand(args.train_data, "--train-data") for url in source]
-            check_present(urls, "--train-data")
-            known = recorded_sizes(urls, None, ask_remote=True, timeout=args.data_timeout)
-            index = index_shards(urls, known, World(), None, args.data_timeout)
-            keys = pa.array(read_keys(shard_names(index, args.data_timeout), table), pa.string())
-            if args.wrong is not None:
-                wrong = read_wrong(args.wrong)
-                matched = pc.is_in(keys, value_set=pa.array(sorted(wrong), pa.string())).to_numpy(zero_copy_only=False)
-                if matched.sum() == 0:
-                    such = f", such as {min(wrong)!r}," if wrong else ""
-                    raise SetupError(f"--wrong {args.wrong}: none of its {len(wrong)} keys{such} is in the shards")
-                if report["with_p_clean"]:
-                    report["truth"] = calibration(table, ~matched)
-            if args.output is not None:
-                partial = args.output.with_name(f"{args.output.name}.tmp")
-                pq.write_table(table.add_column(2, "key", keys), partial, compression="zstd", use_dictionary=["shard"])
-                put_in_place(partial, args.output)
-        print(as_text(report))
-        if args.json is not None:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except (SetupError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    Raises:
+        SetupError: a file cannot be read, or the shards are not those of the run.
+        OSError: a file cannot be written.
+    """
+    table = read_clean(file)
+    report = summary(table)
+    if pattern is not None:
+        urls = [url for source in expand(pattern, "--train-data") for url in source]
+        check_present(urls, "--train-data")
+        recorded = recorded_sizes(urls, None, ask_remote=True, timeout=timeout)
+        index = index_shards(urls, recorded, World(), None, timeout)
+        keys = pa.array(read_keys(shard_names(index, timeout), table), pa.string())
+        if wrong_file is not None:
+            wrong = read_wrong(wrong_file)
+            matched = pc.is_in(keys, value_set=pa.array(sorted(wrong), pa.string())).to_numpy(zero_copy_only=False)
+            if matched.sum() == 0:
+                such = f", such as {min(wrong)!r}," if wrong else ""
+                raise SetupError(f"--wrong {wrong_file}: none of its {len(wrong)} keys{such} is in the shards")
+            if report["with_p_clean"]:
+                report["truth"] = calibration(table, ~matched)
+        if output is not None:
+            partial = output.with_name(f"{output.name}.tmp")
+            pq.write_table(table.add_column(2, "key", keys), partial, compression="zstd", use_dictionary=["shard"])
+            put_in_place(partial, output)
+    print(as_text(report))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -318,7 +318,7 @@ def _index(found: Found, config: Config, world: World, run_folder: Path | None) 
         f"({world.size} ranks x --workers {max(1, config.data.workers)}), and their sizes are not known. "
         "Count them once "
         "with\n"
-        f"    python scripts/index_shards.py '{config.data.train_data}' --output sizes.json\n"
+        f"    dissect-clip index '{config.data.train_data}' --output sizes.json\n"
         "and put the file beside the shards, or give fewer --workers"
     )
 

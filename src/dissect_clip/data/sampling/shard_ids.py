@@ -153,7 +153,7 @@ def _announce(urls: Sequence[str]) -> None:
     if not all(map(is_local, urls)):
         _log.warning(
             "counting remote shards reads every byte of them once. To do it beforehand, where they are near: "
-            "python scripts/index_shards.py PATTERN --output sizes.json, and put the file beside the shards"
+            "dissect-clip index PATTERN --output sizes.json, and put the file beside the shards"
         )
 
 
@@ -220,7 +220,7 @@ def index_shards(
         if world.is_main and (unkept := save_sizes(counted, run_folder)):
             _log.warning(
                 "nowhere to keep the sizes of %d shards (%s), the next run will count them again: write them to a file "
-                "with scripts/index_shards.py",
+                "with dissect-clip index",
                 len(unkept), name_some(unkept),
             )  # fmt: skip
         known = {**known, **counted}

@@ -1,64 +1,17 @@
-#!/usr/bin/env python
-"""Count the samples of WebDataset shards once, and write the counts to the sizes.json that training reads.
-
-    python scripts/index_shards.py 'data/cc12m/{00000..01242}.tar'            # sizes.json beside the shards
-    python scripts/index_shards.py 'pipe:aws s3 cp s3://bucket/{000..099}.tar -' --output sizes.json
-    python scripts/index_shards.py 'data/cc12m/{00000..01242}.tar' --check    # compare with what is recorded
-
-Local shards cost a read of their headers only; remote ones are read whole, so count those near where they are, and put
-the file beside them. Training counts local shards by itself where it has to, with the same result.
-"""
+"""The sizes of shards, counted ahead of training: for ``sizes.json``, or to compare with what is recorded."""
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
-
-from dissect_clip.config.settings import DataSettings
 from dissect_clip.data.formats.urls import check_present, expand, name_some
 from dissect_clip.data.sampling.shard_ids import ShardCounter
 from dissect_clip.data.sampling.shard_sizes import add_sizes, merge_by_name, recorded_sizes, save_sizes, write_sizes
 from dissect_clip.errors import SetupError
 
 _FOREVER = 1e9
-
-
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    summary, _, rest = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "pattern",
-        metavar="PATTERN",
-        help="shards as --train-data takes them: braces, globs, URLs, sources joined by ::",
-    )
-    parser.add_argument("--workers", type=int, default=16, metavar="N", help="shards read at a time (default: 16)")
-    parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write one file here, instead of a sizes.json in each shard folder"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; name the shards whose recorded size is missing or wrong"
-    )
-    parser.add_argument(
-        "--data-timeout",
-        type=float,
-        default=DataSettings.data_timeout,
-        metavar="SECONDS",
-        help="give a remote shard up that sends nothing for so long (default: %(default)g, as in training)",
-    )
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        parser.error("argument --workers: give at least 1")
-    if not 0 < args.data_timeout < float("inf"):
-        parser.error("argument --data-timeout: give a number above 0")
-    return args
 
 
 def count(urls: list[str], workers: int, timeout: float, keep: Callable[[dict[str, int]], None]) -> dict[str, int]:
@@ -115,21 +68,20 @@ def write(urls: list[str], counted: dict[str, int], output: Path | None) -> int:
     return 0
 
 
-def main(argv: Sequence[str]) -> int:
-    """The exit status."""
-    args = parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        urls = list(dict.fromkeys(url for source in expand(args.pattern, "PATTERN") for url in source))
-        check_present(urls, "PATTERN")
-        recorded = recorded_sizes(urls, None, ask_remote=True, timeout=args.data_timeout) if args.check else {}
-        keep = (lambda sizes: None) if args.check else partial(keep_some, output=args.output)
-        counted = count(urls, args.workers, args.data_timeout, keep)
-        return check(urls, counted, recorded) if args.check else write(urls, counted, args.output)
-    except (SetupError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
+def index(pattern: str, workers: int, output: Path | None, check_only: bool, timeout: float) -> int:
+    """Count the samples of the shards of a pattern, and write the counts or compare them; the exit status.
 
+    Raises:
+        SetupError: shards are missing or cannot be read.
+        OSError: the counts cannot be written.
+    """
+    urls = list(dict.fromkeys(url for source in expand(pattern, "PATTERN") for url in source))
+    check_present(urls, "PATTERN")
+    recorded = recorded_sizes(urls, None, ask_remote=True, timeout=timeout) if check_only else {}
 
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    def keep(sizes: dict[str, int]) -> None:
+        if not check_only:
+            keep_some(sizes, output)
+
+    counted = count(urls, workers, timeout, keep)
+    return check(urls, counted, recorded) if check_only else write(urls, counted, output)

@@ -1,12 +1,9 @@
-"""scripts/make_coreset.py: what each method measures and keeps, on records by hand and of real runs."""
+"""``dissect-clip coreset``: what each method measures and keeps, on records by hand and of real runs."""
 
-import importlib.util
 import json
 import math
-import sys
 from collections import defaultdict
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,32 +15,18 @@ from hypothesis import strategies as st
 from runs import arguments, record, selection, train
 from shards_util import make_shards, write_json
 
+from dissect_clip.cli import coreset as coreset_command
 from dissect_clip.cli import train as cli
 from dissect_clip.config.parser import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
-from dissect_clip.selection import summaries
-
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def script():
-    before = list(sys.path)
-    sys.path.insert(0, str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location("make_coreset", SCRIPTS / "make_coreset.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_coreset"] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
-    del sys.modules["make_coreset"]
+from dissect_clip.selection import coreset, summaries
 
 
 @pytest.fixture
-def make(script):
-    return lambda *argv: script.main([str(arg) for arg in argv])
+def make():
+    return lambda *argv: coreset_command.main([str(arg) for arg in argv])
 
 
 # ---- records by hand
@@ -190,7 +173,7 @@ EPOCHS = st.lists(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(epochs=EPOCHS, groups=st.integers(1, 3))
 @pytest.mark.parametrize("by", ["loss", "score"])
-def test_forgetting_counts_falls_from_learned_to_not(script, tmp_path, by, epochs, groups):
+def test_forgetting_counts_falls_from_learned_to_not(tmp_path, by, epochs, groups):
     epochs = [list({(sample, step): (sample, step, value) for sample, step, value in rows}.values()) for rows in epochs]
 
     def learned(value, of_step):
@@ -205,11 +188,11 @@ def test_forgetting_counts_falls_from_learned_to_not(script, tmp_path, by, epoch
         write_epoch(tmp_path, number, [(sample, step, {by: value}) for sample, step, value in rows], groups)
     files = [tmp_path / f"epoch_{number:05d}.parquet" for number in range(len(epochs))]
     at = {"loss": math.log(2), "score": 0.5}[by]
-    value, told = script.forgetting_events(files, 7, by, at, "most")
+    value, told = coreset.forgetting_events(files, 7, by, at, "most")
     assert {sample: value[sample] for sample in range(7) if not math.isnan(value[sample])} == expected
     assert told["never_learned"] == sum(events == math.inf for events in expected.values())
     assert told["never_forgotten"] == sum(events == 0 for events in expected.values())
-    last, _ = script.forgetting_events(files, 7, by, at, "least")
+    last, _ = coreset.forgetting_events(files, 7, by, at, "least")
     assert [n for n in range(7) if last[n] == -1] == [n for n in range(7) if value[n] == math.inf]
 
 
@@ -243,20 +226,20 @@ def test_the_most_forgotten_are_kept(make, tmp_path, capsys):
 def test_what_a_record_does_not_hold_is_said(make, tmp_path, capsys, flags, message):
     for number, rows in enumerate(of_column("score", {0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})):
         write_epoch(tmp_path / "record", number, rows)
-    assert make(tmp_path / "record", "--output", tmp_path / "l.parquet", *flags) == 1
+    assert make(tmp_path / "record", "--output", tmp_path / "l.parquet", *flags) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*l.parquet*"))
 
 
 def test_folders_and_outputs_are_checked(make, tmp_path, capsys):
     flags = ("--method", "random", "--rate", 0.5)
-    assert make(tmp_path, "--output", tmp_path / "l.parquet", *flags) == 1
+    assert make(tmp_path, "--output", tmp_path / "l.parquet", *flags) == 2
     assert "holds no complete epoch of a record" in capsys.readouterr().err
     pq.write_table(pa.table({"sample_id": [1]}), tmp_path / "epoch_00000.parquet")
-    assert make(tmp_path, "--output", tmp_path / "l.parquet", *flags) == 1
+    assert make(tmp_path, "--output", tmp_path / "l.parquet", *flags) == 2
     assert "is no file of a record: it has the columns sample_id" in capsys.readouterr().err
     (tmp_path / "l.parquet").touch()
-    assert make(tmp_path, "--output", tmp_path / "l.parquet", *flags) == 1
+    assert make(tmp_path, "--output", tmp_path / "l.parquet", *flags) == 2
     assert "is there already, and is not overwritten" in capsys.readouterr().err
 
 
@@ -265,7 +248,7 @@ def test_ln_2_nats_mean_nothing_for_other_losses(make, tmp_path, capsys, setting
     write_epoch(tmp_path / "record", 0, *of_column("loss", {0: 1.0, 1: 2.0}))
     write_json(tmp_path / "config.json", settings)
     flags = ("--method", "forgetting", "--rate", 0.5, "--output", tmp_path / "l.parquet")
-    assert make(tmp_path / "record", *flags) == 1
+    assert make(tmp_path / "record", *flags) == 2
     assert "ln 2 nats mean nothing here" in capsys.readouterr().err
     assert make(tmp_path / "record", *flags, "--learned-at", 1.5) == 0
 
@@ -390,7 +373,7 @@ def record_of(folder, epoch):
 def test_flags_for_scoring_are_checked(make, tmp_path, capsys, method, changes, message):
     words = arguments(tmp_path, run_data(tmp_path), **changes)
     flags = ("--method", method, "--rate", 0.5, "--output", tmp_path / "l.parquet")
-    assert make(tmp_path / "scores", *flags, "--", *words) == 1
+    assert make(tmp_path / "scores", *flags, "--", *words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -399,36 +382,40 @@ def test_a_checkpoint_that_remembers_nothing_or_other_data_has_no_differentials(
     plain = train(tmp_path, data, "plain", batch_size=8, epochs=1)
     flags = ("--method", "differential", "--rate", 0.5, "--output", tmp_path / "l.parquet")
     words = arguments(tmp_path, data, resume=plain / "checkpoints" / "epoch_1.pt", batch_size=8)
-    assert make(tmp_path / "scores", *flags, "--", *words) == 1
+    assert make(tmp_path / "scores", *flags, "--", *words) == 2
     assert "does not remember CLIPScores" in capsys.readouterr().err
     (tmp_path / "scores" / "mine").touch()
-    assert make(tmp_path / "scores", *flags, "--", *words) == 1
+    assert make(tmp_path / "scores", *flags, "--", *words) == 2
     assert "is not empty" in capsys.readouterr().err
     remembering = train(tmp_path, data, "run", **selection("historical_base_sampling"), batch_size=8, epochs=1)
     words = arguments(
         tmp_path, make_shards(tmp_path / "other", [30]), resume=remembering / "checkpoints" / "epoch_1.pt"
     )
-    assert make(tmp_path / "more", *flags, "--", *words) == 1
+    assert make(tmp_path / "more", *flags, "--", *words) == 2
     assert "was trained on other data" in capsys.readouterr().err
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.data())
-def test_marks_are_thinned_out_across_pieces(script, marks, data):
+def test_marks_are_thinned_out_across_pieces(marks, data):
     marked = np.array(marks)
     count = data.draw(st.integers(0, sum(marks)))
     before = marked.copy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "_PIECE", 7)
-        script.keep_some(marked, count, np.random.default_rng(0))
+        patch.setattr(coreset, "_PIECE", 7)
+        coreset.keep_some(marked, count, np.random.default_rng(0))
     assert marked.sum() == count
     assert not (marked & ~before).any()
 
 
-def test_every_mark_is_as_likely(script, monkeypatch):
-    monkeypatch.setattr(script, "_PIECE", 3)
+def test_every_mark_is_as_likely(monkeypatch):
+    monkeypatch.setattr(coreset, "_PIECE", 3)
     generator, times = np.random.default_rng(0), np.zeros(8)
     for _ in range(2000):
         marked = np.ones(8, bool)
-        script.keep_some(marked, 3, generator)
+        coreset.keep_some(marked, 3, generator)
         times += marked
     assert np.abs(times / 2000 - 3 / 8).max() < 0.05
+
+
+def test_the_command_line_names_every_method():
+    assert set(coreset_command.METHODS) == set(coreset.METHODS)

@@ -1,35 +1,23 @@
-"""scripts/export_shards.py from the command line."""
+"""``dissect-clip export`` from the command line."""
 
-import importlib.util
 import json
-import sys
 import tarfile
-from pathlib import Path
 
 import pytest
 from shards_util import data_config, image_bytes, make_shard, make_shards, sample, to_tensor, tokenize, write_tar
 
+from dissect_clip.cli import export as export_command
 from dissect_clip.data import build_train
+from dissect_clip.data import export as export_module
 from dissect_clip.distributed.world import World
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "export_shards.py"
 SIZES = [4, 3, 5, 2]
 KEPT = [0, 1, 3, 7, 8, 9, 11, 13]
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("export_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "export_shards", module)  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def export(script):
-    return lambda *argv: script.main([str(arg) for arg in argv])
+def export():
+    return lambda *argv: export_command.main([str(arg) for arg in argv])
 
 
 def listed(folder, ids, name="list.txt"):
@@ -82,11 +70,11 @@ def test_new_shards_are_a_data_set(tmp_path, export):
 def test_nothing_is_overwritten(tmp_path, export, capsys):
     pattern, keep = make_shards(tmp_path / "old", SIZES), listed(tmp_path, KEPT)
     (tmp_path / "new").mkdir()
-    assert export(pattern, "--keep", keep, "--output", f"{tmp_path}/new/") == 1
+    assert export(pattern, "--keep", keep, "--output", f"{tmp_path}/new/") == 2
     assert "is there already, and is not overwritten" in capsys.readouterr().err
     (tmp_path / "other.partial").mkdir()
     (tmp_path / "other.partial" / "mine").touch()
-    assert export(pattern, "--keep", keep, "--output", tmp_path / "other") == 1
+    assert export(pattern, "--keep", keep, "--output", tmp_path / "other") == 2
     assert "other.partial is not of an export" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "other.partial").iterdir()] == ["mine"]
 
@@ -101,11 +89,11 @@ STOPS = {
 
 
 @pytest.mark.parametrize(("place", "starts"), STOPS.values(), ids=STOPS)
-def test_an_export_that_was_stopped_goes_on(tmp_path, export, script, place, starts, monkeypatch, capsys):
+def test_an_export_that_was_stopped_goes_on(tmp_path, export, place, starts, monkeypatch, capsys):
     pattern, keep = make_shards(tmp_path / "old", SIZES), listed(tmp_path, KEPT)
     flags = ("--keep", keep, "--per-shard", 2)
     assert export(pattern, *flags, "--output", tmp_path / "whole") == 0
-    owner = script if len(place) == 1 else getattr(script, place[0])
+    owner = export_module if len(place) == 1 else getattr(export_module, place[0])
     real = getattr(owner, place[-1])
     for calls in starts:
         left = iter(range(calls))
@@ -117,10 +105,9 @@ def test_an_export_that_was_stopped_goes_on(tmp_path, export, script, place, sta
 
         with monkeypatch.context() as patch:
             patch.setattr(owner, place[-1], killed)
-            with pytest.raises(KeyboardInterrupt):
-                export(pattern, *flags, "--output", tmp_path / "new")
+            assert export(pattern, *flags, "--output", tmp_path / "new") == 130
         assert not (tmp_path / "new").exists()
-    assert export(pattern, "--keep", keep, "--output", tmp_path / "new") == 1
+    assert export(pattern, "--keep", keep, "--output", tmp_path / "new") == 2
     assert "is an export of other shards, or with other flags" in capsys.readouterr().err
     assert export(pattern, *flags, "--output", tmp_path / "new") == 0
     assert content(tmp_path / "new") == content(tmp_path / "whole")
@@ -133,7 +120,7 @@ def test_samples_that_cannot_be_read_stop_the_export_or_are_counted(tmp_path, ex
     first = tmp_path / "old" / "train-000.tar"
     first.write_bytes(first.read_bytes()[: 2 * 2048 + 1500])  # the third loses its caption
     out = ("--keep", keep, "--output", tmp_path / "new")
-    assert export(pattern, *out) == 1
+    assert export(pattern, *out) == 2
     said = capsys.readouterr().err
     assert "2 samples of" in said
     assert "train-000.tar cannot be read: it ends in the middle" in said
@@ -172,9 +159,9 @@ def test_bad_flags(tmp_path, export, argv, message, capsys):
 
 
 def test_bad_input_is_reported(tmp_path, export, capsys):
-    assert export(tmp_path / "absent.tar", "--keep", "l.txt", "--output", tmp_path / "o") == 1
+    assert export(tmp_path / "absent.tar", "--keep", "l.txt", "--output", tmp_path / "o") == 2
     assert "absent.tar" in capsys.readouterr().err
     pattern = make_shards(tmp_path, [2])
-    assert export(pattern, "--keep", listed(tmp_path, [5]), "--output", tmp_path / "o") == 1
+    assert export(pattern, "--keep", listed(tmp_path, [5]), "--output", tmp_path / "o") == 2
     assert "--keep" in capsys.readouterr().err
     assert not (tmp_path / "o.partial").exists()

@@ -1,23 +1,16 @@
-"""scripts/index_shards.py from the command line."""
+"""``dissect-clip index`` from the command line."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from shards_util import make_shards, write_json, write_tar
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "index_shards.py"
+from dissect_clip.cli.index import main
 
 
 @pytest.fixture
-def index(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("index_shards", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *argv: module.main([str(arg) for arg in argv])
+def index():
+    return lambda *argv: main([str(arg) for arg in argv])
 
 
 def test_writes_sizes_beside_the_shards(tmp_path, index, capsys):
@@ -60,7 +53,7 @@ def test_empty_shards_are_recorded_and_named(tmp_path, index, capsys):
 
 
 def test_missing_shards_fail(tmp_path, index, capsys):
-    assert index(f"{tmp_path}/{{0..3}}.tar") == 1
+    assert index(f"{tmp_path}/{{0..3}}.tar") == 2
     assert "4 of 4 shards are missing" in capsys.readouterr().err
 
 
@@ -68,13 +61,13 @@ def test_a_shard_that_cannot_be_read_loses_no_counts(tmp_path, index, capsys):
     make_shards(tmp_path, [3, 5])
     bad = f"pipe:cat {tmp_path}/train-{{000..002}}.tar"
     write_json(tmp_path / "out.json", {"train-009.tar": 4})
-    assert index(bad, "--output", tmp_path / "out.json", "--workers", 1) == 1
+    assert index(bad, "--output", tmp_path / "out.json", "--workers", 1) == 2
     assert json.loads((tmp_path / "out.json").read_text()) == {
         "train-000.tar": 3, "train-001.tar": 5, "train-009.tar": 4,
     }  # fmt: skip
     assert "the counts of 2 shards are kept" in (told := capsys.readouterr().err)
     assert "cannot read the shard pipe:cat" in told
-    assert index(bad, "--check", "--workers", 1) == 1
+    assert index(bad, "--check", "--workers", 1) == 2
     assert "kept" not in capsys.readouterr().err
     assert not (tmp_path / "sizes.json").exists()
 
@@ -86,7 +79,7 @@ def test_help_shows_examples(index, capsys):
 
 
 def test_gives_up_a_remote_shard_that_sends_nothing(tmp_path, index, capsys):
-    assert index("pipe:sleep 60", "--output", tmp_path / "out.json", "--data-timeout", 0.2) == 1
+    assert index("pipe:sleep 60", "--output", tmp_path / "out.json", "--data-timeout", 0.2) == 2
     assert "nothing came for 0.2 seconds" in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
 

@@ -1,0 +1,54 @@
+"""``dissect-clip score``: score every sample of a dataset with a model, without training."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dissect_clip.cli.exit_status import run_alone
+from dissect_clip.config.parser import Parser
+
+EXAMPLES = """\
+example, also under torchrun:
+  dissect-clip score scores -- --train-data 'data/cc3m/{00000..00331}.tar' --model ViT-B-32 --pretrained openai \\
+      --batch-size 1024
+"""
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    """The flags of the command itself, before ``--``."""
+    parser = Parser(
+        prog="dissect-clip score",
+        description="Score every sample of a dataset with the model of --resume or --pretrained, without training, and "
+        "write CLIPScores and losses to RECORD as a run's record is (docs/record.md): for dissect-clip coreset, or for "
+        "tools of your own. Behind -- stand flags of training that name the data and the model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("record", type=Path, metavar="RECORD", help="folder for the record; new or empty")
+    parser.add_argument("--passes", type=int, default=1, metavar="N", help="score the dataset N times (default: 1)")
+    parser.add_argument(
+        "--remembered",
+        action="store_true",
+        help="write the CLIPScores that the run of --resume remembered beside the new ones",
+    )
+    args = parser.parse_args(argv)
+    if args.passes < 1:
+        parser.error("argument --passes: give at least 1")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status."""
+    argv = list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parse_args(argv[:cut]), argv[cut + 1 :]
+
+    def work() -> int:
+        from dissect_clip.cli.score_dataset import score_dataset
+
+        score_dataset(args.record, flags, args.passes, args.remembered)
+        return 0
+
+    return run_alone(work)
