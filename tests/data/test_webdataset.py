@@ -293,7 +293,7 @@ def test_shards_of_unknown_size_are_split_over_ranks(tmp_path):
 def test_remote_shards_that_are_too_few_stop_with_the_command(tmp_path):
     make_shards(tmp_path, [4])
     config = data_config(train_data=f"pipe:cat {tmp_path}/train-000.tar", train_num_samples=4, workers=2)
-    with pytest.raises(SetupError, match=r"1 shards, fewer than the 2 loader workers(.|\n)*dissect-clip index 'pipe:cat"):
+    with pytest.raises(SetupError, match=r"1 shards, fewer than the 2 loader workers(.|\n)*clip index 'pipe:cat"):
         load(config)
 
 
