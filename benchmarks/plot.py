@@ -110,9 +110,15 @@ def draw_store(lines: Sequence[Line], file: Path) -> Path:
     return save(figure, file)
 
 
+LEGEND = {"full": "all data", "exact": "DISSect", "fast": "DISSect fast", "random": "random selection"}
+"""Names of modes that a reader knows; others stand as they are."""
+
+
 def draw_quality(runs: Sequence[Line], targets: Sequence[float], file: Path) -> Path:
     """R@Sum against seconds and against pairs trained on: each run thin, the mean over a mode's seeds thick."""
-    figure, (by_seconds, by_pairs) = new_figure(2, "each run, and the mean over the seeds")
+    figure, (by_seconds, by_pairs) = new_figure(
+        2, "Quality during training: mean over the seeds (thick) and each run (thin)"
+    )
     modes = list(dict.fromkeys(run["mode"] for run in runs))
     for place, mode in enumerate(modes):
         own = [run for run in runs if run["mode"] == mode]
@@ -125,13 +131,19 @@ def draw_quality(runs: Sequence[Line], targets: Sequence[float], file: Path) -> 
                 [statistics.mean(run[name][point] for run in own) for point in range(shortest)]
                 for name in (quantity, "rsum")
             ]
-            axes.plot(*means, color=colour, linewidth=1.8, label=mode, marker="o" if shortest == 1 else None)
-    for axes, label in ((by_seconds, "seconds, scoring and loading included"), (by_pairs, "pairs trained on")):
+            axes.plot(
+                *means,
+                color=colour,
+                linewidth=1.8,
+                label=LEGEND.get(mode, mode.replace("full", "all data")),
+                marker="o" if shortest == 1 else None,
+            )
+    for axes, label in ((by_seconds, "seconds of training, with scoring and loading"), (by_pairs, "pairs trained on")):
         for place, target in enumerate(targets):
-            told = None if place else "targets: where all data ends"
-            axes.axhline(target, color="black", linestyle=":", linewidth=1, label=told)
+            name = None if place else "final quality of all data, by seed"
+            axes.axhline(target, color="black", linestyle=":", linewidth=1, label=name)
         axes.set(xlabel=label, ylabel="R@Sum", xlim=0)
-    by_pairs.legend(fontsize=8)
+    by_pairs.legend(fontsize=9)
     return save(figure, file)
 
 

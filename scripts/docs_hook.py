@@ -48,6 +48,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrite links between ``docs/`` and the rest of the repository."""
     folder = Path(page.file.abs_src_path).parent
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # it would list this page alone
 
     def rewritten(match: re.Match[str]) -> str:
         target = (folder / match[2]).resolve()
