@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The benchmarks of docs/performance.md one after the other, at sizes for a CPU: `make bench`.
+"""The benchmarks of docs/results/performance.md one after the other, at sizes for a CPU: `make bench`.
 
 loader.py and time_to_quality.py are not among them.
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from common import quartiles, report
-from step_cost import ANY_CHEAP, CHEAP, MODES, as_loaded, make_state
+from step_cost import ANY_CHEAP, CHEAP, MODES, as_loaded, image_shape, make_state, make_text
 from torch.utils.flop_counter import FlopCounterMode
 
 from dissect_clip.data.batch import Batch
@@ -96,12 +96,9 @@ def count_flops(state: TrainState) -> float:
 
 def host_batch(state: TrainState, size: int) -> Batch:
     """Noise as bytes, and captions as long as the model takes; as a loader gives them."""
-    side = state.module.visual.image_size
-    height, width = side if isinstance(side, (tuple, list)) else (side, side)
     random = torch.Generator().manual_seed(0)
-    text = torch.randint(1, 49000, (size, state.module.context_length), generator=random)
-    text[:, -1] = 49407
-    image = torch.randint(0, 256, (size, 3, height, width), generator=random, dtype=torch.uint8)
+    text = make_text(state, size, random)
+    image = torch.randint(0, 256, (size, 3, *image_shape(state)), generator=random, dtype=torch.uint8)
     batch = Batch(image, text, torch.arange(size), normalization=torch.full((2, 3), 0.5))
     return batch.pin_memory() if state.world.device.type == "cuda" else batch
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws benchmarks from their JSON lines.
 
-    python benchmarks/plot.py bench.jsonl --out docs/performance
+    python benchmarks/plot.py bench.jsonl --out docs/results/performance
 
 OUT/step_cost.png and OUT/epoch_cost.png: the cost of a step against the rate. OUT/store.png: the score store against
 the size of the data set. A picture is made where the files have its lines.

@@ -2,7 +2,7 @@
 """What selection, record and checkpoints cost with hundreds of millions of samples and hundreds of ranks.
 
 One process does, for real, what one rank of such a run has to do: it holds the whole store, and gets what an all_gather
-over all ranks would give it. What needs the other ranks is computed. docs/scale.md has a table and the formulas.
+over all ranks would give it. What needs the other ranks is computed. docs/results/scale.md has the formulas.
 
     python benchmarks/scale.py [--samples 100000000 400000000] [--ranks 512] [--batch-sizes 1024 4096] [--folder DIR]
         [--parts store gather checkpoint loader record skipped lists]

@@ -103,14 +103,24 @@ def make_state(
     return state
 
 
-def make_batch(state: TrainState, size: int) -> Batch:
-    """Noise, and captions as long as the model takes."""
+def image_shape(state: TrainState) -> tuple[int, int]:
+    """Height and width of the model's images."""
     side = state.module.visual.image_size
-    height, width = side if isinstance(side, (tuple, list)) else (side, side)
-    random = torch.Generator().manual_seed(0)
+    return tuple(side) if isinstance(side, (tuple, list)) else (side, side)
+
+
+def make_text(state: TrainState, size: int, random: torch.Generator) -> torch.Tensor:
+    """Captions ``[size, L]`` as long as the model takes: random tokens, and the last token of CLIP's vocabulary."""
     text = torch.randint(1, 49000, (size, state.module.context_length), generator=random)
     text[:, -1] = 49407
-    image = torch.randn(size, 3, height, width, generator=random)
+    return text
+
+
+def make_batch(state: TrainState, size: int) -> Batch:
+    """Noise, and captions as long as the model takes."""
+    random = torch.Generator().manual_seed(0)
+    text = make_text(state, size, random)
+    image = torch.randn(size, 3, *image_shape(state), generator=random)
     return Batch(image, text, torch.arange(size)).to(state.world.device, state.input_dtype)
 
 

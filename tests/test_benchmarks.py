@@ -287,3 +287,8 @@ def test_a_study_runs_once(bench: Any, capsys: pytest.CaptureFixture[str], tmp_p
 def test_all_of_them_are_there(bench: Any):
     everything = bench("all")
     assert all((FOLDER / words[0]).exists() for words in everything.COMMANDS.values())
+
+
+def test_the_readme_lists_every_benchmark():
+    listed = (FOLDER / "README.md").read_text()
+    assert [path.name for path in FOLDER.glob("*.py") if f"`{path.name}" not in listed] == []

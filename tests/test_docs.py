@@ -8,7 +8,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 TOP = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
-PAGES = [*TOP, *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
+PAGES = [
+    *TOP,
+    *sorted(DOCS.rglob("*.md")),
+    *sorted((ROOT / "experiments").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+]
 
 
 def name_of(path: Path) -> str:
