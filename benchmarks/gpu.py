@@ -136,10 +136,10 @@ def after_warmup(state: TrainState, size: int) -> Steps:
     """The run when every sample of the batch has been scored once."""
     Steps(state, size)(1)
     state.counters.epoch = 1
-    if state.selector is not None:
-        state.selector.begin_epoch(1)
-    if state.chooser is not None and state.selector is not None:
-        state.chooser.publish(state.selector.store.scores, state.selector.survey)
+    if state.selection is not None:
+        state.selection.start_epoch(1)
+    if state.preselector is not None and state.selection is not None:
+        state.preselector.publish(state.selection.store.scores, state.selection.survey)
     return Steps(state, size)
 
 

@@ -46,9 +46,8 @@ from dissect_clip.data.sampling.subset import Names, read_list
 from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.distributed.world import World
-from dissect_clip.selection import summaries
+from dissect_clip.selection import Candidates, Choice, summaries
 from dissect_clip.selection.store import ScoreStore, last_occurrence
-from dissect_clip.selection.strategy import Candidates, Selection
 from dissect_clip.training.record import Recorder
 
 SHARD = 10_000
@@ -224,7 +223,7 @@ def repack(bits: Bitmap) -> None:
         np.packbits(np.unpackbits(bits[begin : begin + (1 << 20)]))
 
 
-def recorded(samples: int, ids: Tensor) -> tuple[Batch, Selection]:
+def recorded(samples: int, ids: Tensor) -> tuple[Batch, Choice]:
     """A batch with the names that img2dataset gives, and scores as a trained model has them."""
     digits = 10 ** torch.arange(8, -1, -1)
     key = (ids[:, None] // digits % 10 + ord("0")).to(torch.uint8)
@@ -232,7 +231,7 @@ def recorded(samples: int, ids: Tensor) -> tuple[Batch, Selection]:
     memory = (score + torch.randn(len(ids)) * 0.02)[:, None] * 100
     candidates = Candidates(epoch=1, generator=torch.Generator(), memory=memory, similarity=score)
     kept = torch.randperm(len(ids))[: int(0.3 * len(ids))].sort().values
-    return Batch(torch.empty(0), torch.empty(0), ids, key), Selection(kept, candidates)
+    return Batch(torch.empty(0), torch.empty(0), ids, key), Choice(kept, candidates=candidates)
 
 
 def record(options: argparse.Namespace) -> None:

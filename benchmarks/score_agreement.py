@@ -37,8 +37,8 @@ from dissect_clip.errors import SetupError
 from dissect_clip.models.build import Model, build_model
 from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection import summaries
-from dissect_clip.selection.scoring import Scorer, Shortcuts
 from dissect_clip.selection.strategy import clip_score, kept
+from dissect_clip.training.scoring import Scorer, Shortcuts
 
 Pass = Callable[[Batch], Tensor]
 """Batch -> [N] cosines."""

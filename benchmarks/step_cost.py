@@ -100,6 +100,8 @@ def make_state(
     world = World(device=torch.device(options.device)) if world is None else world
     state = build_state(config, world, build_model(config, world), MemoryData(num_samples), None, 100)
     state.model.train()
+    if state.selection is not None:
+        state.selection.start_epoch(0)
     return state
 
 
@@ -126,12 +128,12 @@ def make_batch(state: TrainState, size: int) -> Batch:
 
 def as_loaded(state: TrainState, batch: Batch) -> Batch:
     """What a loader would give of a batch: with a choice before loading only what is worth it. Decoys are in it."""
-    if state.decoys is not None:
-        batch = state.decoys(batch)
-    if state.chooser is None:
+    if state.selection is not None:
+        batch = dataclasses.replace(batch, text=state.selection.swap_captions(batch.sample_id, batch.text))
+    if state.preselector is None:
         return batch
     size = len(batch)
-    choice = state.chooser(batch.sample_id.cpu(), torch.ones(size, dtype=torch.bool), state.counters.epoch, 0)
+    choice = state.preselector(batch.sample_id.cpu(), torch.ones(size, dtype=torch.bool), state.counters.epoch, 0)
     part = batch.take(choice.order[: choice.count].to(batch.image.device))
     return dataclasses.replace(part, num_read=size)
 
@@ -148,10 +150,10 @@ def stepper(options: argparse.Namespace, mode: str, rate: float, batch: Batch) -
     state = make_state(options, mode, rate, options.batch_size)
     step_seconds(state, as_loaded(state, batch))
     state.counters.epoch = 1
-    if state.selector is not None:
-        state.selector.begin_epoch(1)
-    if state.chooser is not None and state.selector is not None:
-        state.chooser.publish(state.selector.store.scores, state.selector.survey)
+    if state.selection is not None:
+        state.selection.start_epoch(1)
+    if state.preselector is not None and state.selection is not None:
+        state.preselector.publish(state.selection.store.scores, state.selection.survey)
     loaded = as_loaded(state, batch)
     return lambda: step_seconds(state, loaded)
 
@@ -165,7 +167,7 @@ class EpochRun:
         model = build_model(config, world)
         self.data = build_train(config, world, model.preprocess_train, model.tokenizer, None)
         self.state = build_state(config, world, model, self.data, None, self.data.num_batches)
-        self.data.stream.preselector = self.state.chooser
+        self.data.stream.preselector = self.state.preselector
         self.phases: list[dict[str, float]] = []
 
     def __call__(self) -> float:

@@ -88,9 +88,10 @@ def report_step(options: argparse.Namespace, world: World) -> None:
     for rate in options.rates:
         state = make_state(options, "exact", rate, options.step_batch_size, world)
         state.counters.epoch = 1
-        assert state.selector is not None
+        assert state.selection is not None
+        state.selection.start_epoch(1)
         batch = make_batch(state, options.step_batch_size)
-        stores = {samples: ScoreStore(samples, state.selector.store.columns, world) for samples in options.samples}
+        stores = {samples: ScoreStore(samples, state.selection.store.columns, world) for samples in options.samples}
         works = {str(samples): stepper(state, batch, store) for samples, store in stores.items()}
         times = in_turns(works, options.turns, warm=2)
         if world.is_main:
@@ -113,7 +114,7 @@ def stepper(state: Any, batch: Batch, store: ScoreStore) -> Callable[[], float]:
     here = Batch(batch.image, batch.text, ids.to(batch.image.device))
 
     def step() -> float:
-        state.selector.store = store
+        state.selection.store, state.selection.num_samples = store, len(store.scores)
         return step_seconds(state, here)
 
     return step

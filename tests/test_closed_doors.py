@@ -75,7 +75,7 @@ ALLOWED = {
     ("models/build.py", "torch.compile"),
     ("run/folder.py", "re.compile"),
     ("run/reporting.py", "importlib.import_module"),  # of --report-to
-    ("selection/scoring.py", "torch.compile"),
+    ("training/scoring.py", "torch.compile"),
     ("experiments/schema.py", "yaml.compose"),  # with the SafeLoader; makes nodes, no objects
 }
 

@@ -21,9 +21,9 @@ from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
 from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection import STRATEGIES, summaries
-from dissect_clip.selection.scoring import Scorer
 from dissect_clip.selection.strategy import kept
 from dissect_clip.training.epoch import TrainState, train_epoch
+from dissect_clip.training.scoring import Scorer
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [None, *STRATEGIES]
@@ -168,8 +168,8 @@ def _all_modes(world: World, folder: str, data: str, validation: str) -> dict[st
 
     def compare(state: TrainState, *rest: Any) -> str | None:
         signal = train_epoch(state, *rest)
-        if state.selector is not None and state.selector.store.columns:
-            mine = state.selector.store.scores.nan_to_num(-1)
+        if state.selection is not None and state.selection.store.columns:
+            mine = state.selection.store.scores.nan_to_num(-1)
             both = world.all_gather(mine[None])
             assert torch.equal(both[0], both[1]), f"{name}: the stores differ"
             shares[name].append((mine != -1).float().mean().item())

@@ -135,8 +135,8 @@ def _runs(world: World, folder: str, names: list[str]) -> dict[str, list[tuple[i
 
     def compare(state: TrainState, *rest: Any) -> str | None:
         signal = train_epoch(state, *rest)
-        assert state.selector is not None
-        stores = world.all_gather(state.selector.store.scores[None])
+        assert state.selection is not None
+        stores = world.all_gather(state.selection.store.scores[None])
         assert all(torch.equal(stores[0], store) for store in stores), f"{name}: the stores differ, or lack a sample"
         counts[name].append((state.counters.seen, state.counters.trained))
         return signal

@@ -35,8 +35,7 @@ from dissect_clip.data.sampling.progress import (
 from dissect_clip.data.sampling.subset import Names, as_recorded, list_digest, read_list
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.models.loss import SampleLoss
-from dissect_clip.selection import build_decoys, build_selector
+from dissect_clip.selection import build_selection
 
 SIZES = [9, 5, 1, 8, 7]
 SAMPLES = sum(SIZES)
@@ -523,8 +522,11 @@ def test_decoys_are_drawn_among_the_samples_on_the_list(tmp_path, caplog):
     listed = parquet(tmp_path, {"sample_id": LIST})
     config = data_config(train_data=make_shards(tmp_path, SIZES), train_keep=listed, batch_size=2, **CLEAN)
     data = webdataset.build_train(config, World(), jittered, tokenize, None)
-    selector = build_selector(config, data.num_samples, SampleLoss(World(), False), World())
-    decoys = build_decoys(config, selector, World(), data.subset_size, data.subset_ids)
+    selector = build_selection(config, data.num_samples, World())
+    assert selector is not None
+    selector.draw_decoys(data.subset_size, data.subset_ids)
+    decoys = selector.decoys
+    assert decoys is not None
     assert len(decoys.ids) == len(LIST) // 2
     assert set(decoys.ids.tolist()) < set(LIST)
     verdict = selector.strategy.verdict(torch.zeros(SAMPLES, 5), torch.arange(SAMPLES), SAMPLES, 6)

@@ -19,7 +19,7 @@ from dissect_clip.models.build import build_model
 from dissect_clip.models.openclip_compat import BoundedCache
 from dissect_clip.models.parallel import RunningBuffers, wrap_model
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.selection.scoring import Scorer
+from dissect_clip.training.scoring import Scorer
 
 CPU = torch.device("cpu")
 

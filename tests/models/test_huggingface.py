@@ -11,7 +11,7 @@ from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.selection.scoring import Scorer, Shortcuts, cut_captions, text_pooling
+from dissect_clip.training.scoring import Scorer, Shortcuts, cut_captions, text_pooling
 
 transformers = pytest.importorskip("transformers", reason="pip install 'dissect-clip[hf]' brings transformers")
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from processes import run_on_ranks
 from selection.test_reuse import column, encode, make_config, make_selector, train
-from selection.test_selector import SAMPLES, N, make_batch, never
+from selection.test_selector import SAMPLES, N, make_batch, never, select
 from torch import Tensor
 
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
-from dissect_clip.models.loss import SampleLoss
-from dissect_clip.selection import Candidates, build_chooser, build_selector, summaries
+from dissect_clip.selection import Candidates, build_preselector, build_selection, summaries
 from dissect_clip.selection.strategies.clean_posterior.decoys import decoy_ids
 from dissect_clip.selection.strategies.clean_posterior.mixture import FIT_ROWS
 from dissect_clip.selection.strategies.clean_posterior.strategy import CleanPosterior
@@ -382,7 +381,7 @@ def test_nothing_is_scored_not_even_in_the_first_epoch():
     selector = make_selector(NAME, warmup_select_rate=1.0)
     batch = make_batch(torch.arange(N))
     for epoch in (0, 1, 2):
-        selector.begin_epoch(epoch)
+        selector.start_epoch(epoch)
         assert len(train(selector, batch, epoch, epoch, scorer=never)) == (N if epoch == 0 else 3)
     assert column(selector, "visits")[:N].sum() == N + 3 + 3
     assert column(selector, "visits")[N:].isnan().all()
@@ -394,7 +393,7 @@ def test_a_refresh_scores_more_of_them_and_a_visit_counts_once(refresh: float):
     batch = make_batch(torch.arange(N))
     train(selector, batch, 0, 0)
     assert column(selector, "visits")[:N].eq(1).all()
-    selection = selector.select(batch, encode, 1, 1)
+    selection = select(selector, batch, encode, 1, 1)
     assert selection.scored == max(2, round(refresh * N))
     train(selector, batch, 1, 1)
     assert column(selector, "visits")[:N].max() == 2
@@ -406,8 +405,8 @@ def test_what_a_record_holds():
     for wanted in (True, False):
         selector = make_selector(NAME, record=wanted, clean_decoys=0.0)
         selector.store.scores[:] = rows(averages)
-        selector.begin_epoch(6)
-        selection = selector.select(make_batch(torch.arange(N)), never, 6, 6)
+        selector.start_epoch(6)
+        selection = select(selector, make_batch(torch.arange(N)), never, 6, 6)
         if not wanted:
             assert selection.reported is None
             continue
@@ -419,14 +418,13 @@ def test_what_a_record_holds():
 
 def test_the_loader_draws_by_what_was_found_when_the_epoch_began():
     config = make_config(NAME, rate=0.5, clean_decoys=0.0).replace(select_before_load=True)
-    world = World()
-    selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
-    chooser = build_chooser(config, selector)
+    selector = build_selection(config, SAMPLES, World())
+    chooser = build_preselector(config, selector)
     assert selector is not None
     assert chooser is not None
     averages, upper = two_parts(SAMPLES)
     selector.store.scores[:] = rows(averages)
-    selector.begin_epoch(6)
+    selector.start_epoch(6)
     chooser.publish(selector.store.scores, selector.survey)
     ids = torch.cat([upper.nonzero()[:4, 0], (~upper).nonzero()[:4, 0]])
     choices = [chooser(ids, torch.ones(8, dtype=torch.bool), 6, seed) for seed in range(50)]
@@ -442,7 +440,7 @@ def epoch_on_ranks(world: World) -> tuple[list[float], list[int], list[list[floa
     selector.store.scores[:] = rows(averages)
     if not world.is_main:
         selector.store.scores[:, 0] += 1e-3  # as on hardware that rounds otherwise
-    selector.begin_epoch(6)
+    selector.start_epoch(6)
     chosen = train(selector, make_batch(torch.arange(N) + N * world.rank), 6, 6)
     return list(selector.survey), chosen, selector.store.scores[:, 1:].nan_to_num(-1).tolist()
 

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from selection.test_reuse import encode, train
-from selection.test_selector import SAMPLES, N, make_batch, never
+from selection.test_selector import SAMPLES, N, make_batch, never, select
 from selection.test_strategies import make_candidates
 
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.models.loss import SampleLoss
-from dissect_clip.selection import STRATEGIES, Needs, Strategy, build_selector, build_strategy
+from dissect_clip.selection import STRATEGIES, Needs, Strategy, build_selection, build_strategy
 from dissect_clip.selection.strategies.combination import positions
 
 DISSECT = "warmup_base_sampling:0.7+small_loss:0.3"
@@ -101,7 +100,7 @@ def test_strategies_with_a_plan_of_their_own_are_refused(name: str):
 @pytest.mark.parametrize("refresh", [1.0, 0.2])
 def test_it_selects_and_remembers_through_the_selector(refresh: float):
     config = make_strategy(BOTH, score_refresh=refresh, select_rate=0.3, warmup_point=1).config
-    selector = build_selector(config, SAMPLES, SampleLoss(World(), siglip=False), World())
+    selector = build_selection(config, SAMPLES, World())
     assert selector is not None
     for step in range(4):
         ids = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(step))[:N]
@@ -113,6 +112,6 @@ def test_it_selects_and_remembers_through_the_selector(refresh: float):
 
 def test_at_rate_one_it_scores_nothing():
     config = make_strategy(DISSECT, select_rate=1.0, warmup_select_rate=1.0).config
-    selector = build_selector(config, SAMPLES, SampleLoss(World(), siglip=False), World())
+    selector = build_selection(config, SAMPLES, World())
     assert selector is not None
-    assert selector.select(make_batch(torch.arange(N)), never, 3, 0).index.tolist() == list(range(N))
+    assert select(selector, make_batch(torch.arange(N)), never, 3, 0).index.tolist() == list(range(N))

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from selection.test_selector import SAMPLES, N, make_batch, never
+from selection.test_selector import SAMPLES, N, make_batch, never, select
 from selection.test_selector import make_selector as make_any
 from torch import Tensor
 
-from dissect_clip.checkpoint.training import inform
 from dissect_clip.config.settings import Config
+from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.models.loss import SampleLoss
-from dissect_clip.selection import Candidates, build_chooser, build_selector
-from dissect_clip.selection.selector import Selector, top_k
+from dissect_clip.selection import Candidates, Selection, build_preselector, build_selection
 from dissect_clip.selection.strategies.infobatch import InfoBatch, share_below
 from dissect_clip.selection.strategy import kept
+from dissect_clip.selection.top_k import top_k
 
 
 def make_strategy(mean: float = 2.0, below: float = 0.5, rate: float = 0.5, **changes: object) -> InfoBatch:
@@ -149,15 +149,15 @@ def test_the_last_eighth_trains_on_everything_unless_told_otherwise():
 # ---- with the selector
 
 
-def make_selector(**changes: object) -> Selector:
+def make_selector(**changes: object) -> Selection:
     return make_any("infobatch", **changes)
 
 
-def teach(selector: Selector, ids: Tensor, loss: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
+def teach(selector: Selection, ids: Tensor, loss: Tensor, epoch: int = 0, step: int = 0) -> Tensor:
     """A step in which training finds these losses for the kept ones; returns their ids."""
     batch = make_batch(ids)
-    selection = selector.select(batch, never, epoch, step)
-    selector.learn_losses(batch, selection, loss[selection.index])
+    selection = select(selector, batch, never, epoch, step)
+    selector.learn(ids[selection.index], loss[selection.index])
     return ids[selection.index]
 
 
@@ -180,14 +180,15 @@ def test_a_loss_that_is_not_finite_leaves_what_was_known():
 def test_an_epoch_begins_with_a_look_at_the_store():
     selector = make_selector()
     selector.store.scores[:20, 0] = torch.arange(20.0)
-    selector.begin_epoch(1)
+    selector.start_epoch(1)
     assert selector.survey == (9.5, 10 / 20)
     assert (selector.strategy.mean, selector.strategy.below) == selector.survey
     other = make_selector()
-    other.inform(selector.survey)
+    other.load_state_dict(selector.state_dict())
+    other.start_epoch(1)
     batch = make_batch(torch.arange(N))
     other.store.scores[:] = selector.store.scores
-    first, second = (one.select(batch, never, 1, 1) for one in (selector, other))
+    first, second = (select(one, batch, never, 1, 1) for one in (selector, other))
     assert torch.equal(first.index, second.index)
     assert torch.equal(first.weight, second.weight)
 
@@ -197,7 +198,7 @@ def test_training_losses_are_those_of_the_batch_and_skip_what_is_not_finite():
     image, text = torch.nn.functional.normalize(torch.randn(2, 6, 4), dim=-1)
     broken = image.clone()
     broken[2] = torch.nan
-    loss = selector.training_loss(broken, text, torch.tensor(7.0))
+    loss = selector.pair_losses(broken, text, torch.tensor(7.0))
     assert loss.isnan().tolist() == [place == 2 for place in range(6)]
     zeroed = (part.clone().index_fill(0, torch.tensor(2), 0) for part in (image, text))
     expected = SampleLoss(selector.world, siglip=False)(*zeroed, torch.tensor(7.0), None)
@@ -207,7 +208,9 @@ def test_training_losses_are_those_of_the_batch_and_skip_what_is_not_finite():
 
 @pytest.mark.parametrize(("epochs", "wanted"), [(1, False), (2, True)])
 def test_nothing_is_learned_that_no_epoch_will_read(epochs: int, wanted: bool):
-    assert make_selector(epochs=epochs).learns(0) is wanted
+    selector = make_selector(epochs=epochs)
+    selector.start_epoch(0)
+    assert selector.learns_losses is wanted
 
 
 def test_it_cannot_choose_before_loading():
@@ -215,21 +218,20 @@ def test_it_cannot_choose_before_loading():
     selector = make_selector()
     selector.strategy = InfoBatch(config)
     with pytest.raises(SetupError, match=r"--select-before-load, .* does not go with --select-strategy infobatch"):
-        build_chooser(config, selector)
+        build_preselector(config, selector)
 
 
 def test_without_weights_it_chooses_before_loading_by_the_mean_of_the_epochs_beginning():
     """The loader knows it, too, though it was built before."""
     config = Config.of(select=True, select_strategy="infobatch", select_rate=0.5, select_rescale="off",
                     select_before_load=True)  # fmt: skip
-    world = make_selector().world
-    selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
-    chooser = build_chooser(config, selector)
+    selector = build_selection(config, SAMPLES, World())
+    chooser = build_preselector(config, selector)
     assert selector is not None
     assert chooser is not None
     selector.store.scores[:, 0] = torch.arange(float(SAMPLES))
     selector.store.scores[SAMPLES // 2 :] += 100  # few of a batch are above the mean, and they stay
-    selector.begin_epoch(1)
+    selector.start_epoch(1)
     chooser.publish(selector.store.scores, selector.survey)
     ids = torch.cat([torch.arange(6), torch.arange(SAMPLES - 2, SAMPLES)])
     choice = chooser(ids, torch.ones(8, dtype=torch.bool), 1, 5)
@@ -243,28 +245,24 @@ def test_without_weights_it_chooses_before_loading_by_the_mean_of_the_epochs_beg
 )
 def test_it_is_refused_with_losses_that_cannot_be_weighted(changes: dict[str, str], named: str):
     config = Config.of(select=True, select_strategy="infobatch", **changes)  # type: ignore[arg-type]
-    world = make_selector().world
     with pytest.raises(SetupError, match=rf"--select-strategy infobatch weights .*{named}"):
-        build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
+        build_selection(config, SAMPLES, World())
     unweighted = config.replace(select_rescale="off")
-    assert build_selector(unweighted, SAMPLES, SampleLoss(world, siglip=False), world) is not None
+    assert build_selection(unweighted, SAMPLES, World()) is not None
 
 
-def test_a_checkpoint_with_other_numbers_is_refused():
-    with pytest.raises(SetupError, match=r"epoch_3_step_7.pt holds 3 numbers about the whole .*, where 2 are expected"):
-        inform(make_selector(), "epoch_3_step_7.pt", (1.0, 2.0, 3.0))
+def saved(**changes: object) -> dict[str, object]:
+    return {**make_selector().state_dict(), **changes}
 
 
-def test_numbers_of_another_kind_are_refused_inside_an_epoch():
+def test_a_survey_of_other_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"it holds 3 numbers .* about the whole dataset, this run expects 2"):
+        make_selector().load_state_dict(saved(survey=(1.0, 2.0, 3.0)))
+
+
+def test_a_survey_of_another_kind_is_refused():
     selector, numbers = make_selector(), (1.0, 0.5)
-    with pytest.raises(SetupError, match=r"holds 2 numbers by --clean-model beta about .*, where 2 are expected"):
-        inform(selector, "epoch_3_step_7.pt", numbers, "--clean-model beta")
-    inform(selector, "epoch_3_step_7.pt", numbers, "")
+    with pytest.raises(ValueError, match=r"it holds 2 numbers by --clean-model beta .*, this run expects 2"):
+        selector.load_state_dict(saved(survey=numbers, survey_of="--clean-model beta"))
+    selector.load_state_dict(saved(survey=numbers))
     assert selector.survey == numbers
-
-
-def test_between_epochs_other_numbers_are_let_go():
-    selector = make_selector()
-    before = selector.survey
-    inform(selector, "epoch_3.pt", (1.0, 2.0, 3.0), inside=False)
-    assert selector.survey == before

@@ -7,7 +7,7 @@ from math import exp, log
 import pytest
 import torch
 from processes import run_on_ranks
-from selection.test_selector import N, encode, encode_otherwise, make_batch, make_selector
+from selection.test_selector import N, encode, encode_otherwise, make_batch, make_selector, select
 from torch import Tensor
 
 from dissect_clip.config.settings import Config
@@ -123,7 +123,7 @@ def test_chunks_are_as_even_as_can_be(count, chunks, sizes):
 
 def test_pairs_are_drawn_in_proportion_to_the_exponential_of_their_learnability():
     selector = make_selector("jest", rate=0.25)
-    candidates = selector.select(make_batch(torch.arange(4)), encode, 0, 0).candidates
+    candidates = select(selector, make_batch(torch.arange(4)), encode, 0, 0).candidates
     learnability, draws = torch.tensor([-1.0, 0.0, 1.0, 2.0]), 4000
     noise = Jest._noise(candidates, draws)
     counts = torch.zeros(4)
@@ -137,8 +137,8 @@ def test_the_gain_sharpens_the_draw():
     batch, chosen = make_batch(torch.arange(N)), {}
     for gain in (1e-6, 1e6):
         selector = make_selector("jest", jest_gain=gain)
-        chosen[gain] = {tuple(selector.select(batch, encode, 0, step).index.tolist()) for step in range(12)}
-    best = make_selector("jest", jest_deterministic=True).select(batch, encode, 0, 0).index
+        chosen[gain] = {tuple(select(selector, batch, encode, 0, step).index.tolist()) for step in range(12)}
+    best = select(make_selector("jest", jest_deterministic=True), batch, encode, 0, 0).index
     assert chosen[1e6] == {tuple(best.tolist())}
     assert len(chosen[1e-6]) > 6
 
@@ -146,7 +146,7 @@ def test_the_gain_sharpens_the_draw():
 def test_learnability_is_the_loss_minus_that_of_the_reference():
     batch = make_batch(torch.arange(N))
     selector = make_selector("learnability")
-    selection = selector.select(batch, encode, 0, 0)
+    selection = select(selector, batch, encode, 0, 0)
     loss = SampleLoss(World(), siglip=False)
     learner, reference = encode(batch), encode_otherwise(batch)
     own = loss(learner.image_features, learner.text_features, learner.logit_scale, None)
@@ -165,13 +165,13 @@ def test_without_a_given_reference_it_warms_up_uniformly_and_scores_nothing(kind
 
 def _losses_on_rank(world: World) -> list[float]:
     selector = make_selector("learnability", world)
-    candidates = selector.select(make_batch(torch.arange(N) + N * world.rank), encode, 0, 0).candidates
+    candidates = select(selector, make_batch(torch.arange(N) + N * world.rank), encode, 0, 0).candidates
     return (candidates.loss - candidates.reference_loss).tolist()
 
 
 @pytest.mark.dist
 def test_both_losses_are_against_the_pairs_of_all_ranks():
-    whole = make_selector("learnability").select(make_batch(torch.arange(2 * N)), encode, 0, 0).candidates
+    whole = select(make_selector("learnability"), make_batch(torch.arange(2 * N)), encode, 0, 0).candidates
     first, second = run_on_ranks(2, _losses_on_rank)
     expected = (whole.loss - whole.reference_loss).tolist()
     assert [*first, *second] == pytest.approx(expected, rel=1e-4, abs=1e-5)
@@ -185,8 +185,7 @@ def test_a_pair_that_is_not_finite_under_the_reference_is_left_out():
         encoded.text_features[4] = torch.nan
         return encoded
 
-    selector.reference = broken
-    selection = selector.select(make_batch(torch.arange(N)), encode, 0, 0)
+    selection = select(selector, make_batch(torch.arange(N)), encode, 0, 0, broken)
     assert 4 not in selection.index
     assert selector.not_finite == 1
     assert selection.candidates.reference_text_features.isfinite().all()

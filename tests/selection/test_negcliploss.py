@@ -4,7 +4,7 @@ from math import exp, log
 
 import pytest
 import torch
-from selection.test_selector import N, encode, make_batch, make_selector
+from selection.test_selector import N, encode, make_batch, make_selector, select
 
 from dissect_clip.selection.strategies.negcliploss import NegCLIPLoss, normaliser
 
@@ -25,8 +25,8 @@ def test_the_normaliser_by_hand():
 def test_over_the_whole_batch_the_order_is_that_of_small_loss():
     batch = make_batch(torch.arange(N))
     whole = make_selector("negcliploss", negcliploss_batch_size=N)
-    candidates = whole.select(batch, encode, 0, 0).candidates
-    small = make_selector("small_loss").select(batch, encode, 0, 0).candidates
+    candidates = select(whole, batch, encode, 0, 0).candidates
+    small = select(make_selector("small_loss"), batch, encode, 0, 0).candidates
     rank = whole.strategy.rank(candidates)
     torch.testing.assert_close(rank, -small.loss / encode(batch).logit_scale)
 
@@ -38,7 +38,7 @@ def test_sub_batches_are_a_partition_of_even_parts(size, wanted, sizes):
     selector = make_selector("negcliploss", negcliploss_batch_size=wanted)
     strategy = selector.strategy
     assert isinstance(strategy, NegCLIPLoss)
-    candidates = selector.select(make_batch(torch.arange(size)), encode, 0, 0).candidates
+    candidates = select(selector, make_batch(torch.arange(size)), encode, 0, 0).candidates
     parts = [strategy._parts(candidates, size) for _ in range(2)]
     for part in parts:
         assert sorted(part.bincount().tolist(), reverse=True) == sizes
@@ -47,7 +47,7 @@ def test_sub_batches_are_a_partition_of_even_parts(size, wanted, sizes):
 
 def test_by_default_a_sub_batch_is_as_large_as_what_is_trained_on():
     selector = make_selector("negcliploss", rate=0.5)
-    candidates = selector.select(make_batch(torch.arange(N)), encode, 0, 0).candidates
+    candidates = select(selector, make_batch(torch.arange(N)), encode, 0, 0).candidates
     assert selector.strategy._parts(candidates, N).bincount().tolist() == [N // 2] * 2
 
 
@@ -55,7 +55,7 @@ def test_many_partitions_come_to_the_mean_over_all():
     """Of four pairs in two halves there are three partitions."""
     batch = make_batch(torch.arange(4))
     selector = make_selector("negcliploss", negcliploss_batches=3000, negcliploss_batch_size=2)
-    candidates = selector.select(batch, encode, 0, 0).candidates
+    candidates = select(selector, batch, encode, 0, 0).candidates
     cosine = candidates.image_features @ candidates.text_features.T
     halves = [torch.tensor(part) for part in ([0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0])]
     mean = sum(normaliser(cosine, torch.tensor(0.1), half) for half in halves) / 3
@@ -65,7 +65,7 @@ def test_many_partitions_come_to_the_mean_over_all():
 def test_a_temperature_of_its_own():
     batch = make_batch(torch.arange(N))
     fixed = make_selector("negcliploss", negcliploss_batch_size=N, negcliploss_temperature=0.5)
-    candidates = fixed.select(batch, encode, 0, 0).candidates
+    candidates = select(fixed, batch, encode, 0, 0).candidates
     cosine = candidates.image_features @ candidates.text_features.T
     expected = cosine.diagonal() - normaliser(cosine, torch.tensor(0.5), torch.zeros(N))
     torch.testing.assert_close(fixed.strategy.rank(candidates), expected)

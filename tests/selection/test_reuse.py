@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from processes import run_on_ranks
-from selection.test_selector import SAMPLES, N, make_batch, never
+from selection.test_selector import SAMPLES, N, make_batch, never, select
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -13,12 +13,18 @@ from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.models.loss import SampleLoss
-from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy, build_chooser, build_selector
-from dissect_clip.selection.reuse import Known, ReusingSelector, pair_z
-from dissect_clip.selection.scoring import Encoded
-from dissect_clip.selection.selector import Selector
+from dissect_clip.selection import (
+    STRATEGIES,
+    Candidates,
+    Needs,
+    Selection,
+    Strategy,
+    build_preselector,
+    build_selection,
+)
+from dissect_clip.selection.earlier_scores import EarlierScores, pair_z
 from dissect_clip.selection.strategy import REUSABLE
+from dissect_clip.training.scoring import Encoded
 
 REUSING = [name for name, strategy in STRATEGIES.items() if strategy.needs and not strategy.needs & ~REUSABLE]
 OTHERS = [name for name, strategy in STRATEGIES.items() if strategy.needs & ~REUSABLE]
@@ -43,23 +49,22 @@ def make_config(name: str = "clipscore", refresh: float = 0.0, rate: float = 0.3
 
 
 def make_selector(name: str = "clipscore", refresh: float = 0.0, world: World | None = None, **changes: object):
-    world = world or World()
-    config = make_config(name, refresh, **changes)
-    selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
-    assert isinstance(selector, ReusingSelector)
+    selector = build_selection(make_config(name, refresh, **changes), SAMPLES, world or World())
+    assert selector is not None
+    assert selector.earlier is not None
     return selector
 
 
-def column(selector: Selector, name: str) -> Tensor:
+def column(selector: Selection, name: str) -> Tensor:
     return selector.store.scores[:, selector.store.columns.index(name)]
 
 
-def train(selector: Selector, batch: Batch, epoch: int, step: int, scorer=encode) -> list[int]:
+def train(selector: Selection, batch: Batch, epoch: int, step: int, scorer=encode) -> list[int]:
     """A step whose training pass computes what the scoring pass would; returns the chosen ids."""
-    selection = selector.select(batch, scorer, epoch, step)
+    selection = select(selector, batch, scorer, epoch, step)
     part = batch.take(selection.index)
     encoded = encode(part)
-    selector.learn(batch, selection, encoded.image_features, encoded.text_features, step)
+    selector.learn(part.sample_id, image_features=encoded.image_features, text_features=encoded.text_features)
     return part.sample_id.tolist()
 
 
@@ -129,7 +134,7 @@ def test_a_pair_alone_has_no_z(size):
 def test_the_first_epoch_scores_all_and_later_ones_none(name):
     selector = make_selector(name)
     everything = make_batch(torch.arange(SAMPLES))
-    assert selector.select(everything, encode, 0, 0).scored == SAMPLES
+    assert select(selector, everything, encode, 0, 0).scored == SAMPLES
     train(selector, everything, 0, 0)
     assert selector.store.scores[:, -1].eq(0).all()
     chosen = train(selector, everything, 1, 1, scorer=never)
@@ -152,7 +157,7 @@ def test_where_all_are_kept_training_alone_gives_the_scores():
 def test_ranks_by_the_last_known_score(name, largest):
     selector = make_selector(name)
     selector.store.scores[:N, 0] = torch.tensor([5.0, 1, 9, 2, 8, 3, 7, 4, 6, 0])
-    chosen = selector.select(make_batch(torch.arange(N)), never, 3, 0).index.tolist()
+    chosen = select(selector, make_batch(torch.arange(N)), never, 3, 0).index.tolist()
     assert chosen == ([2, 4, 6] if largest else [1, 3, 9])
 
 
@@ -161,7 +166,7 @@ def test_differential_is_held_against_the_last_known_score():
     history, last = torch.arange(10.0), torch.tensor([0.0, 3, 2, 1, 4, 4, 6, 5, 8, 9])
     selector.store.scores[:N, 0], selector.store.scores[:N, 1] = history, last
     # 3 - 1, 5 - 4 and 7 - 5 fell; 1 - 3 rose; the others are where they were.
-    assert selector.select(make_batch(torch.arange(N)), never, 3, 0).index.tolist() == [3, 5, 7]
+    assert select(selector, make_batch(torch.arange(N)), never, 3, 0).index.tolist() == [3, 5, 7]
 
 
 def test_refresh_scores_the_stalest_and_those_never_scored_first():
@@ -174,7 +179,7 @@ def test_refresh_scores_the_stalest_and_those_never_scored_first():
         asked.append(batch.sample_id.tolist())
         return encode(batch)
 
-    selection = selector.select(make_batch(torch.arange(N)), watched, 1, 5)
+    selection = select(selector, make_batch(torch.arange(N)), watched, 1, 5)
     assert asked == [[1, 4, 6, 8]]
     assert selection.scored == 4
     z = pair_z(*(getattr(encode(make_batch(torch.tensor(asked[0]))), f"{side}_features") for side in ("image", "text")),
@@ -186,14 +191,14 @@ def test_refresh_scores_the_stalest_and_those_never_scored_first():
 
 @pytest.mark.parametrize(("name", "fewest"), [("clipscore", 2), ("small_loss", 3)])
 def test_a_share_too_small_for_a_score_is_rounded_up(name, fewest):
-    known = Known(STRATEGIES[name](make_config(name, refresh=0.01)), 0.01)
+    known = EarlierScores(STRATEGIES[name](make_config(name, refresh=0.01)), 0.01)
     assert [known.fresh(1, size) for size in (1, 2, 100, 1000)] == [0, 2, fewest, 10]
-    assert Known(known.strategy, 0.0).fresh(1, 1000) == 0
+    assert EarlierScores(known.strategy, 0.0).fresh(1, 1000) == 0
     assert pair_z(*random_features(fewest), known.strategy.needs).isfinite().all()
 
 
 def test_schedules_count_where_scores_are_used_again():
-    known = Known(STRATEGIES["clipscore"](make_config(epochs=8, select_rate_schedule="linear")), 0.2)
+    known = EarlierScores(STRATEGIES["clipscore"](make_config(epochs=8, select_rate_schedule="linear")), 0.2)
     assert [known.kept(epoch, 10) for epoch in range(8)] == [10, 9, 8, 7, 6, 5, 4, 3]
     assert [known.fresh(epoch, 10) for epoch in (0, 1)] == [0, 2]  # training alone gives the first scores
     selector = make_selector("clipscore", epochs=8, select_rate_schedule="linear")
@@ -201,7 +206,7 @@ def test_schedules_count_where_scores_are_used_again():
 
 
 def test_a_sample_nothing_is_known_of_is_at_the_mean():
-    known = Known(STRATEGIES["clipscore"](make_config()), 0.0)
+    known = EarlierScores(STRATEGIES["clipscore"](make_config()), 0.0)
     rows = torch.tensor([[1.0, 0], [torch.nan, torch.nan], [5.0, 0]])
     assert known.rank(known.candidates(rows, 1, torch.Generator())).tolist() == [1, 3, 5]
     rank = known.rank(known.candidates(torch.full((3, 2), torch.nan), 1, torch.Generator()))
@@ -237,11 +242,12 @@ def test_features_of_training_that_are_not_finite_leave_the_last_score():
     selector = make_selector()
     selector.store.scores[:N] = 2.0
     batch = make_batch(torch.arange(N))
-    selection = selector.select(batch, never, 1, 7)
+    selection = select(selector, batch, never, 1, 7)
     encoded = encode(batch.take(selection.index))
     broken = encoded.image_features.clone()
     broken[1] = torch.nan
-    selector.learn(batch, selection, broken, encoded.text_features, 7)
+    ids = batch.sample_id[selection.index]
+    selector.learn(ids, image_features=broken, text_features=encoded.text_features)
     when = column(selector, "last_batch")[selection.index]
     assert when.tolist() == [7, 2, 7]
     assert column(selector, "last_score")[selection.index][1] == 2
@@ -249,7 +255,9 @@ def test_features_of_training_that_are_not_finite_leave_the_last_score():
 
 def test_full_rate_of_one_scores_everything_as_before():
     config = make_config(refresh=1.0)
-    assert type(build_selector(config, SAMPLES, SampleLoss(World(), siglip=False), World())) is Selector
+    selector = build_selection(config, SAMPLES, World())
+    assert selector is not None
+    assert selector.earlier is None
 
 
 class ByFeatures(Strategy):
@@ -278,7 +286,7 @@ def test_a_strategy_that_looks_at_more_than_scores_is_refused(monkeypatch):
 )
 def test_what_looks_at_features_or_a_reference_is_refused(name, changes, flag):
     with pytest.raises(SetupError, match=rf"{flag} .* --select-strategy {name}.*leave"):
-        build_selector(make_config(name, **changes), SAMPLES, SampleLoss(World(), siglip=False), World())
+        build_selection(make_config(name, **changes), SAMPLES, World())
 
 
 def stores_after_training(world: World, name: str) -> list[list[float]]:
@@ -300,8 +308,8 @@ def test_stores_of_all_ranks_stay_equal(name):
 # ---- the choice before loading
 
 
-def published(selector: Selector, **changes: object):
-    chooser = build_chooser(
+def published(selector: Selection, **changes: object):
+    chooser = build_preselector(
         make_config(selector.strategy.config.selection.select_strategy, select_before_load=True), selector
     )
     assert chooser is not None
@@ -309,7 +317,7 @@ def published(selector: Selector, **changes: object):
     return chooser
 
 
-def fill(selector: Selector) -> None:
+def fill(selector: Selection) -> None:
     """Scores and times without ties."""
     random = torch.Generator().manual_seed(3)
     for place in range(selector.store.scores.shape[1]):
@@ -355,19 +363,19 @@ def test_epochs_that_score_or_keep_all_leave_nothing_out():
 
 def test_a_random_choice_before_loading_depends_on_its_seed_alone():
     config = make_config("random", select_before_load=True)
-    selector = build_selector(config, SAMPLES, SampleLoss(World(), siglip=False), World())
-    chooser = build_chooser(config, selector)
+    selector = build_selection(config, SAMPLES, World())
+    chooser = build_preselector(config, selector)
     ids, once = torch.arange(20), torch.ones(20, dtype=torch.bool)
     orders = [tuple(chooser(ids, once, 1, seed).order.tolist()) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert chooser(ids, once, 1, 0).count == 6
     part = make_batch(ids[list(orders[0][:6])])
     batch = Batch(part.image, part.text, part.sample_id, num_read=20)
-    assert selector.select(batch, never, 1, 0).index.tolist() == list(range(6))
+    assert select(selector, batch, never, 1, 0).index.tolist() == list(range(6))
 
 
 def test_exact_scoring_cannot_choose_before_loading():
     config = make_config("clipscore", refresh=1.0, select_before_load=True)
-    selector = build_selector(config, SAMPLES, SampleLoss(World(), siglip=False), World())
+    selector = build_selection(config, SAMPLES, World())
     with pytest.raises(SetupError, match=r"--select-strategy clipscore scores every sample: add --score-refresh 0"):
-        build_chooser(config, selector)
+        build_preselector(config, selector)

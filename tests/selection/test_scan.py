@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from selection.test_selector import SAMPLES, N, make_batch, make_selector, never
+from selection.test_selector import SAMPLES, N, make_batch, make_selector, never, select
 
 from dissect_clip.config.settings import Config
-from dissect_clip.selection import Candidates, build_chooser
-from dissect_clip.selection.selector import top_k
+from dissect_clip.selection import Candidates, build_preselector
 from dissect_clip.selection.strategies.scan import Scan, places
+from dissect_clip.selection.top_k import top_k
 
 
 def make_strategy(rate: float = 0.4, **changes: object) -> Scan:
@@ -79,7 +79,7 @@ def test_places_of_values():
 def test_it_chooses_before_loading():
     selector = make_selector("scan", rate=0.4, scan_warmup=0)
     selector.store.scores[:, 0] = torch.linspace(0, 1, SAMPLES)
-    chooser = build_chooser(selector.strategy.config.replace(select_before_load=True), selector)
+    chooser = build_preselector(selector.strategy.config.replace(select_before_load=True), selector)
     chooser.publish(selector.store.scores)
     ids, first = torch.arange(SAMPLES), torch.ones(SAMPLES, dtype=torch.bool)
     choice = chooser(ids, first, 3, 0)
@@ -89,9 +89,14 @@ def test_it_chooses_before_loading():
 
 def test_it_learns_from_preparations_alone():
     selector = make_selector("scan", rate=0.4, scan_warmup=1, scan_period=2)
-    assert [selector.learns(epoch) for epoch in range(6)] == [False, True, False, False, True, False]
+    learned = []
+    for epoch in range(6):
+        selector.start_epoch(epoch)
+        learned.append(selector.learns_losses)
+    assert learned == [False, True, False, False, True, False]
     batch, loss = make_batch(torch.arange(N)), torch.arange(10.0).flip(0)
-    selector.learn_losses(batch, selector.select(batch, never, 1, 1), loss)
+    select(selector, batch, never, 1, 1)
+    selector.learn(batch.sample_id, loss)
     assert selector.store.scores[:N, 0].tolist() == pytest.approx([(9 - place) / 9 for place in range(10)])
-    left = set(range(N)) - set(selector.select(batch, never, 3, 3).index.tolist())
+    left = set(range(N)) - set(select(selector, batch, never, 3, 3).index.tolist())
     assert left == {0, 1, 2, 7, 8, 9}

@@ -1,6 +1,7 @@
 """The selector: how many, which, at what cost, and the same on any number of ranks."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,24 +12,22 @@ from torch.nn.functional import normalize
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
-from dissect_clip.models.loss import SampleLoss
-from dissect_clip.selection import STRATEGIES, Candidates, Needs, ScoreStore, Selector, Strategy, build_selector
-from dissect_clip.selection.scoring import Encoded
-from dissect_clip.selection.selector import replace_unusable, top_k
+from dissect_clip.selection import STRATEGIES, Candidates, Choice, Needs, Selection, Strategy, build_selection
 from dissect_clip.selection.strategy import kept
+from dissect_clip.selection.top_k import replace_unusable, top_k
+from dissect_clip.training.epoch import Scoring, score_and_choose, unselected_features
+from dissect_clip.training.scoring import Encoded
 
 SAMPLES, N = 40, 10
 
 
-def make_selector(name: str, world: World | None = None, rate: float = 0.3, **changes: object) -> Selector:
+def make_selector(name: str, world: World | None = None, rate: float = 0.3, **changes: object) -> Selection:
     settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate, "scan_warmup": 0} | changes
     if Needs.REFERENCE in STRATEGIES[name](Config.of()).needs:
         settings |= {"select_reference": "given"}
     config = Config.of(select=True, select_strategy=name, select_rate=rate, **settings)  # type: ignore[arg-type]
-    world = world or World()
-    selector = build_selector(config, SAMPLES, SampleLoss(world, siglip=False), world)
+    selector = build_selection(config, SAMPLES, world or World())
     assert selector is not None
-    selector.reference = encode_otherwise
     return selector
 
 
@@ -50,6 +49,19 @@ def encode_otherwise(batch: Batch) -> Encoded:
 
 def never(batch: Batch) -> Encoded:
     raise AssertionError("there should be no scoring pass here")
+
+
+def score_and_select(
+    selector: Selection, batch: Batch, scorer: Scoring, epoch: int, step: int, reference: Scoring = encode_otherwise
+) -> tuple[Choice, Encoded | None]:
+    """The choice of a training step, and what was scored for it; a choice before it need not have been trained on."""
+    selector.epoch = epoch
+    selector._waiting.clear()
+    return score_and_choose(selector, batch, scorer, reference, step)
+
+
+def select(*arguments: Any, **others: Any) -> Choice:
+    return score_and_select(*arguments, **others)[0]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,7 @@ def test_a_sample_without_a_finite_score_is_left_out_and_counted(name, rate):
     selector = make_selector(name, rate=rate)
     batch = make_batch(torch.arange(N))
     for epoch in (0, 1):
-        selection = selector.select(batch, encode_with_broken, epoch, epoch)
+        selection = select(selector, batch, encode_with_broken, epoch, epoch)
         assert len(selection.index) == kept(rate, N)
         assert not {2, 5} & set(selection.index.tolist())
         assert len(set(selection.index.tolist())) == min(kept(rate, N), N - 2)
@@ -122,17 +134,17 @@ def test_a_sample_without_a_finite_score_is_left_out_and_counted(name, rate):
 
 
 def test_features_of_the_pairs_that_are_not_chosen_are_handed_on():
-    selection = make_selector("clipscore", select_negatives="all").select(make_batch(torch.arange(N)), encode, 0, 0)
+    selection, scored = score_and_select(make_selector("clipscore"), make_batch(torch.arange(N)), encode, 0, 0)
+    others = unselected_features(scored, selection)
     rest = [place for place in range(N) if place not in selection.index.tolist()]
     encoded = encode(make_batch(torch.tensor(rest)))
-    assert torch.equal(selection.others, torch.cat([encoded.image_features, encoded.text_features], dim=1))
-    assert make_selector("clipscore").select(make_batch(torch.arange(N)), encode, 0, 0).others is None
+    assert torch.equal(others, torch.cat([encoded.image_features, encoded.text_features], dim=1))
 
 
 def test_what_is_not_finite_is_handed_on_as_zeros():
-    selector = make_selector("clipscore", select_negatives="all")
-    others = selector.select(make_batch(torch.arange(N)), encode_with_broken, 0, 0).others
-    assert others is not None
+    batch = make_batch(torch.arange(N))
+    selection, scored = score_and_select(make_selector("clipscore"), batch, encode_with_broken, 0, 0)
+    others = unselected_features(scored, selection)
     assert others.isfinite().all()
     assert others.eq(0).all(dim=1).sum() == 2
 
@@ -142,7 +154,7 @@ def test_what_is_not_finite_is_handed_on_as_zeros():
 def test_keeps_k_distinct_places(name, size):
     selector = make_selector(name)
     for epoch in (0, 1):
-        index = selector.select(make_batch(torch.arange(size)), encode, epoch, epoch).index
+        index = select(selector, make_batch(torch.arange(size)), encode, epoch, epoch).index
         assert len(index) == kept(selector.strategy.rate(epoch), size)
         assert index.unique().numel() == len(index)
         assert (index.diff() > 0).all()
@@ -154,14 +166,14 @@ def test_the_same_place_in_training_gives_the_same_choice(name):
     batch = make_batch(torch.arange(N))
     for step in range(3):
         assert torch.equal(
-            first.select(batch, encode, step, step).index, second.select(batch, encode, step, step).index
+            select(first, batch, encode, step, step).index, select(second, batch, encode, step, step).index
         )
 
 
 def test_random_choices_differ_between_steps_and_ranks():
     batch = make_batch(torch.arange(N))
     choices = [
-        tuple(make_selector("random", World(rank=rank, size=1)).select(batch, never, 0, step).index.tolist())
+        tuple(select(make_selector("random", World(rank=rank, size=1)), batch, never, 0, step).index.tolist())
         for rank in range(4)
         for step in range(4)
     ]
@@ -170,7 +182,7 @@ def test_random_choices_differ_between_steps_and_ranks():
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_rate_one_keeps_the_batch_as_it_is_without_scoring(name):
-    selection = make_selector(name, rate=1.0).select(make_batch(torch.arange(N)), never, 0, 0)
+    selection = select(make_selector(name, rate=1.0), make_batch(torch.arange(N)), never, 0, 0)
     assert selection.index.tolist() == list(range(N))
 
 
@@ -185,29 +197,28 @@ def test_a_strategy_that_needs_no_scores_ranks_and_remembers_all_the_same():
             return candidates.memory.nan_to_num() + 1
 
     config, world = Config.of(select=True, select_rate=0.5), World()
-    store = ScoreStore(SAMPLES, LeastVisited.remembers, world)
-    selector = Selector(LeastVisited(config), store, SampleLoss(world, siglip=False), world, seed=0)
-    selector.select(make_batch(torch.arange(5)), never, 0, 0)
-    assert selector.select(make_batch(torch.arange(N)), never, 0, 1).index.tolist() == [5, 6, 7, 8, 9]
-    assert store.scores[:N, 0].tolist() == [2.0] * 5 + [1.0] * 5
+    selector = Selection.from_strategy(LeastVisited(config), config, SAMPLES, world)
+    select(selector, make_batch(torch.arange(5)), never, 0, 0)
+    assert select(selector, make_batch(torch.arange(N)), never, 0, 1).index.tolist() == [5, 6, 7, 8, 9]
+    assert selector.store.scores[:N, 0].tolist() == [2.0] * 5 + [1.0] * 5
 
 
 def test_warmup_on_all_data_still_takes_scores():
     selector = make_selector("warmup_base_sampling", warmup_select_rate=1.0)
-    selection = selector.select(make_batch(torch.arange(N)), encode, 0, 0)
+    selection = select(selector, make_batch(torch.arange(N)), encode, 0, 0)
     assert selection.index.tolist() == list(range(N))
     assert selector.store.scores[:N].isfinite().all()
 
 
 def test_record_scores_also_where_all_is_kept():
-    selection = make_selector("clipscore", rate=1.0, record=True).select(make_batch(torch.arange(N)), encode, 0, 0)
+    selection = select(make_selector("clipscore", rate=1.0, record=True), make_batch(torch.arange(N)), encode, 0, 0)
     assert selection.candidates is not None
 
 
 def test_loss_is_the_clip_loss_of_the_batch_by_sample():
     selector = make_selector("small_loss")
     batch = make_batch(torch.arange(N))
-    candidates = selector.select(batch, encode, 0, 0).candidates
+    candidates = select(selector, batch, encode, 0, 0).candidates
     encoded = encode(batch)
     logits = 10 * encoded.image_features @ encoded.text_features.T
     expected = [-(logits[i].log_softmax(0)[i] + logits[:, i].log_softmax(0)[i]).item() / 2 for i in range(N)]
@@ -219,7 +230,7 @@ def _select_on_rank(world: World, name: str) -> tuple[list[list[float]], list[fl
     losses: list[float] = []
     for step in range(4):
         ids = torch.arange(N) + N * ((world.rank + step) % world.size)
-        candidates = selector.select(make_batch(ids), encode, step, step).candidates
+        candidates = select(selector, make_batch(ids), encode, step, step).candidates
         if candidates is not None and candidates.loss is not None:
             losses = candidates.loss.tolist()
     return selector.store.scores.nan_to_num(-1).tolist(), losses
@@ -230,9 +241,9 @@ def test_two_ranks_share_scores_and_losses():
     for name in ("historical_base_sampling", "small_loss"):
         (store0, losses0), (store1, losses1) = run_on_ranks(2, _select_on_rank, name)
         assert store0 == store1
-        whole = (
-            make_selector("small_loss").select(make_batch(torch.arange(2 * N)), encode, 0, 0).candidates.loss.tolist()
-        )
+        whole = select(
+            make_selector("small_loss"), make_batch(torch.arange(2 * N)), encode, 0, 0
+        ).candidates.loss.tolist()
         if losses0:
             assert losses1 + losses0 == pytest.approx(whole, rel=1e-5)  # in the last step rank 1 has the first ids
         else:

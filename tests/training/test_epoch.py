@@ -117,8 +117,8 @@ def test_the_losses_that_are_learned_are_those_of_training(tmp_path: Path):
     """Their mean is the loss of the step, also where several batches make it."""
     state = make_state(tmp_path, select=True, select_strategy="infobatch", select_rate=0.5, accum_freq=3)
     (line,) = train(state, epochs=1)
-    assert state.selector is not None
-    known = state.selector.store.scores[:, 0]
+    assert state.selection is not None
+    known = state.selection.store.scores[:, 0]
     assert known.isfinite().sum() == 12
     assert known.nanmean().item() == pytest.approx(line["loss"], rel=1e-5)
 
@@ -219,6 +219,8 @@ def test_a_step_that_is_not_finite_changes_nothing(
     assert "changed no weights" in caplog.text
 
     other = make_state(tmp_path, model=model, wd=0.0, **chosen)
+    if other.selection is not None:
+        other.selection.start_epoch(0)
     _, second, third = MemoryData(other.world, size).loader
     first = next(MemoryData(other.world, size).loader)
     clock = PhaseClock(torch.device("cpu"))
@@ -318,6 +320,8 @@ def test_no_tensor_is_read_back_within_a_step(tmp_path: Path, monkeypatch: pytes
     if state.reference is not None:
         state.reference.begin(1, state.module)
     (batch, *_) = MemoryData(state.world).loader
+    assert state.selection is not None
+    state.selection.start_epoch(state.counters.epoch)
     train_step(state, [batch], PhaseClock(torch.device("cpu")))  # the optimizer makes its state in the first step
     state.optimizer = torch.optim.SGD(state.module.parameters(), lr=0.1)
 
@@ -377,7 +381,7 @@ def _train_on_rank(world: World, folder: str) -> list[tuple[float, list[float]]]
         state = make_state(Path(folder), world, **({"select": True, "select_rate": 0.5} | variant))
         train(state, image_size=32 if state.config.model.model == "toy-rn" else 16)
         total = sum(value.double().sum().item() for value in state.module.state_dict().values())
-        scores = [] if state.selector is None else state.selector.store.scores.nan_to_num(-1).flatten().tolist()
+        scores = [] if state.selection is None else state.selection.store.scores.nan_to_num(-1).flatten().tolist()
         results.append((total, scores))
     return results
 

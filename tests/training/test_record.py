@@ -15,7 +15,7 @@ from processes import run_on_ranks
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import TrainingError
-from dissect_clip.selection.strategy import Candidates, Selection
+from dissect_clip.selection import Candidates, Choice
 from dissect_clip.training import record
 from dissect_clip.training.record import NullRecorder, Recorder, decode_keys
 
@@ -43,7 +43,7 @@ def make_batch(ids: list[int], keys: list[bytes] | None = None) -> Batch:
 
 def make_selection(
     index: list[int], similarity: list[float], memory: list[list[float]], loss: list[float] | None = None
-) -> Selection:
+) -> Choice:
     candidates = Candidates(
         epoch=0,
         generator=torch.Generator(),
@@ -51,7 +51,7 @@ def make_selection(
         similarity=torch.tensor(similarity),
         loss=None if loss is None else torch.tensor(loss),
     )
-    return Selection(torch.tensor(index), candidates)
+    return Choice(torch.tensor(index), candidates=candidates)
 
 
 def make_recorder(
@@ -65,7 +65,7 @@ def read(path: Path) -> Rows:
     return rows
 
 
-def one_step(folder: Path, batch: Batch, selection: Selection, **kwargs: Any) -> Rows:
+def one_step(folder: Path, batch: Batch, selection: Choice, **kwargs: Any) -> Rows:
     recorder = make_recorder(folder, **kwargs)
     recorder.begin(0)
     recorder.append(batch, selection)
@@ -124,14 +124,14 @@ def test_never_seen_and_not_computed_are_null(tmp_path: Path) -> None:
 
 
 def test_without_scores_the_choice_is_still_recorded(tmp_path: Path) -> None:
-    rows = one_step(tmp_path, make_batch([0, 1]), Selection(torch.tensor([1]), None))
+    rows = one_step(tmp_path, make_batch([0, 1]), Choice(torch.tensor([1])))
     assert [row["score"] for row in rows] == [None, None]
     assert [row["remembered_clip_score"] for row in rows] == [None, None]
     assert [row["selected"] for row in rows] == [False, True]
 
 
 def test_the_columns_follow_what_is_remembered(tmp_path: Path) -> None:
-    one_step(tmp_path, make_batch([0]), Selection(torch.tensor([0]), None), columns=("loss", "step_of"))
+    one_step(tmp_path, make_batch([0]), Choice(torch.tensor([0])), columns=("loss", "step_of"))
     assert pq.read_schema(tmp_path / "epoch_00000.parquet").names == [
         "sample_id", "shard", "key", "score", "loss", "remembered_loss", "remembered_step_of", "selected", "step",
         "rank",
@@ -139,7 +139,7 @@ def test_the_columns_follow_what_is_remembered(tmp_path: Path) -> None:
 
 
 def test_types_are_as_documented(tmp_path: Path) -> None:
-    one_step(tmp_path, make_batch([0]), Selection(torch.tensor([0]), None), columns=("clip_score",))
+    one_step(tmp_path, make_batch([0]), Choice(torch.tensor([0])), columns=("clip_score",))
     schema = pq.read_schema(tmp_path / "epoch_00000.parquet")
     assert schema.types == [
         pa.int64(), pa.dictionary(pa.int32(), pa.string()), pa.string(), pa.float32(), pa.float32(), pa.float32(),
@@ -151,7 +151,7 @@ def test_keys_of_different_width_and_steps_are_flushed_in_row_groups(tmp_path: P
     recorder = make_recorder(tmp_path, flush_every=2)
     recorder.begin(4)
     for step in range(5):
-        recorder.append(make_batch([step, step + 10], [b"k" * (step + 1), b"s"]), Selection(torch.tensor([0]), None))
+        recorder.append(make_batch([step, step + 10], [b"k" * (step + 1), b"s"]), Choice(torch.tensor([0])))
     recorder.end()
     path = tmp_path / "epoch_00004.parquet"
     assert pq.ParquetFile(path).num_row_groups == 3
@@ -165,7 +165,7 @@ def test_many_rows_are_flushed_before_many_steps(tmp_path: Path, monkeypatch: py
     recorder = make_recorder(tmp_path)
     recorder.begin(0)
     for step in range(4):
-        recorder.append(make_batch([2 * step, 2 * step + 1]), Selection(torch.tensor([0]), None))
+        recorder.append(make_batch([2 * step, 2 * step + 1]), Choice(torch.tensor([0])))
     recorder.end()
     assert pq.ParquetFile(tmp_path / "epoch_00000.parquet").num_row_groups == 2
 
@@ -173,7 +173,7 @@ def test_many_rows_are_flushed_before_many_steps(tmp_path: Path, monkeypatch: py
 def test_the_file_appears_only_when_complete(tmp_path: Path) -> None:
     recorder = make_recorder(tmp_path)
     recorder.begin(0)
-    recorder.append(make_batch([0]), Selection(torch.tensor([0]), None))
+    recorder.append(make_batch([0]), Choice(torch.tensor([0])))
     recorder.flush()
     assert not (tmp_path / "epoch_00000.parquet").exists()
     recorder.end()
@@ -193,7 +193,7 @@ def test_epochs_follow_each_other(tmp_path: Path) -> None:
     recorder = make_recorder(tmp_path)
     for epoch in range(2):
         recorder.begin(epoch)
-        recorder.append(make_batch([epoch]), Selection(torch.tensor([0]), None))
+        recorder.append(make_batch([epoch]), Choice(torch.tensor([0])))
         recorder.end()
     rows = read(tmp_path / "epoch_00001.parquet")
     assert [(row["sample_id"], row["step"]) for row in rows] == [(1, 0)]
@@ -230,7 +230,7 @@ def test_appending_does_not_wait_for_the_device(tmp_path: Path) -> None:
         memory=torch.tensor([[1.0], [2.0]], device=world.device),
         similarity=torch.tensor([0.25, 0.5], device=world.device),
     )
-    selection = Selection(torch.tensor([1], device=world.device), candidates)
+    selection = Choice(torch.tensor([1], device=world.device), candidates=candidates)
     torch.cuda.set_sync_debug_mode("error")
     try:
         recorder.append(batch, selection)
@@ -244,7 +244,7 @@ def test_appending_does_not_wait_for_the_device(tmp_path: Path) -> None:
 def test_null_recorder_writes_nothing(tmp_path: Path) -> None:
     recorder = NullRecorder()
     recorder.begin(0)
-    recorder.append(make_batch([0]), Selection(torch.tensor([0]), None))
+    recorder.append(make_batch([0]), Choice(torch.tensor([0])))
     recorder.flush()
     recorder.cut(1)
     recorder.end()
@@ -263,7 +263,7 @@ def _record_on(world: World, folder: str) -> None:
 
 def _record_in_two_runs_on(world: World, folder: str) -> None:
     """Six batches, two an optimizer step; killed after a cut at step 2 and two lost batches."""
-    selection = Selection(torch.tensor([0]), None)
+    selection = Choice(torch.tensor([0]))
     recorder = make_recorder(Path(folder), world, accum_freq=2)
     recorder.begin(0)
     for batch in range(6):

@@ -28,14 +28,13 @@ from dissect_clip.distributed.watchdog import StepDecision
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
-from dissect_clip.selection import Selector
 from dissect_clip.training.epoch import TrainState
 
 log = logging.getLogger(__name__)
 
 
 def run_state(state: TrainState, data: TrainData) -> RunState:
-    config, counters, selector = state.config, state.counters, state.selector
+    config, counters, selection = state.config, state.counters, state.selection
     return RunState(
         step=counters.step,
         epoch_step=counters.epoch_step,
@@ -47,7 +46,7 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         seconds=dict(counters.seconds),
         seed=config.training.seed,
         model=config.model.model,
-        strategy=None if selector is None else config.selection.select_strategy,
+        strategy=None if selection is None else config.selection.select_strategy,
         select_rate=config.selection.select_rate,
         num_samples=data.num_samples,
         fingerprint=data.fingerprint,
@@ -55,12 +54,12 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         workers=config.data.workers,
         batch_size=config.training.batch_size,
         accum_freq=config.training.accum_freq,
-        columns=() if selector is None else selector.store.columns,
+        columns=() if selection is None else selection.store.columns,
         score_refresh=config.selection.score_refresh,
         select_before_load=config.selection.select_before_load,
-        survey=() if selector is None else selector.survey,
-        survey_of="" if selector is None else selector.strategy.survey_of,
-        depends_on="" if selector is None else selector.strategy.depends_on,
+        survey=() if selection is None else selection.survey,
+        survey_of="" if selection is None else selection.strategy.survey_of,
+        depends_on="" if selection is None else selection.strategy.depends_on,
     )
 
 
@@ -85,13 +84,8 @@ def restore(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_pe
         state.optimizer.load_state_dict(_for_the_same_kernel(checkpoint.optimizer, state.optimizer))
     if state.scaler is not None and checkpoint.scaler is not None:
         state.scaler.load_state_dict(checkpoint.scaler)
-    if state.selector is not None and checkpoint.scores is not None:
-        state.selector.store.load_state_dict({"columns": now.columns, "scores": checkpoint.scores})
-        if checkpoint.state is not None and checkpoint.state.survey:
-            then = checkpoint.state
-            inform(state.selector, checkpoint.path, then.survey, then.survey_of, checkpoint.loader is not None)
+    _resume_selection(state, checkpoint)
     _resume_reference(state, checkpoint)
-    _resume_decoys(state, checkpoint)
     _resume_counters(state, checkpoint, data, steps_per_epoch)
     if checkpoint.state is not None:
         changes = changed_settings(checkpoint.state, now)
@@ -122,41 +116,38 @@ def _resume_reference(state: TrainState, checkpoint: Checkpoint) -> None:
         log.warning("The run goes on with another reference model than it had: --select-reference has other weights")
 
 
-def _resume_decoys(state: TrainState, checkpoint: Checkpoint) -> None:
-    """The captions that the decoys had; without them they get new ones, and are learned anew."""
-    decoys = None if state.selector is None else state.selector.decoys_in(checkpoint.epoch)
-    if decoys is None or checkpoint.state is None:
-        return
-    captions, then = checkpoint.decoys, checkpoint.state
-    if captions is not None and then.seed == state.config.training.seed and decoys.load(captions, then.world_size):
-        return
-    if checkpoint.epoch > 0 or then.epoch_step > 0:
-        log.warning(
-            "The checkpoint has no captions for these decoys, it was trained with others or without: P(clean) needs "
-            "some epochs until it can be relied upon. --seed and --clean-decoys say which they are"
-        )
-
-
-def inform(
-    selector: Selector, path: str, survey: tuple[float, ...], survey_of: str | None = None, inside: bool = True
-) -> None:
-    """Hand the strategy what it knew of the store; the checkpoint's scores are in place.
-
-    Between two epochs numbers of another kind are let go: new ones are taken before the next.
+def _resume_selection(state: TrainState, checkpoint: Checkpoint) -> None:
+    """The table of the scores and what goes with it.
 
     Raises:
-        SetupError: inside an epoch, if these are not the numbers that the strategy keeps.
+        SetupError: if these are not what the strategy keeps.
     """
-    expected, kind = len(selector.strategy.surveys), selector.strategy.survey_of
-    if len(survey) == expected and survey_of in (None, kind):
-        selector.inform(survey)
-    elif inside:
-        was = f"{len(survey)} numbers" + (f" by {survey_of}" if survey_of else "")
-        now = f"{expected} by {kind}" if kind else f"{expected}"
+    selection, then = state.selection, checkpoint.state
+    if selection is None or then is None:
+        return
+    inside = checkpoint.loader is not None or then.epoch_step > 0
+    own_decoys = then.seed == state.config.training.seed
+    saved = {
+        "strategy": then.strategy,
+        "num_samples": then.num_samples,
+        "columns": then.columns,
+        "scores": checkpoint.scores,
+        "depends_on": then.depends_on,
+        # Between two epochs it is derived again before the next one.
+        "survey": then.survey if inside else (),
+        "survey_of": then.survey_of,
+        "epoch": checkpoint.epoch if inside else checkpoint.epoch - 1,
+        "step": then.batch,
+        "world_size": then.world_size,
+        "decoy_captions": checkpoint.decoys if own_decoys else None,
+    }
+    try:
+        selection.load_state_dict(saved)
+    except ValueError as error:
         raise SetupError(
-            f"{path} holds {was} about the whole data set, where {now} are expected, and it was saved inside an "
-            "epoch: go on with the strategy's flags as they were, or from the end of an epoch"
-        )
+            f"cannot resume from {checkpoint.path}: {error}. Resume with the strategy's flags as they were, or from "
+            "the end of an epoch"
+        ) from None
 
 
 def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData, steps_per_epoch: int) -> None:
@@ -175,8 +166,8 @@ def _resume_counters(state: TrainState, checkpoint: Checkpoint, data: TrainData,
         counters.epoch_step = then.epoch_step
         counters.seen, counters.trained, counters.scored = then.seen, then.trained, then.scored
         counters.seconds = dict(then.seconds)
-        if state.selector is not None and then.batch > 0:
-            state.selector.count_on(then.batch, counters.batch)
+        if state.selection is not None:
+            state.selection.continue_at(counters.batch)
 
 
 class Saver:
@@ -257,11 +248,11 @@ class Saver:
         world.watchdog.begin_phase("save", state.counters.step)
         inside = state.counters.epoch_step > 0
         loader = self.data.state_dict() if inside else None
-        if state.decoys is not None:
-            state.decoys.agree(adopt=not inside)
-        world.on_main(lambda: self._save(loader))
+        # Collective, so not in what rank 0 does alone.
+        selection = None if state.selection is None else state.selection.state_dict()
+        world.on_main(lambda: self._save(loader, selection))
 
-    def _save(self, loader: dict[str, Any] | None) -> None:
+    def _save(self, loader: dict[str, Any] | None, selection: dict[str, Any] | None) -> None:
         assert self.writer is not None
         assert self.folder is not None
         state = self.state
@@ -276,6 +267,6 @@ class Saver:
             loader=loader,
             shards=Shards(self.data.shard_names, self.data.shard_sizes),
             reference=None if state.reference is None else SavedReference(*state.reference.saved()),
-            decoys=None if state.decoys is None else state.decoys.captions,
+            decoys=None if selection is None else selection["decoy_captions"],
         )
-        self.writer.save(self._plan, content, None if state.selector is None else state.selector.store)
+        self.writer.save(self._plan, content, None if state.selection is None else state.selection.store)

@@ -27,10 +27,9 @@ from dissect_clip.errors import SetupError
 from dissect_clip.models.build import build_model
 from dissect_clip.models.loss import SampleLoss
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.selection import summaries
-from dissect_clip.selection.scoring import Scorer, build_scorer
-from dissect_clip.selection.strategy import Candidates, Selection
+from dissect_clip.selection import Candidates, Choice, summaries
 from dissect_clip.training.record import Recorder
+from dissect_clip.training.scoring import Scorer, build_scorer
 
 COLUMN = "clip_score"
 """What DISSect's strategies remember of a sample."""
@@ -117,7 +116,7 @@ def _score(world: World, folder: Path, config: Config, passes: int, remembered: 
             memory = torch.empty(len(batch), 0) if before is None else before.scores[batch.sample_id]
             batch = batch.to(world.device, open_clip.get_input_dtype(config.training.precision))
             candidates = _scores(batch, scorer, sample_loss, memory.to(world.device), number)
-            recorder.append(batch, Selection(none, candidates))
+            recorder.append(batch, Choice(none, candidates=candidates))
         recorder.end()
     totals = {kind: int(world.sum(torch.tensor(n, device=world.device))) for kind, n in data.skip_counts().items()}
     skipped = {kind: count for kind, count in totals.items() if count}

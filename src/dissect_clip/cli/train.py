@@ -38,20 +38,20 @@ from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.evaluation import Tokenizer, evaluate
 from dissect_clip.models.build import Model, build_model
-from dissect_clip.models.loss import SampleLoss, build_loss
+from dissect_clip.models.loss import build_loss
 from dissect_clip.models.parallel import RunningBuffers, wrap_model
 from dissect_clip.models.precision import autocast_for
 from dissect_clip.run.folder import RunFolder, make_sync, open_run
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
 from dissect_clip.run.reporting import Reporter, evaluated_epochs, make_reporter, setup_logging
-from dissect_clip.selection import Needs, build_chooser, build_decoys, build_selector, summaries
-from dissect_clip.selection.scoring import build_scorer
+from dissect_clip.selection import Needs, build_preselector, build_selection, summaries
 from dissect_clip.training.epoch import Counters, Tally, TrainState, train_epoch
 from dissect_clip.training.optimizer import build_optimizer, build_scaler
 from dissect_clip.training.record import NullRecorder, Recorder
 from dissect_clip.training.reference import Reference, build_reference
 from dissect_clip.training.sample_report import write_verdict
 from dissect_clip.training.schedule import learning_rate
+from dissect_clip.training.scoring import build_scorer
 
 _USABLE_DECOYS = 64
 """With fewer decoys than these their density is a guess."""
@@ -166,7 +166,7 @@ def _train(
     state = build_state(config, world, model, train_data, folder, steps_per_epoch)
     if checkpoint is not None:
         restore(state, checkpoint, train_data, steps_per_epoch)
-    train_data.stream.preselector = state.chooser
+    train_data.stream.preselector = state.preselector
     _announce(state, train_data, steps_per_epoch)
     if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
         evaluator.after_epoch(state.module, state.counters)
@@ -189,17 +189,17 @@ def _write_verdict(state: TrainState, data: TrainData, folder: RunFolder | None,
 
     A run that is complete already writes it only where it is missing, as after a full disk.
     """
-    selector = state.selector
-    if selector is None or not selector.strategy.file or folder is None:
+    selection = state.selection
+    if selection is None or not selection.strategy.file or folder is None:
         return
-    path = folder.path / selector.strategy.file
+    path = folder.path / selection.strategy.file
 
     def write() -> None:
         if trained or not path.exists():
             write_verdict(
                 path,
-                selector.strategy,
-                selector.store.scores,
+                selection.strategy,
+                selection.store.scores,
                 state.counters.epoch,
                 data.shard_names,
                 data.locate,
@@ -235,10 +235,10 @@ def build_state(
     module, wrapped = wrap_model(model.module, config, world)
     optimizer = build_optimizer(config, module)
     autocast = autocast_for(config.training.precision, world.device)
-    selector = build_selector(config, train_data.num_samples, SampleLoss(world, config.model.siglip), world)
-    if selector is not None:
-        selector.decoys = build_decoys(config, selector, world, train_data.subset_size, train_data.subset_ids)
-    chooser = build_chooser(config, selector)
+    selection = build_selection(config, train_data.num_samples, world)
+    if selection is not None:
+        selection.draw_decoys(train_data.subset_size, train_data.subset_ids)
+    preselector = build_preselector(config, selection)
     scorer = build_scorer(config, module, autocast, model.tokenizer)
     if config.selection.score_keep_locked and not scorer.reusable:
         raise SetupError(
@@ -247,19 +247,18 @@ def build_state(
             "as in scoring. Unlocked layers, BatchNorm that is not frozen, dropout and other --score flags prevent it"
         )
     reference: Reference | None = None
-    if selector is not None and Needs.REFERENCE in selector.strategy.needs:
+    if selection is not None and Needs.REFERENCE in selection.strategy.needs:
         reference = build_reference(config, world, module, autocast, model.tokenizer)
-        selector.reference = reference
     recorder: Recorder | NullRecorder = NullRecorder()
-    if config.selection.record and selector is not None and folder is not None:
+    if config.selection.record and selection is not None and folder is not None:
         recorder = Recorder(
             folder.record,
             world,
             train_data.shard_names,
             train_data.locate,
-            selector.strategy.remembers,
+            selection.strategy.remembers,
             config.training.accum_freq,
-            reports=selector.strategy.reports,
+            reports=selection.strategy.reports,
             keep_going=config.checkpoint.on_save_error == "continue",
         )
     return TrainState(
@@ -274,13 +273,13 @@ def build_state(
         schedule=learning_rate(config, optimizer.param_groups[0]["lr"], steps_per_epoch),
         autocast=autocast,
         input_dtype=open_clip.get_input_dtype(config.training.precision),
-        selector=selector,
+        selection=selection,
         scorer=scorer,
         buffers=RunningBuffers(module, world),
         recorder=recorder,
         skip_log=SkipLog(folder.skipped if folder else None, world, config.checkpoint.on_save_error == "continue"),
         tally=Tally(world.device),
-        chooser=chooser,
+        preselector=preselector,
         reference=reference,
         folder=folder.path if folder else None,
     )
@@ -299,20 +298,20 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     if data.subset_size < step_size and state.world.is_main:
         log.warning("A step takes %d samples of %d: some come more than once in it, as negatives of themselves; give a "
                     "smaller --batch-size", step_size, data.subset_size)  # fmt: skip
-    if state.selector is not None:
+    if state.selection is not None:
         log.info(
             "Selection: %s, keeping %s of every batch; %s%s",
-            config.selection.select_strategy, state.selector.strategy.keeping, state.selector.scoring,
-            "" if state.chooser is None else ", chosen before loading",
+            config.selection.select_strategy, state.selection.strategy.keeping, state.selection.scoring,
+            "" if state.preselector is None else ", chosen before loading",
         )  # fmt: skip
         _announce_decoys(state, data)
 
 
 def _announce_decoys(state: TrainState, data: TrainData) -> None:
-    assert state.selector is not None
-    if state.selector.strategy.decoys == 0:
+    assert state.selection is not None
+    if state.selection.strategy.decoys == 0:
         return
-    count = 0 if state.selector.decoys is None else len(state.selector.decoys.ids)
+    count = 0 if state.selection.decoys is None else len(state.selection.decoys.ids)
     log.info("%d samples are decoys: in the warm-up they have a wrong caption on purpose (--clean-decoys)", count)
     if count < _USABLE_DECOYS and state.world.is_main:
         log.warning(

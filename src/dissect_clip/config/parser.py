@@ -166,7 +166,7 @@ def build_parser(strategies: Mapping[str, str], commands: Mapping[str, str] | No
     return parser
 
 
-def _complete(config: Config) -> Config:
+def completed(config: Config) -> Config:
     """Fill in the defaults that depend on other settings."""
     filled: dict[str, Any] = {}
     if not config.training.opt.startswith("timm/"):
@@ -208,4 +208,4 @@ def parse_args(argv: Sequence[str], strategies: Mapping[str, str], commands: Map
     config = Config.of(**{name: value for name, value in values.items() if name in GROUP_OF})
     for line in contradictions(config):
         parser.error(line)
-    return _complete(config)
+    return completed(config)

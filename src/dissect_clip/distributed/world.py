@@ -37,6 +37,21 @@ class World:
     device: torch.device = torch.device("cpu")
     watchdog: Watchdog = field(default_factory=Watchdog, compare=False, repr=False)
 
+    @classmethod
+    def of_default_group(cls, device: torch.device | str | None = None) -> World:
+        """This process in the default process group, if one is initialised, without a watch over the ranks.
+
+        Without ``device`` the current GPU if the group is NCCL's, which moves nothing else, and the CPU otherwise. Not
+        collective.
+        """
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(device=torch.device("cpu" if device is None else device))
+        if device is None:
+            device = f"cuda:{torch.cuda.current_device()}" if "nccl" in dist.get_backend() else "cpu"
+        device = torch.device(device)
+        local_rank = 0 if device.index is None else device.index  # of the barrier, which wants the GPU's number
+        return cls(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
     @property
     def is_main(self) -> bool:
         """Whether this process writes the logs and checkpoints. Not collective."""

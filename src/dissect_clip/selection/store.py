@@ -23,6 +23,22 @@ def last_occurrence(ids: Tensor) -> Tensor:
     return place[torch.searchsorted(ordered, ids, right=True) - 1]
 
 
+def check_ids(ids: Tensor, num_samples: int) -> None:
+    """See that ``ids`` are [N] int64 in 0..num_samples - 1. No device sync: on a GPU a wrong id ends the process.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if ids.dim() != 1 or ids.dtype != torch.int64:
+        raise ValueError(f"sample_id must be [N] int64, and is {list(ids.shape)} {ids.dtype}")
+    is_inside = (ids >= 0) & (ids < num_samples)
+    allowed = f"sample_id must be in 0..{num_samples - 1}"
+    try:
+        torch._assert_async(is_inside.all(), allowed)  # later, and in the log of the device, on a GPU
+    except RuntimeError:
+        raise ValueError(f"{allowed}, and has {int(ids[~is_inside][0])}") from None
+
+
 class ScoreStore:
     """A dense table [num_samples, C] of float32 on the device, 4 bytes a sample and column; NaN = never seen."""
 
@@ -30,6 +46,11 @@ class ScoreStore:
         self.columns = columns
         self.world = world
         self.scores = torch.full((num_samples, len(columns)), torch.nan, device=world.device)
+
+    def move_to(self, world: World) -> None:
+        """Put the table on the device of ``world``."""
+        self.world = world
+        self.scores = self.scores.to(world.device)
 
     def read(self, ids: Tensor) -> Tensor:
         """The rows [N, C] of these ids [N] int64. Not collective."""

@@ -6,7 +6,7 @@ Shapes: N pairs of this rank, K kept, C columns that the strategy remembers, D f
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Flag, auto
 from typing import TypeVar
 
@@ -72,23 +72,6 @@ class Candidates:
         if self.reused is not None or self.similarity is None:
             return self.reused
         return clip_score(self.similarity)
-
-
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The samples of a batch that are trained on."""
-
-    index: Tensor  # [K] int64, rising
-    candidates: Candidates | None  # None where no score is known
-    fresh: Tensor | None = None  # [F] int64, the places that were scored, where scores are used again
-    rows: Tensor | None = None  # [N, C] float32, what is known of the batch, where scores are used again
-    scored: int = 0  # how many had a scoring pass
-    weight: Tensor | None = None  # [K] float32, what each sample's loss is multiplied by; None where all are 1
-    others: Tensor | None = None
-    """[N - K, 2 D] float32, image and text features of the pairs not at ``index``, with --select-negatives all."""
-    features: Mapping[str, Tensor] = field(default_factory=dict)
-    """What training need not compute again for ``index``: features [K, D] of locked towers, by open_clip's names."""
-    reported: Tensor | None = None  # [N, P] float32, what the strategy has to say of each sample, for the record
 
 
 class Strategy:

@@ -10,10 +10,11 @@ Shapes: N pairs of this rank as loaded, K of them kept, W ranks.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -36,12 +37,12 @@ from dissect_clip.models.parallel import RunningBuffers
 from dissect_clip.models.precision import Autocast
 from dissect_clip.run.reporting import Progress, Reporter
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
-from dissect_clip.selection import Chooser, Decoys, Selection, Selector
-from dissect_clip.selection.scoring import Scorer
+from dissect_clip.selection import Choice, Preselector, Selection
 from dissect_clip.training.optimizer import optimizer_step, set_learning_rate
 from dissect_clip.training.record import NullRecorder, Recorder
 from dissect_clip.training.reference import Reference
 from dissect_clip.training.schedule import Schedule
+from dissect_clip.training.scoring import Encoded, Scorer
 from dissect_clip.training.timer import PHASES, PhaseClock
 
 MAX_LOG_LOGIT_SCALE = math.log(100)
@@ -51,6 +52,9 @@ _NOT_FEATURES = ("logit_scale", "logit_bias")
 
 _RANKS_KEPT = 4
 """Of how many ranks a batch is saved where training ends in steps that are not finite."""
+
+Scoring = Callable[[Batch], Encoded]
+"""A scoring pass: the features of a batch, without gradients."""
 
 log = logging.getLogger(__name__)
 
@@ -109,21 +113,16 @@ class TrainState:
     schedule: Schedule
     autocast: Autocast
     input_dtype: torch.dtype | None
-    selector: Selector | None
+    selection: Selection | None
     scorer: Scorer
     buffers: RunningBuffers
     recorder: Recorder | NullRecorder
     skip_log: SkipLog
     tally: Tally
-    chooser: Chooser | None
+    preselector: Preselector | None
     reference: Reference | None  # only with strategies that need one
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
-
-    @property
-    def decoys(self) -> Decoys | None:
-        """Those that have their wrong captions in this epoch."""
-        return None if self.selector is None else self.selector.decoys_in(self.counters.epoch)
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -> dict[str, Tensor]:
@@ -159,19 +158,56 @@ class Chosen(NamedTuple):
     """The part of a batch that is trained on; the whole batch without ``--select``."""
 
     batch: Batch
-    whole: Batch
-    selection: Selection | None
-    number: int  # of the batch among those of the run
+    choice: Choice | None
+    locked: dict[str, Tensor]  # features [K, D] of locked towers, which training need not compute again
+    others: Tensor | None  # [N - K, 2 D], features of the pairs that are not trained on, with --select-negatives all
+
+
+def score_and_choose(
+    selection: Selection, batch: Batch, scorer: Scoring, reference: Scoring | None, step: int
+) -> tuple[Choice, Encoded | None]:
+    """The rows of a batch to train on, and the features of the scoring pass, if there was one.
+
+    Collective as :meth:`Selection.choose` is. No device sync. ``step`` counts the batches of the whole run.
+    """
+    rows = selection.rows_to_score(batch.sample_id, step=step, num_candidates=batch.num_candidates)
+    parts: dict[str, Tensor | None] = {}
+    encoded = None
+    if len(rows) > 0:
+        # Taking all rows would be a copy of the images.
+        scored = batch if len(rows) == len(batch) else batch.take(rows)
+        with torch.no_grad():
+            encoded = scorer(scored)
+            parts = encoded.parts()
+            if selection.needs_reference:
+                assert reference is not None, "strategies with a reference get one when the run is built"
+                parts |= {f"reference_{name}": part for name, part in reference(scored).parts().items()}
+    return selection.choose(batch.sample_id, **parts, step=step, num_candidates=batch.num_candidates), encoded
+
+
+def unselected_features(encoded: Encoded, choice: Choice) -> Tensor:
+    """Features [N - K, 2 D] of the pairs that are not at ``choice.index``; 0 for those without finite scores."""
+    usable = choice.usable
+    assert usable is not None, "the choice was made by scores"
+    chosen = torch.zeros_like(usable, dtype=torch.uint8).index_fill_(0, choice.index, 1)
+    places = chosen.argsort(stable=True)[: len(usable) - len(choice.index)]
+    features = torch.cat([encoded.image_features, encoded.text_features], dim=1)
+    return features.where(usable[:, None], 0)[places]
 
 
 def _select(state: TrainState, batch: Batch) -> Chosen:
-    counters = state.counters
-    chosen = Chosen(batch, batch, None, counters.batch)
-    if state.selector is not None:
-        selection = state.selector.select(batch, state.scorer, counters.epoch, counters.batch)
-        state.recorder.append(batch, selection)
-        chosen = Chosen(batch.take(selection.index), batch, selection, counters.batch)
-        counters.scored += selection.scored * state.world.size
+    counters, settings = state.counters, state.config.selection
+    chosen = Chosen(batch, None, {}, None)
+    if state.selection is not None:
+        choice, encoded = score_and_choose(state.selection, batch, state.scorer, state.reference, counters.batch)
+        state.recorder.append(batch, choice)
+        locked, others = {}, None
+        if encoded is not None and settings.score_keep_locked:
+            locked = encoded.locked(choice.index)
+        if encoded is not None and settings.select_negatives == "all" and len(choice.index) < len(batch):
+            others = unselected_features(encoded, choice)
+        chosen = Chosen(batch.take(choice.index), choice, locked, others)
+        counters.scored += choice.scored * state.world.size
     counters.batch += 1
     counters.seen += batch.num_candidates * state.world.size
     counters.trained += len(chosen.batch) * state.world.size
@@ -179,23 +215,21 @@ def _select(state: TrainState, batch: Batch) -> Chosen:
 
 
 def _learn(state: TrainState, chosen: Sequence[Chosen], outputs: Sequence[dict[str, Tensor]]) -> None:
-    """Count features that are not finite, and let the selector have them, and the losses that it wants."""
-    for one, out in zip(chosen, outputs, strict=True):
-        image, text = out["image_features"].detach(), out["text_features"].detach()
-        state.tally.add_samples(image, text)
-        if state.selector is not None and one.selection is not None:
-            state.selector.learn(one.whole, one.selection, image, text, one.number)
-    if state.selector is not None and state.selector.learns(state.counters.epoch):
-        _learn_losses(state.selector, chosen, outputs)
-
-
-def _learn_losses(selector: Selector, chosen: Sequence[Chosen], outputs: Sequence[dict[str, Tensor]]) -> None:
-    """The losses of the pairs in the contrastive batch that all parts make together."""
-    image, text = (torch.cat([out[f"{side}_features"] for out in outputs]) for side in ("image", "text"))
-    loss = selector.training_loss(image, text, outputs[0]["logit_scale"], outputs[0].get("logit_bias"))
-    for one, part in zip(chosen, loss.split([len(one.batch) for one in chosen]), strict=True):  # type: ignore[no-untyped-call]
-        assert one.selection is not None
-        selector.learn_losses(one.whole, one.selection, part)
+    """Count features that are not finite, and let the selection learn from the training pass."""
+    for out in outputs:
+        state.tally.add_samples(out["image_features"].detach(), out["text_features"].detach())
+    selection = state.selection
+    if selection is None:
+        return
+    losses: Sequence[Tensor | None] = [None] * len(chosen)
+    if selection.learns_losses:
+        # Those of the pairs in the contrastive batch that all parts make together.
+        image, text = (torch.cat([out[f"{side}_features"] for out in outputs]) for side in ("image", "text"))
+        loss = selection.pair_losses(image, text, outputs[0]["logit_scale"], outputs[0].get("logit_bias"))
+        losses = loss.split([len(one.batch) for one in chosen])  # type: ignore[no-untyped-call]
+    for one, out, loss_of_one in zip(chosen, outputs, losses, strict=True):
+        image, text = out["image_features"], out["text_features"]
+        selection.learn(one.batch.sample_id, loss_of_one, image_features=image, text_features=text)
 
 
 def _losses(state: TrainState, chosen: Sequence[Chosen], features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -203,10 +237,9 @@ def _losses(state: TrainState, chosen: Sequence[Chosen], features: dict[str, Ten
 
     Weighted, or against the pairs that were not chosen, too, where the selection says so.
     """
-    selection = chosen[0].selection
-    if selection is not None and selection.others is not None:
-        return loss_against_all(state.world, selection.others, **features)
-    weights = [one.selection.weight for one in chosen if one.selection is not None and one.selection.weight is not None]
+    if chosen[0].others is not None:
+        return loss_against_all(state.world, chosen[0].others, **features)
+    weights = [one.choice.weight for one in chosen if one.choice is not None and one.choice.weight is not None]
     if not weights:
         losses: dict[str, Tensor] = state.loss(**features, output_dict=True)
         return losses
@@ -223,7 +256,7 @@ def _backward(state: TrainState, losses: dict[str, Tensor], logit_scale: Tensor)
 
 def _forward(model: nn.Module, chosen: Chosen) -> dict[str, Tensor]:
     """A model's outputs by name, but for the features of locked towers that are known already."""
-    known = {} if chosen.selection is None else chosen.selection.features
+    known = chosen.locked
     image = None if "image_features" in known else chosen.batch.image
     text = None if "text_features" in known else chosen.batch.text
     out: dict[str, Tensor] = model(image, text)
@@ -295,8 +328,10 @@ def _batches(state: TrainState, data: TrainData, clock: PhaseClock) -> Iterator[
     state.world.watchdog.begin_phase("load", state.counters.step)
     while (batch := _next(loader)) is not None:
         data.consume(batch)
-        batch, decoys = transfer(batch), state.decoys
-        group.append(batch if decoys is None else decoys(batch))
+        batch = transfer(batch)
+        if state.selection is not None:
+            batch = dataclasses.replace(batch, text=state.selection.swap_captions(batch.sample_id, batch.text))
+        group.append(batch)
         if len(group) == state.config.training.accum_freq:
             clock.lap("load")
             yield group
@@ -333,16 +368,14 @@ def train_epoch(
     counters = state.counters
     data.set_epoch(counters.epoch)
     first = counters.epoch_step
-    if state.decoys is not None:
-        state.decoys.agree()
-    if state.selector is not None and first == 0:
-        state.selector.begin_epoch(counters.epoch)
+    if state.selection is not None:
+        state.selection.start_epoch(counters.epoch)
     steps = first + data.remaining_batches // state.config.training.accum_freq
     state.recorder.begin(counters.epoch, first)
     state.skip_log.begin(counters.epoch, 0 if data.recounts_skips else first)
     clock = PhaseClock(state.world.device)
-    if state.chooser is not None and state.selector is not None:
-        state.chooser.publish(state.selector.store.scores, state.selector.survey)
+    if state.preselector is not None and state.selection is not None:
+        state.preselector.publish(state.selection.store.scores, state.selection.survey)
     if state.reference is not None:
         state.reference.begin(counters.epoch, state.module)
     window = Window(state, data, steps, clock)
@@ -414,8 +447,8 @@ class Window:
         state = self.state
         device = state.world.device
         scores = torch.zeros((), dtype=torch.int64, device=device)
-        if state.selector is not None:
-            scores, state.selector.not_finite = state.selector.not_finite, scores
+        if state.selection is not None:
+            scores, state.selection.not_finite = state.selection.not_finite, scores
         skipped = torch.tensor([sum(self.data.skip_counts().values())], device=device)
         return state.world.all_gather(torch.cat([state.tally.read(), scores[None], skipped])[None]).cpu()
 

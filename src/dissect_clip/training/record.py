@@ -23,7 +23,7 @@ from torch import Tensor
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.run.epoch_parquet import EpochFile
-from dissect_clip.selection.strategy import Selection
+from dissect_clip.selection import Choice
 
 MAX_ROWS = 1 << 18
 """Samples of all ranks between two flushes, give or take a batch."""
@@ -56,9 +56,9 @@ class _Batch:
     key: Tensor  # [N, W] uint8, in main memory
 
 
-def _values(batch: Batch, selection: Selection, columns: int) -> Tensor:
+def _values(batch: Batch, choice: Choice, columns: int) -> Tensor:
     """Score, loss, remembered and reported columns [N, 2 + C] float32; NaN where nothing was scored."""
-    candidates = selection.candidates
+    candidates = choice.candidates
     absent = torch.full((len(batch), 2 + columns), torch.nan, device=batch.sample_id.device)
     if candidates is None:
         return absent
@@ -66,7 +66,7 @@ def _values(batch: Batch, selection: Selection, columns: int) -> Tensor:
         absent[:, 0] = candidates.score
     if candidates.loss is not None:
         absent[:, 1] = candidates.loss
-    parts = [candidates.memory] if selection.reported is None else [candidates.memory, selection.reported]
+    parts = [candidates.memory] if choice.reported is None else [candidates.memory, choice.reported]
     absent[:, 2:] = torch.cat(parts, dim=1)
     return absent
 
@@ -121,15 +121,15 @@ class Recorder:
         if self._file is not None:
             self._file.begin(epoch, step)
 
-    def append(self, batch: Batch, selection: Selection) -> None:
+    def append(self, batch: Batch, choice: Choice) -> None:
         """Keep what was scored and chosen in one batch. N is equal on all ranks.
 
         No device sync but when enough batches wait, which are then flushed (collective).
         """
         assert batch.key is not None, "the record needs batches with keys"
         selected = torch.zeros(len(batch), dtype=torch.bool, device=batch.sample_id.device)
-        selected.index_fill_(0, selection.index, True)  # an indexed write of True would copy it to the device
-        values = _values(batch, selection, len(self.columns))
+        selected.index_fill_(0, choice.index, True)  # an indexed write of True would copy it to the device
+        values = _values(batch, choice, len(self.columns))
         self._waiting.append(_Batch(batch.sample_id, selected, values, batch.key))
         rows = len(batch) * len(self._waiting) * self.world.size
         if len(self._waiting) >= self.flush_every or rows >= MAX_ROWS:
@@ -212,7 +212,7 @@ class NullRecorder:
     def begin(self, epoch: int, step: int = 0) -> None:
         """Do nothing."""
 
-    def append(self, batch: Batch, selection: Selection) -> None:
+    def append(self, batch: Batch, choice: Choice) -> None:
         """Do nothing."""
 
     def flush(self) -> None:

@@ -15,7 +15,7 @@ from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_reference_model
 from dissect_clip.models.precision import Autocast
-from dissect_clip.selection.scoring import Encoded, Scorer, build_scorer
+from dissect_clip.training.scoring import Encoded, Scorer, build_scorer
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,9 @@ Shapes: N pairs of this rank, P decoys, L tokens.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor
 
-from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.store import last_occurrence
@@ -57,18 +54,23 @@ class Decoys:
         self._last = torch.empty(0)  # [L] int64, the own caption of the decoy that this rank met last
         self._of_all: Tensor | None = None  # [P + W, L] int64, the captions of all ranks, and what they met last
 
-    def __call__(self, batch: Batch) -> Batch:
-        """A batch on the device with the decoys' captions in it. Not collective, no device sync."""
-        text = batch.text
+    def move_to(self, world: World) -> None:
+        """Put all tensors on the device of ``world``."""
+        self.world = world
+        self.ids, self._last = self.ids.to(world.device), self._last.to(world.device)
+        self._captions = None if self._captions is None else self._captions.to(world.device)
+
+    def swap_captions(self, sample_id: Tensor, text: Tensor) -> Tensor:
+        """Captions [N, L] of ``sample_id`` [N] with those of the decoys replaced. Not collective, no device sync."""
         if self._captions is None or self._captions.shape[1] != text.shape[1]:  # or those of another tokenizer
             self._captions = text.new_full((len(self.ids) + 1, text.shape[1]), _UNSET)
             self._last = text.new_full((text.shape[1],), _UNSET)
-        place, decoy = self._find(batch.sample_id)
+        place, decoy = self._find(sample_id)
         place = place.where(decoy, len(self.ids))
         known = self._captions[place]
         wrong = torch.where(known[:, :1] == _UNSET, self._captions_before(text, place, decoy), known)
         self._captions[place] = wrong.where(decoy[:, None], _UNSET)[last_occurrence(place)]
-        return dataclasses.replace(batch, text=torch.where(decoy[:, None], wrong, text))
+        return torch.where(decoy[:, None], wrong, text)
 
     def _captions_before(self, text: Tensor, place: Tensor, decoy: Tensor) -> Tensor:
         """For each pair the own caption [N, L] of the decoy before it, if that is another; takes note of the last."""

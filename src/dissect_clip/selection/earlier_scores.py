@@ -16,13 +16,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dissect_clip.data.batch import Batch
-from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.selector import Encode, SampleLoss, Selector, replace_unusable, top_k
-from dissect_clip.selection.store import ScoreStore
-from dissect_clip.selection.strategy import REUSABLE, Candidates, Needs, Selection, Strategy, clip_score, kept, required
+from dissect_clip.selection.strategy import REUSABLE, Candidates, Needs, Strategy, clip_score, kept
+from dissect_clip.selection.top_k import top_k
 
 _WHEN = "last_batch"
 _MEASURED = {"last_score": Needs.SCORE, "last_loss": Needs.LOSS, "last_clip_score": Needs.CLIPSCORE}
@@ -63,7 +59,7 @@ def pair_z(image: Tensor, text: Tensor, needs: Needs) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Known:
+class EarlierScores:
     """What is known of samples before they are scored, as rows of the store. Picklable; a pure function of numbers.
 
     A row holds the strategy's own columns, then the last z-scores, then the batch of the run they were taken in.
@@ -86,7 +82,7 @@ class Known:
                 "--score-refresh and --select-preset out"
             )
 
-    def informed(self, survey: Sequence[float]) -> Known:
+    def informed(self, survey: Sequence[float]) -> EarlierScores:
         """The same with what the strategy knows of the whole store."""
         return replace(self, strategy=self.strategy.informed(survey)) if survey else self
 
@@ -142,94 +138,8 @@ class Known:
         mean = rank.where(known, 0).sum() / known.sum().clamp(min=1)
         return rank.where(known, mean)
 
-
-class ReusingSelector(Selector):
-    """Chooses by scores of earlier steps, with as many new ones as ``--score-refresh`` says, and learns from training.
-
-    A sample whose features in the scoring pass are not finite is not trained on, and counted in ``not_finite``.
-    """
-
-    def __init__(self, known: Known, store: ScoreStore, sample_loss: SampleLoss, world: World, seed: int) -> None:
-        super().__init__(known.strategy, store, sample_loss, world, seed)
-        self.known = known
-
-    def inform(self, survey: Sequence[float]) -> None:
-        """See :meth:`Selector.inform`."""
-        super().inform(survey)
-        self.known = replace(self.known, strategy=self.strategy)
-
-    @property
-    def scoring(self) -> str:
-        """See :attr:`Selector.scoring`."""
-        refresh = self.known.refresh
-        when = "" if self.strategy.reuses else " after the first epoch"
-        return f"{f'{refresh:g} of it is' if refresh > 0 else 'nothing is'} scored{when}"
-
-    def select(self, batch: Batch, encode: Encode, epoch: int, step: int) -> Selection:
-        """The K pairs of this rank's batch to train on; see :meth:`Selector.select`. Not collective, no device sync.
-
-        Of a batch that was chosen from before it was loaded, the first F are scored.
-        """
-        device = batch.sample_id.device
-        generator = torch.Generator(device)
-        generator.manual_seed(derive_seed(self.seed, Stream.SELECT, step, self.world.rank))
-        rows = self.store.read(batch.sample_id)
-        k, count = (
-            self.known.kept(epoch, batch.num_candidates),
-            min(self.known.fresh(epoch, batch.num_candidates), len(batch)),
-        )
-        usable = torch.ones(len(batch), dtype=torch.bool, device=device)
-        if count == len(batch) or count == 0 or batch.num_candidates > len(batch):
-            fresh = torch.arange(count, device=device)
-        else:
-            fresh = self.known.stalest(rows, count, generator)
-        if count > 0:
-            part = batch if count == len(batch) else batch.take(fresh)
-            with torch.no_grad():
-                encoded = encode(part)
-                z = pair_z(encoded.image_features, encoded.text_features, self.strategy.needs)
-            finite = (encoded.image_features * encoded.text_features).sum(dim=1).isfinite()
-            usable = usable.index_copy(0, fresh, finite)
-            self.not_finite += (~usable).sum()
-            rows = rows.index_copy(0, fresh, self._updated(rows[fresh], z, step))
-        candidates = self.known.candidates(rows, epoch, generator)
-        if k >= len(batch):
-            index = torch.arange(len(batch), device=device)
-        else:
-            index = top_k(self.known.rank(candidates).where(usable, torch.nan), k, generator)
-        if count > 0:
-            index = replace_unusable(index, usable)
-        weight = self.strategy.weights(candidates, index) if k < len(batch) else None
-        return Selection(index, candidates, fresh, rows, count, weight, reported=self._report(candidates))
-
-    def learn(self, batch: Batch, selection: Selection, image: Tensor, text: Tensor, step: int) -> None:
-        """Store the new scores, of the scoring pass and of the training pass. Collective: one all_gather.
-
-        ``image``, ``text`` [K, D] are the features that training computed for ``selection.index``.
-        """
-        rows, fresh = required(selection.rows), required(selection.fresh)
-        z = pair_z(image.detach(), text.detach(), self.strategy.needs)
-        rows = rows.index_copy(0, selection.index, self._updated(rows[selection.index], z, step))
-        places = torch.cat([fresh, selection.index])
-        new = rows[places]
-        candidates = required(selection.candidates)
-        candidates = self.known.candidates(new, candidates.epoch, candidates.generator)
-        decoys = self.decoys_in(candidates.epoch)
-        if decoys is not None:
-            candidates = replace(candidates, decoy=decoys.among(batch.sample_id[places]))
-        remembered = self.strategy.remember(candidates)
-        if remembered is not None:
-            new = torch.cat([remembered, new[:, remembered.shape[1] :]], dim=1)
-        scored = (new[:, -1] == step)[:, None]  # not so where neither pass gave a finite score
-        ids = batch.sample_id[places]
-        self.store.write(ids, new.where(scored, self.store.read(ids)))
-
-    def count_on(self, then: int, now: int) -> None:
-        """See :meth:`Selector.count_on`: the batches that scores were taken in stay in order, and before now."""
-        self.store.scores[:, -1] *= now / then
-
-    def _updated(self, rows: Tensor, z: Tensor, step: int) -> Tensor:
-        """Rows [N, C + R + 1] with new z-scores [N, R], where these are finite."""
+    def updated(self, rows: Tensor, z: Tensor, step: int) -> Tensor:
+        """Rows [N, C + R + 1] with the z-scores [N, R] of batch ``step``; rows whose z-scores are not finite stay."""
         own = rows.shape[1] - z.shape[1] - 1
         new = torch.cat([rows[:, :own], z, torch.full_like(rows[:, -1:], step)], dim=1)
         return new.where(z.isfinite().all(dim=1, keepdim=True), rows)

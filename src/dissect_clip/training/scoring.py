@@ -48,7 +48,16 @@ class Encoded:
     logit_bias: Tensor | None  # scalar, SigLIP only
     reusable: frozenset[str] = frozenset()  # of "image" and "text": the towers that training need not run again
 
-    def known(self, index: Tensor) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor | None]:
+        """All that :meth:`dissect_clip.Selection.choose` takes of them, by name."""
+        return {
+            "image_features": self.image_features,
+            "text_features": self.text_features,
+            "logit_scale": self.logit_scale,
+            "logit_bias": self.logit_bias,
+        }
+
+    def locked(self, index: Tensor) -> dict[str, Tensor]:
         """What the training pass would compute again for the pairs at ``index`` [K]: features [K, D] by open_clip's
         names, ``image_features`` and ``text_features``, of the locked towers alone; equal up to rounding.
         """

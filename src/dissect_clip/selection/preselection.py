@@ -15,27 +15,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.reuse import Known
+from dissect_clip.selection.earlier_scores import EarlierScores
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class LoadOrder:
     """What to decode of N samples."""
 
     order: Tensor  # [N] int64, places: first those to score anew, then the others, the best first
     count: int  # M, how many of them are wanted
 
 
-class Chooser:
+class Preselector:
     """Chooses by the store's rows as they were at the start of the epoch, in memory that all workers share. Picklable.
 
     4 bytes a sample and column in main memory, once for each rank.
     """
 
-    def __init__(self, known: Known, num_samples: int) -> None:
-        self.known = known
-        self.rows = torch.full((num_samples, len(known.columns)), torch.nan)
-        self.survey = torch.zeros(len(known.strategy.surveys), dtype=torch.float64)
+    def __init__(self, earlier: EarlierScores, num_samples: int) -> None:
+        self.earlier = earlier
+        self.rows = torch.full((num_samples, len(earlier.columns)), torch.nan)
+        self.survey = torch.zeros(len(earlier.strategy.surveys), dtype=torch.float64)
         for shared in (self.rows, self.survey):
             shared.share_memory_()  # type: ignore[no-untyped-call]
 
@@ -47,7 +47,7 @@ class Chooser:
         self.rows.copy_(scores)
         self.survey.copy_(torch.tensor(survey, dtype=torch.float64))
 
-    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> Choice:
+    def __call__(self, ids: Tensor, once: Tensor, epoch: int, seed: int) -> LoadOrder:
         """What to decode of the samples ``ids`` [N]; only where ``once`` [N] bool is True are their rows looked at.
 
         The others are there twice in this epoch: by now they may be known better, or not yet, depending on how far
@@ -55,17 +55,17 @@ class Chooser:
         about.
         """
         size = len(ids)
-        known = self.known.informed(self.survey.tolist())
+        earlier = self.earlier.informed(self.survey.tolist())
         generator = torch.Generator().manual_seed(seed)
         rows = self.rows[ids].where(once[:, None], torch.nan)
-        fresh = known.fresh(epoch, size)
-        count = min(size, fresh + known.kept(epoch, size))
+        fresh = earlier.fresh(epoch, size)
+        count = min(size, fresh + earlier.kept(epoch, size))
         if count == size:
-            return Choice(torch.arange(size), count)
-        candidates = known.candidates(rows, epoch, generator)
-        rank = known.rank(candidates)
-        to_score = known.stalest(rows, fresh, generator) if fresh > 0 else ids[:0]
+            return LoadOrder(torch.arange(size), count)
+        candidates = earlier.candidates(rows, epoch, generator)
+        rank = earlier.rank(candidates)
+        to_score = earlier.stalest(rows, fresh, generator) if fresh > 0 else ids[:0]
         rank[to_score] = torch.inf  # they stand ahead, and top_k would take what is not finite last
         shuffled = torch.randperm(size, generator=generator)
         order = shuffled[rank[shuffled].argsort(descending=True, stable=True)]
-        return Choice(order, count)
+        return LoadOrder(order, count)

@@ -17,7 +17,7 @@ from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.models.build import build_model
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.selection.scoring import (
+from dissect_clip.training.scoring import (
     Scorer,
     Shortcuts,
     build_scorer,
@@ -375,7 +375,7 @@ def test_coca_runs_both_towers():
 def test_features_of_locked_towers_are_those_of_training(tmp_path: Path, model: str):
     module = make_toy(tmp_path, model, lock_image=True, lock_image_freeze_bn_stats=True, lock_text=True).train()
     batch, index = make_batch(model=model), torch.tensor([1, 4])
-    known = make_scorer(module)(batch).known(index)
+    known = make_scorer(module)(batch).locked(index)
     out = module(batch.image[index], batch.text[index])
     assert set(known) == {"image_features", "text_features"}
     assert all(close(value, out[name]) for name, value in known.items())
