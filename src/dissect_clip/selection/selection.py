@@ -781,13 +781,13 @@ def _check_unit_norm(scores: _Scores) -> None:
     """See in the first batch of a run that features have unit norm. A device sync.
 
     Raises:
-        ValueError: they have not; rows that are not finite do not count.
+        ValueError: they have not; rows of zeros, and rows that are not finite, do not count.
     """
     for name in ("image_features", "text_features"):
         part = getattr(scores, name)
         if part is not None:
             norm = part.float().norm(dim=1)
-            if bool(((norm - 1).abs() > _NORM_TOLERANCE).any()):
+            if bool((((norm - 1).abs() > _NORM_TOLERANCE) & (norm > 0)).any()):
                 raise ValueError(
                     f"Selection.choose: {name} must have unit norm, and have up to {norm.nan_to_num().max():.3g}: "
                     "give torch.nn.functional.normalize(features, dim=-1)"
