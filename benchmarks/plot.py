@@ -114,36 +114,35 @@ LEGEND = {"full": "all data", "exact": "DISSect", "fast": "DISSect fast", "rando
 """Names of modes that a reader knows; others stand as they are."""
 
 
-def draw_quality(runs: Sequence[Line], targets: Sequence[float], file: Path) -> Path:
-    """R@Sum against seconds and against pairs trained on: each run thin, the mean over a mode's seeds thick."""
-    figure, (by_seconds, by_pairs) = new_figure(
-        2, "Quality during training: mean over the seeds (thick) and each run (thin)"
-    )
+AXES = {"seconds": "seconds of training, with scoring and loading", "trained": "pairs trained on"}
+"""What R@Sum is drawn against, and the name of that axis."""
+
+
+def draw_quality(
+    runs: Sequence[Line], targets: Sequence[float], file: Path, against: Sequence[str] = tuple(AXES)
+) -> Path:
+    """R@Sum against quantities of AXES, a panel each: each run thin, the mean over a mode's seeds thick."""
+    figure, panels = new_figure(len(against), "mean over the seeds (thick) and each run (thin)")
     modes = list(dict.fromkeys(run["mode"] for run in runs))
     for place, mode in enumerate(modes):
         own = [run for run in runs if run["mode"] == mode]
         colour = COLOURS[place % len(COLOURS)]
+        label = LEGEND.get(mode, mode.replace("full", "all data"))
         shortest = min(len(run["rsum"]) for run in own)
-        for axes, quantity in ((by_seconds, "seconds"), (by_pairs, "trained")):
+        for axes, quantity in zip(panels, against, strict=True):
             for run in own:
                 axes.plot(run[quantity], run["rsum"], color=colour, alpha=0.25, linewidth=0.8)
             means = [
                 [statistics.mean(run[name][point] for run in own) for point in range(shortest)]
                 for name in (quantity, "rsum")
             ]
-            axes.plot(
-                *means,
-                color=colour,
-                linewidth=1.8,
-                label=LEGEND.get(mode, mode.replace("full", "all data")),
-                marker="o" if shortest == 1 else None,
-            )
-    for axes, label in ((by_seconds, "seconds of training, with scoring and loading"), (by_pairs, "pairs trained on")):
+            axes.plot(*means, color=colour, linewidth=1.8, label=label, marker="o" if shortest == 1 else None)
+    for axes, quantity in zip(panels, against, strict=True):
         for place, target in enumerate(targets):
             name = None if place else "final quality of all data, by seed"
             axes.axhline(target, color="black", linestyle=":", linewidth=1, label=name)
-        axes.set(xlabel=label, ylabel="R@Sum", xlim=0)
-    by_pairs.legend(fontsize=9)
+        axes.set(xlabel=AXES[quantity], ylabel="R@Sum", xlim=0)
+    panels[-1].legend(fontsize=9)
     return save(figure, file)
 
 

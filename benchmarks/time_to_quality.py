@@ -280,7 +280,7 @@ def table(lines: Sequence[Mapping[str, Any]], targets: Mapping[int, float]) -> s
 
 
 def collect(study: Study) -> list[dict[str, Any]]:
-    """Write runs.jsonl, summary.md and curves.png of what is finished; the line of each mode."""
+    """Write runs.jsonl, summary.md and the plots of what is finished; the line of each mode."""
     from plot import draw_quality
 
     found = [read_run(study, mode, seed) for seed in study.seeds for mode in study.modes]
@@ -302,7 +302,9 @@ def collect(study: Study) -> list[dict[str, Any]]:
         report("time_to_quality", **line, targets=targets)
     print("\n".join(f"# {row}" for row in text.splitlines()), flush=True)
     if runs:
-        draw_quality([asdict(run) for run in runs], list(targets.values()), study.out / "curves.png")
+        drawn = [asdict(run) for run in runs]
+        draw_quality(drawn, list(targets.values()), study.out / "curves.png")
+        draw_quality(drawn, list(targets.values()), study.out / "seconds.png", against=("seconds",))
     return lines
 
 

@@ -1,27 +1,76 @@
-"""What the documentation names exists."""
+"""What README.md and docs/ name exists: links, paths and flags. And they stay short."""
 
 import re
 from pathlib import Path
 
 import pytest
 
+from dissect_clip.config.flags import UNSUPPORTED
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-TOP = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
-PAGES = [
-    *TOP,
-    *sorted(DOCS.rglob("*.md")),
-    *sorted((ROOT / "experiments").rglob("*.md")),
-    ROOT / "benchmarks" / "README.md",
+CHANGELOG = ROOT / "CHANGELOG.md"
+TOP = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+MANUAL = [TOP[0], *(path for path in sorted(DOCS.rglob("*.md")) if not path.is_relative_to(DOCS / "results"))]
+PAGES = [*TOP, *sorted(DOCS.rglob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
+PAGES.append(ROOT / "benchmarks" / "README.md")
+MAX_WORDS = 20_000  # of the manual: README.md and docs/ without docs/results
+SOURCES = [
+    path
+    for folder in ("src", "tests", "scripts", "benchmarks", "experiments", "examples")
+    for path in sorted((ROOT / folder).rglob("*.py"))
 ]
+
+FOREIGN = {
+    "torchrun": "standalone nproc_per_node nnodes rdzv-backend rdzv-endpoint shutdown-timeout",
+    "slurm": "signal kill-on-bad-exit",
+    "docker": "shm-size",
+    "mypy": "strict",
+}
+"""Flags of other programs that the manual names."""
 
 
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name_of)
+@pytest.mark.parametrize("path", [*PAGES, CHANGELOG], ids=name_of)
 def test_links_lead_to_files(path: Path):
     links = re.findall(r"\]\(([^)#\s]+)(?=[)#])", path.read_text())
-    wrong = [link for link in links if "://" not in link and not (path.parent / link).exists()]
-    assert not wrong
+    assert [link for link in links if "://" not in link and not (path.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("path", [*TOP, *MANUAL[1:]], ids=name_of)
+def test_paths_exist(path: Path):
+    folders = "src|docs|tests|scripts|benchmarks|examples|experiments|configs"
+    named = re.findall(rf"(?<![\w/.$-])((?:{folders})/[\w./*-]+)", path.read_text())
+    assert [name for name in named if not any(ROOT.glob(name.rstrip("./")))] == []
+
+
+def known_flags() -> set[str]:
+    """The flags of the trainer, refused ones included, and of everything else with a command line."""
+    found = {flag for path in SOURCES for flag in re.findall(r"add_argument\(\s*\"(--[a-z][\w-]*)\"", path.read_text())}
+    settings = {
+        name
+        for path in SOURCES
+        for name in re.findall(r"^    (\w+): [^=\n]+ = (?:setting|section)\(", path.read_text(), re.M)
+    }
+    found |= {f"--{name.replace('_', '-')}" for name in settings} | set(UNSUPPORTED)
+    found |= {
+        flag
+        for path in SOURCES
+        for names in re.findall(r"aliases=\((.*?)\)", path.read_text())
+        for flag in re.findall(r"--[\w-]+", names)
+    }
+    return found | {f"--{flag}" for flags in FOREIGN.values() for flag in flags.split()} | {"--help", "--help-all"}
+
+
+@pytest.mark.parametrize("path", [*TOP, *MANUAL[1:]], ids=name_of)
+def test_flags_exist(path: Path):
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*\w", path.read_text()))
+    assert named - known_flags() == set()
+
+
+def test_the_manual_is_short():
+    words = {name_of(path): len(re.findall(r"\S*\w\S*", path.read_text())) for path in MANUAL}
+    assert sum(words.values()) <= MAX_WORDS, words
