@@ -58,3 +58,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return match[1] + posixpath.relpath(site_path(target), posixpath.dirname(page.file.src_uri) or ".")
 
     return LINK.sub(rewritten, markdown)
+
+
+ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):(?=<code>)")
+"""A role of reStructuredText before a name in a docstring."""
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show docstrings, which are written for readers of the source, without marks of reStructuredText."""
+    return ROLE.sub("", html).replace("::</p>", ":</p>")

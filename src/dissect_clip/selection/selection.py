@@ -330,13 +330,17 @@ class Selection:
 
         Args:
             sample_id: [N] int64, in 0..M-1, each sample's fixed number in the dataset.
-            image_features, text_features: [N, D], unit norm.
+            image_features: [N, D], unit norm.
+            text_features: [N, D], unit norm.
             logit_scale: scalar, the factor itself and not its logarithm.
             logit_bias: scalar, with ``siglip=True``.
             similarity: [N] cosine of each pair, in [-1, 1], instead of the features.
             loss: [N] in nats, instead of the contrastive loss by the features against the pairs of all ranks.
-            reference_image_features, reference_text_features, reference_logit_scale, reference_logit_bias,
-                reference_loss: the same under a frozen reference model, for ``learnability`` and ``jest``.
+            reference_image_features: the same under a frozen reference model, for ``learnability`` and ``jest``.
+            reference_text_features: likewise.
+            reference_logit_scale: likewise.
+            reference_logit_bias: likewise.
+            reference_loss: likewise.
             step: number of the batch in the whole run, if the caller counts batches; with the seed and the rank it
                 decides every random choice. By default batches are counted here.
             num_candidates: samples that the batch was chosen from before loading; by default N.
@@ -520,8 +524,11 @@ class Selection:
         Args:
             sample_id: [K] int64, the ids of the chosen rows, ``sample_id[choice.index]``.
             loss: [K] in nats, before any weight, for strategies that learn from losses (:attr:`learns_losses`).
-            image_features, text_features: [K, D], unit norm, for strategies that learn from features
-                (:attr:`learns_features`); with ``logit_scale`` also instead of ``loss``.
+            image_features: [K, D], unit norm, for strategies that learn from features (:attr:`learns_features`); with
+                ``logit_scale`` also instead of ``loss``.
+            text_features: [K, D], likewise.
+            logit_scale: scalar, the factor itself.
+            logit_bias: scalar, with ``siglip=True``.
 
         Raises:
             RuntimeError: there is no choice that waits for it.
