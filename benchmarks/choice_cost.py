@@ -18,13 +18,11 @@ from common import in_turns, quartiles, report
 from torch.nn.functional import normalize
 
 from dissect_clip.config.settings import Config
-from dissect_clip.selection import STRATEGIES, Candidates
+from dissect_clip.selection import Candidates, build_strategy
 
 MODES = {
     "small_loss": {},
     "divbs": {},
-    "divbs features": {"divbs_on": "features"},
-    "divbs exact": {"divbs_greedy": "exact"},
     "learnability": {},
     "jest": {},
     "jest siglip": {"siglip": True},
@@ -63,8 +61,9 @@ def make_candidates(size: int, features: int, device: torch.device) -> Candidate
 
 def milliseconds(name: str, candidates: Candidates, rate: float) -> Callable[[], float]:
     """How long a choice takes; waits for the device."""
-    config = Config.of(select=True, select_rate=rate, select_reference="given", **MODES[name])  # type: ignore[arg-type]
-    strategy = STRATEGIES[name.split()[0]](config)
+    config = Config.of(select=True, select_rate=rate, select_reference="given", select_strategy=name.split()[0],
+                       **MODES[name])  # type: ignore[arg-type]  # fmt: skip
+    strategy = build_strategy(config)
 
     def choose() -> float:
         if candidates.memory.is_cuda:

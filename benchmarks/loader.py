@@ -48,7 +48,7 @@ from dissect_clip.data.formats.pixels import CropBeforeDecoding, ImageReader, st
 from dissect_clip.data.formats.urls import expand
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import Model, build_model
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 
 DIFFERENT = 64  # images; a shard holds them again and again
 FEWEST_SHARDS = 8
@@ -174,7 +174,7 @@ class OpenCLIP:
 def make_config(options: argparse.Namespace, pattern: str, *flags: str) -> Config:
     words = ["--train-data", pattern, "--model", "RN-tiny", "--force-image-size", str(options.pixels), "--logs", "none"]
     words += ["--batch-size", str(options.batch_size), "--workers", str(options.workers), "--device", "cpu"]
-    return parse_args([*words, *flags], summaries())
+    return parse_args([*words, *flags], STRATEGIES)
 
 
 # ---- limits of one core

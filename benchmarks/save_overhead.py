@@ -40,7 +40,7 @@ from dissect_clip.models.build import build_model
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync
 from dissect_clip.run.reporting import Reporters
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.store import ScoreStore
 from dissect_clip.training.epoch import TrainState, train_epoch
 
@@ -52,7 +52,7 @@ def make_config(options: argparse.Namespace) -> Config:
     words = ["--model", options.model, "--batch-size", str(options.batch_size), "--workers", "1", "--device", "cpu"]
     words += ["--precision", "fp32", "--log-every-n-steps", "1000000", "--save-every-n-steps", str(options.every)]
     words += ["--save-frequency", "0", "--select", "--warmup-point", "1", "--epochs", "1000"]
-    return parse_args([*source, *words], summaries())
+    return parse_args([*source, *words], STRATEGIES)
 
 
 class TimedSaver(Saver):

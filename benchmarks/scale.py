@@ -46,7 +46,7 @@ from dissect_clip.data.sampling.subset import Names, read_list
 from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.distributed.world import World
-from dissect_clip.selection import Candidates, Choice, summaries
+from dissect_clip.selection import STRATEGIES, Candidates, Choice
 from dissect_clip.selection.store import ScoreStore, last_occurrence
 from dissect_clip.training.record import Recorder
 
@@ -143,7 +143,7 @@ def packed(ids: Tensor, scores: Tensor) -> Tensor:
 
 def settings() -> Config:
     words = ["--dataset-type", "synthetic", "--train-num-samples", "1", "--save-every-n-steps", "1", "--epochs", "9"]
-    return parse_args([*words, "--device", "cpu"], summaries())
+    return parse_args([*words, "--device", "cpu"], STRATEGIES)
 
 
 def run_state(samples: int, ranks: int) -> RunState:

@@ -36,7 +36,7 @@ from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.models.build import Model, build_model
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.strategy import clip_score, kept
 from dissect_clip.training.scoring import Scorer, Shortcuts
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--patch-dropouts", type=float, nargs="*", default=[0.25, 0.5, 0.75])
     parser.add_argument("--context-lengths", type=int, nargs="*", default=[16])
     options, words = parser.parse_known_args()
-    config = parse_args([*words, "--workers", "0", "--logs", "none", "--precision", "fp32"], summaries())
+    config = parse_args([*words, "--workers", "0", "--logs", "none", "--precision", "fp32"], STRATEGIES)
     world = World(device=torch.device(config.distributed.device))
     model = build_model(config, world)
     data = build_train(config, world, model.preprocess_train, model.tokenizer, None)

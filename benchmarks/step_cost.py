@@ -36,7 +36,7 @@ from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
 from dissect_clip.run.reporting import Reporters
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 from dissect_clip.training.epoch import TrainState, train_epoch, train_step
 from dissect_clip.training.timer import PHASES, PhaseClock
 
@@ -89,7 +89,7 @@ def make_config(options: argparse.Namespace, mode: str, rate: float, **changes: 
     own = [*MODES[mode], *(["--select-rate", str(rate)] if MODES[mode] else [])]
     if mode == "cheap":
         own += options.cheap_flags
-    return parse_args([*words, *own], summaries())
+    return parse_args([*words, *own], STRATEGIES)
 
 
 def make_state(

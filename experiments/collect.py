@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from dissect_clip.errors import SetupError
+from dissect_clip.selection.registry import STRATEGIES
 from experiments.cells import CellKey, difference, read_results
 from experiments.grid import Grid
 from experiments.plots import draw
@@ -69,7 +70,8 @@ def clean_share(grid: Grid, key: CellKey, runs: Path) -> float | None:
     if key.rate is None:
         return round(100 * (1 - len(swapped) / _captions(shards)), 3)
     config = grid.config(key)
-    begin = config.selection.warmup_epochs if config.selection.warms_up else 0
+    selection = config.selection
+    begin = STRATEGIES.warmup_epochs(selection.select_strategy, selection.options) if selection.select else 0
     clean = total = 0
     for file in sorted((runs / key.name / "record").glob("epoch_*.parquet")):
         if int(file.stem.removeprefix("epoch_")) < begin:

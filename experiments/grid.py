@@ -13,7 +13,7 @@ from pathlib import Path
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.errors import SetupError
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 from experiments.cells import Cell, CellKey, Evaluation
 from experiments.noise import noisy_shards
 from experiments.schema import Section
@@ -122,7 +122,7 @@ class Grid:
         problem = io.StringIO()
         with contextlib.redirect_stderr(problem):
             try:
-                return parse_args(["--train-data", "t.tar", *self.training_flags(key)], summaries())
+                return parse_args(["--train-data", "t.tar", *self.training_flags(key)], STRATEGIES)
             except SystemExit as error:
                 text = problem.getvalue().removeprefix("error: ").splitlines()[0]
                 way_out = ". --rows runs other rows without this one" if "--select-strategy" in text else ""

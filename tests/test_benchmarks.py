@@ -242,7 +242,7 @@ def test_a_run_that_never_gets_there_is_the_slowest(bench: Any):
 
 def test_flags_of_all_modes_are_known(bench: Any, tmp_path: Path):
     from dissect_clip.config.parser import parse_args
-    from dissect_clip.selection import summaries
+    from dissect_clip.selection import STRATEGIES
 
     study = bench("time_to_quality")
     data = ["--train-data", "a.tar", "--val-data", "b.tar", "--out", str(tmp_path)]
@@ -250,7 +250,7 @@ def test_flags_of_all_modes_are_known(bench: Any, tmp_path: Path):
     made = study.make_study(
         study.parse([*data, "--modes", *study.MODES, "mine", "--define", "mine=--lr 0.5", "--common-flags", "--wd 0.1"])
     )
-    configs = {mode: parse_args(made.command(mode, 7), summaries()) for mode in made.modes}
+    configs = {mode: parse_args(made.command(mode, 7), STRATEGIES) for mode in made.modes}
     assert all(config.training.seed == 7 and config.training.wd == 0.1 for config in configs.values())
     assert configs["mine"].training.lr == 0.5
     assert not configs["full"].selection.select

@@ -85,22 +85,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "linear rate": selecting("small_loss", select_rate_schedule="linear"),
     "last epoch on all": selecting("small_loss", select_full_last=0.3),
     "momentum 0.9": selecting("historical_base_sampling", select_momentum=0.9),
-    "jest, deterministic": selecting("jest", jest_deterministic=True),
-    "divbs, features, exact": selecting("divbs", divbs_on="features", divbs_greedy="exact"),
     "negcliploss, parts": selecting("negcliploss", negcliploss_batches=3, negcliploss_batch_size=4),
     "infobatch, not rescaled": selecting("infobatch", select_rescale="off"),
-    "clean, no decoys": selecting("clean_posterior", clean_decoys=0, clean_ratio=1),
     "clean, long warm-up": selecting("clean_posterior", warmup_point=2),
     "clean, exact": selecting("clean_posterior", select_preset="exact"),
-    "clean, loss, gaussian, mean": selecting(
-        "clean_posterior", clean_statistic="loss", clean_model="gaussian", clean_ensemble="mean", clean_drift="kept"
-    ),
-    "clean, clipscore, quantile, last": selecting(
-        "clean_posterior", clean_statistic="clipscore", clean_model="quantile", clean_ensemble="last", clean_floor=0.1
-    ),
-    "clean, beta, forgetting": selecting(
-        "clean_posterior", clean_decoys=0, clean_ratio=1, clean_model="beta", clean_forget=0.5
-    ),
     "scored smaller": selecting("small_loss", score_image_size=8),
     "scored with fewer patches": selecting("small_loss", score_patch_dropout=0.5),
     "scored with fewer tokens": selecting("small_loss", score_context_length=4),
@@ -121,11 +109,17 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "RN": selecting("clipscore", model="golden-rn"),
 }
 WHOLE_ONLY = {
-    "rate 1", "another combination", "siglip", "last epoch on all", "momentum 0.9", "jest, deterministic",
-    "divbs, features, exact", "negcliploss, parts", "infobatch, not rescaled", "scored smaller",
+    "rate 1", "another combination", "siglip", "last epoch on all", "momentum 0.9", "negcliploss, parts",
+    "infobatch, not rescaled", "scored smaller",
     "scored with fewer patches", "scored with fewer tokens", "scored in parts", "ViT-tiny",
 }  # fmt: skip
 """Not resumed, which takes half the time again."""
+
+REMOVED = {
+    "jest, deterministic", "divbs, features, exact", "clean, no decoys", "clean, loss, gaussian, mean",
+    "clean, clipscore, quantile, last", "clean, beta, forgetting",
+}  # fmt: skip
+"""Golden values of flags that were removed since, see ``dissect_clip.config.flags``; e2bc6e6 is the last with them."""
 
 PARTS: dict[str, list[Case]] = {
     "1 rank": grid(1, 1) + grid(1, 2),
@@ -234,7 +228,8 @@ def test_every_number_is_what_it_was(tmp_path: Path, golden: dict[str, Any], par
     if "rate 1" in found:
         assert found["rate 1"]["losses"] == found["plain"]["losses"]
         assert found["rate 1"]["weights"] == found["plain"]["weights"]
-    check(found, golden["cases"][part], machine(tmp_path), golden["machine"])
+    expected = {name: values for name, values in golden["cases"][part].items() if name not in REMOVED}
+    check(found, expected, machine(tmp_path), golden["machine"])
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ class MemoryData:
     def set_epoch(self, epoch: int) -> None:
         self.epochs.append(epoch)
 
-    def skipped(self) -> dict[str, int]:
+    def skip_counts(self) -> dict[str, int]:
         return {"bad_image": self.count, "no_caption": 0}
 
     def drain_skips(self) -> Tensor:

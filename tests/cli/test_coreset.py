@@ -21,7 +21,7 @@ from dissect_clip.config.parser import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
-from dissect_clip.selection import coreset, summaries
+from dissect_clip.selection import STRATEGIES, coreset
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_a_data_set_is_scored_by_a_checkpoint(make, tmp_path, capsys):
     assert sorted(row["sample_id"] for row in rows) == list(range(32))
     assert "scored 32 samples" in capsys.readouterr().out
 
-    config = parse_args(words, summaries())
+    config = parse_args(words, STRATEGIES)
     model = build_model(config, World())
     model.module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     model.module.eval()

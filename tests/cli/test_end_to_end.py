@@ -22,7 +22,7 @@ from dissect_clip.data import build_train
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.selection import STRATEGIES, summaries
+from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.strategy import kept
 from dissect_clip.training.epoch import TrainState, train_epoch
 from dissect_clip.training.scoring import Scorer
@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, pairs: Path
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     if strategy:
         assert record(stopped, 2) == record(whole, 2)
-    if strategy is not None and STRATEGIES[strategy].remembers:
+    if strategy is not None and STRATEGIES.class_of(strategy).remembers:
         assert torch.equal(scores(whole, 3).nan_to_num(-1), scores(stopped, 3).nan_to_num(-1))
 
 
@@ -182,7 +182,7 @@ def _all_modes(world: World, folder: str, data: str, validation: str) -> dict[st
         shares[name] = []
         flags = {"val_data": validation, "batch_size": 30, "workers": 1 if name in ("random", "fast") else 0}
         words = arguments(Path(folder), data, name, **flags, **mode)
-        cli.run(parse_args(words, summaries()), world)
+        cli.run(parse_args(words, STRATEGIES), world)
     return shares
 
 
@@ -282,7 +282,7 @@ def test_bf16_scores_choose_what_fp32_scores_choose(tmp_path: Path, emoji: Path)
     pattern = str(emoji / "train-0000{00..07}.tar")
     run = train(tmp_path, pattern, model="RN-tiny", epochs=1, batch_size=128)
     words = arguments(tmp_path, pattern, model="RN-tiny", batch_size=256, pretrained=run / "checkpoints" / "epoch_1.pt")
-    config = parse_args(words, summaries())
+    config = parse_args(words, STRATEGIES)
     model = build_model(config, World())
     data = build_train(config, World(), model.preprocess_train, model.tokenizer, tmp_path)
     scorers = [Scorer(model.module, autocast_for(p, torch.device("cpu")), "eval", False) for p in ("fp32", "amp_bf16")]

@@ -139,7 +139,7 @@ REUSE: dict[str, dict[str, Any]] = {
     "random": {"select_preset": "fast"},
     "historical_base_sampling": {"score_refresh": 0.2, "dataset_resampled": True, "train_num_samples": 400},
     "warmup_base_sampling": {"score_refresh": 0.2, "select_before_load": True, "accum_freq": 2},
-    "clean_posterior": {"score_refresh": 0.2, "clean_decoys": 0.0, "clean_ratio": 1.0, "clean_statistic": "loss"},
+    "clean_posterior": {"score_refresh": 0.2, "clean_decoys": 0.0},
 }
 
 

@@ -11,19 +11,14 @@ import pytest
 from open_clip_train.params import parse_args as open_clip_parse_args
 
 from dissect_clip.config.fields import Range
-from dissect_clip.config.flags import ADDED, UNSUPPORTED
+from dissect_clip.config.flags import ADDED, REMOVED, UNSUPPORTED
 from dissect_clip.config.parser import build_parser, parse_args
-from dissect_clip.config.settings import Config, declared, parse_strategy
+from dissect_clip.config.settings import Config, declared
+from dissect_clip.config.strategies import StrategyEntry, StrategyRegistry, split_combination
+from dissect_clip.selection.registry import STRATEGIES, describe
 
 FIELDS = [field for field, _ in declared().values()]
-STRATEGIES = {
-    "random": "a uniformly random part",
-    "infobatch": "a part of what is learned",
-    "scan": "ever less",
-    "small_loss": "the smallest losses",
-    "warmup_base_sampling": "against a frozen reference",
-    "historical_base_sampling": "against a moving average",
-}
+OPTIONS = [field for owners in STRATEGIES.flags(STRATEGIES).values() for field, _ in owners.values()]
 SYNTHETIC = ("--dataset-type", "synthetic", "--train-num-samples", "16")
 SELECT = (*SYNTHETIC, "--select")
 
@@ -70,7 +65,7 @@ def type_name(action: argparse.Action) -> str:
 THEIRS = by_flag(open_clip_parser())
 OURS = by_flag(build_parser(STRATEGIES))
 SHARED = sorted(set(THEIRS) - set(UNSUPPORTED))
-ADDED_FLAGS = {"--" + name.replace("_", "-") for name in ADDED}
+ADDED_FLAGS = {"--" + name.replace("_", "-") for name in (*ADDED, *STRATEGIES.flags(STRATEGIES))}
 
 
 def parse(*argv: str) -> Config:
@@ -96,7 +91,7 @@ def test_every_flag_of_openclip_is_ours_or_refused() -> None:
 
 
 def test_every_flag_of_ours_is_openclips_or_listed_as_added() -> None:
-    assert set(OURS) - set(THEIRS) == ADDED_FLAGS
+    assert set(OURS) - set(THEIRS) - set(REMOVED) == ADDED_FLAGS
 
 
 @pytest.mark.parametrize("flag", SHARED)
@@ -222,7 +217,7 @@ def test_logs_none_writes_nothing(logs: str, writes: bool) -> None:
 
 
 def test_every_setting_has_a_help_line() -> None:
-    assert [field.name for field, _ in declared().values() if not field.metadata["help"].strip()] == []
+    assert [field.name for field in [*FIELDS, *OPTIONS] if not field.metadata["help"].strip()] == []
 
 
 def test_help_shows_every_flag_strategy_and_refused_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,9 +225,10 @@ def test_help_shows_every_flag_strategy_and_refused_flag(capsys: pytest.CaptureF
         parse("--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    shown = [*OURS, *STRATEGIES, *STRATEGIES.values()]
+    shown = [*OURS, *STRATEGIES, *STRATEGIES.aliases, *(STRATEGIES[name].summary for name in STRATEGIES)]
     shown += [
-        " ".join(f"{flag}: {entry.reason}. Instead: {entry.instead}.".split()) for flag, entry in UNSUPPORTED.items()
+        " ".join(f"{flag}: {entry.reason}. Instead: {entry.instead}.".split())
+        for flag, entry in (UNSUPPORTED | REMOVED).items()
     ]
     assert [line for line in shown if line not in text] == []
 
@@ -244,6 +240,13 @@ def test_help_names_the_default_and_the_range(field: dataclasses.Field[Any]) -> 
         assert str(field.metadata["within"]) in text
     if isinstance(field.default, (int, float, str)) and not isinstance(field.default, bool) and field.default != "":
         assert "(default: %(default)r)" in text
+
+
+def test_help_says_which_strategies_an_option_is_for_and_its_defaults() -> None:
+    text = OURS["--warmup-point"].help or ""
+    assert text.startswith("warmup_base_sampling, learnability, jest, clean_posterior: ")
+    assert text.endswith("(default: 10, 5 with clean_posterior)")
+    assert (OURS["--jest-chunks"].help or "").endswith("[at least 1] (default: 16)")
 
 
 # ---- values
@@ -284,7 +287,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(
     assert f"{value} is out of range: it must be {allowed}" in message
 
 
-@pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
+@pytest.mark.parametrize("field", [*FIELDS, *OPTIONS], ids=lambda field: field.name)
 def test_every_default_is_allowed(field: dataclasses.Field[Any]) -> None:
     if field.default is not None and field.metadata["within"] is not None:
         assert field.default in field.metadata["within"]
@@ -309,7 +312,10 @@ def test_range(within: Range, inside: tuple[float, ...], outside: tuple[float, .
 def test_an_unknown_strategy_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, *SELECT, "--select-strategy", "smal_loss")
     assert "smal_loss" in message
+    assert "did you mean small_loss?" in message
     assert all(name in message for name in STRATEGIES)
+    assert "package.module:Class" in message
+    assert "dissect_clip.strategies" in message
 
 
 @pytest.mark.parametrize(
@@ -324,8 +330,10 @@ def test_an_unknown_strategy_lists_the_known_ones(capsys: pytest.CaptureFixture[
         ("small_loss:nan+scan:1", "the weight of small_loss is 'nan'"),
         ("small_loss:inf+scan:1", "the weight of small_loss is 'inf'"),
         ("small_loss:1+small_loss:2", "small_loss is there twice"),
+        ("small_loss:1+some.module:Class", "the weight of some.module is 'Class'"),
+        ("dissect:1+warmup_base_sampling:1", "warmup_base_sampling is there twice"),
         ("small_loss:1", "a weight needs several strategies: give small_loss alone"),
-        ("small_loss:1+smal:1", "'smal' is unknown: give one of random, infobatch, scan, small_loss"),
+        ("small_loss:1+smal:1", "'smal' is unknown: give one of small_loss, big_loss"),
     ],
 )
 def test_a_combination_that_cannot_be_read(text: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,14 +343,15 @@ def test_a_combination_that_cannot_be_read(text: str, expected: str, capsys: pyt
 
 
 def test_a_combination_is_read_in_order() -> None:
-    assert parse_strategy("b:0.5+a:2") == {"b": 0.5, "a": 2.0}
-    assert parse_strategy("a") == {"a": 1.0}
-    assert list(parse_strategy("b:0.5+a:2")) == ["b", "a"]
+    assert split_combination("b:0.5+a:2") == {"b": 0.5, "a": 2.0}
+    assert split_combination("a") == {"a": 1.0}
+    assert list(split_combination("b:0.5+a:2")) == ["b", "a"]
 
 
 def test_the_strategies_belong_to_the_parser_they_were_given_to(capsys: pytest.CaptureFixture[str]) -> None:
-    build_parser({"other": "another"})
-    assert "other" not in refusal(capsys, *SELECT, "--select-strategy", "x")
+    entry = StrategyEntry("nowhere:Other", "another")
+    build_parser(StrategyRegistry({"other": entry}, {}, describe))
+    assert "'other'" not in refusal(capsys, *SELECT, "--select-strategy", "x")
     assert parse(*SELECT, "--select-strategy", "random").selection.select_strategy == "random"
 
 
@@ -373,6 +382,36 @@ def test_a_refused_flag_says_why_and_what_instead(flag: str, capsys: pytest.Capt
     entry = UNSUPPORTED[flag]
     message = refusal(capsys, *SYNTHETIC, flag, *(("x",) if entry.takes_value else ()))
     assert message.startswith(f"error: {flag} is not supported: {entry.reason}. Instead: {entry.instead}.")
+
+
+@pytest.mark.parametrize("words", [(flag,) for flag in REMOVED] + [(flag, "x") for flag in REMOVED], ids=" ".join)
+def test_a_removed_flag_says_why_and_what_instead(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    entry = REMOVED[words[0]]
+    message = refusal(capsys, *SYNTHETIC, *words)
+    assert message.startswith(f"error: {words[0]} was removed: {entry.reason}. Instead: {entry.instead}.")
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("dissect", "warmup_base_sampling"),
+        ("small_loss:0.30+dissect:0.7", "small_loss:0.30+warmup_base_sampling:0.7"),
+        ("small_loss:0.30+random:0.7", "small_loss:0.30+random:0.7"),
+    ],
+)
+def test_an_alias_is_the_published_name_everywhere(text: str, canonical: str) -> None:
+    assert STRATEGIES.canonical_text(text) == canonical
+
+
+def test_the_alias_is_written_to_the_config_under_the_published_name() -> None:
+    assert parse(*SELECT, "--select-strategy", "dissect") == parse(*SELECT)
+
+
+def test_config_json_holds_the_options_of_all_strategies_flat() -> None:
+    written = json.loads(parse(*SELECT, "--select-strategy", "jest", "--jest-chunks", "4").to_json())
+    assert written["jest_chunks"] == 4
+    assert (written["warmup_point"], written["clean_decoys"], written["scan_period"]) == (10, 0.02, 3)
+    assert "options" not in written
 
 
 def test_an_abbreviated_refused_flag_is_refused_too(capsys: pytest.CaptureFixture[str]) -> None:
@@ -420,8 +459,8 @@ def test_settings_survive_json() -> None:
 
 
 def test_the_warm_up_trains_on_the_select_rate() -> None:
-    assert parse(*SELECT, "--select-rate", "0.4").selection.warmup_select_rate == 0.4
-    assert parse(*SELECT, "--select-rate", "0.4", "--warmup-select-rate", "1.0").selection.warmup_select_rate == 1.0
+    assert parse(*SELECT, "--select-rate", "0.4").get("warmup_select_rate") == 0.4
+    assert parse(*SELECT, "--select-rate", "0.4", "--warmup-select-rate", "1.0").get("warmup_select_rate") == 1.0
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dissect_clip.config.flags import UNSUPPORTED
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config, declared
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 
 FLAGS = sorted({"--" + name.replace("_", "-") for name in declared()} | {"--output-dir", *UNSUPPORTED})
 ODD = [
@@ -66,7 +66,8 @@ def fitting(field: dataclasses.Field[Any]) -> st.SearchStrategy[list[str]]:
     return value.map(lambda text: [f"{name}={text}"])
 
 
-FITTING = st.sampled_from([field for field, _ in declared().values()]).flatmap(fitting)
+OPTIONS = [field for owners in STRATEGIES.flags(STRATEGIES).values() for field, _ in owners.values()]
+FITTING = st.sampled_from([*(field for field, _ in declared().values()), *OPTIONS]).flatmap(fitting)
 LIKELY = st.lists(FITTING, max_size=4).map(lambda groups: [word for group in groups for word in group])
 UNLIKELY = st.lists(word, max_size=8)
 RUNS = ["--dataset-type", "synthetic", "--train-num-samples", "10"]
@@ -84,7 +85,7 @@ def check(argv: list[str]) -> None:
     status: object = 0
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            config = parse_args(argv, summaries())
+            config = parse_args(argv, STRATEGIES)
     except SystemExit as end:
         status = end.code
     if config is not None:

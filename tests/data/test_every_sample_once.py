@@ -18,7 +18,7 @@ from dissect_clip.cli import train as cli
 from dissect_clip.config.parser import parse_args
 from dissect_clip.data.sampling.plan import count_batches
 from dissect_clip.distributed.world import World
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.strategy import kept
 from dissect_clip.training.epoch import TrainState, train_epoch
 
@@ -147,7 +147,7 @@ def _runs(world: World, folder: str, names: list[str]) -> dict[str, list[tuple[i
         flags = {flag: value for flag, value in RUNS[name].items() if flag != "shards"}
         data = f"{folder}/{name}/train-{{000..{len(RUNS[name]['shards']) - 1:03d}}}.tar"
         words = arguments(Path(folder), data, name, epochs=2, **selection("historical_base_sampling") | flags)
-        cli.run(parse_args(words, summaries()), world)
+        cli.run(parse_args(words, STRATEGIES), world)
     return counts
 
 

@@ -529,7 +529,7 @@ def test_decoys_are_drawn_among_the_samples_on_the_list(tmp_path, caplog):
     assert decoys is not None
     assert len(decoys.ids) == len(LIST) // 2
     assert set(decoys.ids.tolist()) < set(LIST)
-    verdict = selector.strategy.verdict(torch.zeros(SAMPLES, 5), torch.arange(SAMPLES), SAMPLES, 6)
+    verdict = selector.strategy.sample_report(torch.zeros(SAMPLES, 5), torch.arange(SAMPLES), SAMPLES, 6)
     assert verdict["is_decoy"].nonzero()[:, 0].equal(decoys.ids)
 
 

@@ -21,7 +21,7 @@ from grids import FAKE, command, make_grid, run, write_grid
 import experiments.__main__ as reproduce
 import experiments.progress as progress_of
 from dissect_clip.config.parser import parse_args
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 from experiments.cells import Runs
 from experiments.jobs import Job
 
@@ -333,17 +333,17 @@ def test_what_a_cell_types_is_a_command_line_of_the_trainer(tmp_path: Path):
     grid = make_grid(tmp_path)
     key = next(key for key in grid.cell_keys() if key.method == "DISSect")
     cell = grid.cell(key, tmp_path / "runs")
-    config = parse_args(cell.words, summaries())
+    config = parse_args(cell.words, STRATEGIES)
     assert (config.run.name, config.checkpoint.resume, config.training.seed) == (cell.name, "latest", 0)
     assert (config.data.train_data, config.evaluation.val_data) == (f"{tmp_path}/train.tar", "v1.tar")
-    assert (config.selection.select_strategy, config.selection.select_rate, config.selection.warmup_point) == (
+    assert (config.selection.select_strategy, config.selection.select_rate, config.get("warmup_point")) == (
         "warmup_base_sampling",
         0.3,
         2,
     )
     assert config.selection.record
     (evaluation,) = cell.evaluations
-    config = parse_args(evaluation.words, summaries())
+    config = parse_args(evaluation.words, STRATEGIES)
     assert (config.data.trains, config.evaluation.val_data) == (False, f"{tmp_path}/v2.tar")
     assert config.checkpoint.resume == f"{tmp_path}/runs/{cell.name}/checkpoints/epoch_4.pt"
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dissect_clip.config.parser import parse_args
-from dissect_clip.selection import STRATEGIES, summaries
+from dissect_clip.selection import STRATEGIES
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -105,7 +105,7 @@ def test_every_kind_of_difference_is_found(tmp_path: Path, change, expected):
 @pytest.mark.parametrize("strategy", ["none", *STRATEGIES])
 def test_every_strategy_can_be_run(tmp_path: Path, strategy: str):
     plan = chaos.Plan(tmp_path, "train.tar", "val.tar", 1, 1, 3, 64, 1, 0, (strategy,), ())
-    config = parse_args(plan.command(strategy, "run")[2:], summaries())
+    config = parse_args(plan.command(strategy, "run")[2:], STRATEGIES)
     assert config.selection.select == (strategy != "none")
 
 

@@ -27,7 +27,7 @@ from demo import Plan, Point, Result
 from make_scenes import Scene, Thing
 
 from dissect_clip.config.parser import parse_args
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 
 RATE = 0.4
 
@@ -225,7 +225,7 @@ def test_the_command_makes_a_set(tmp_path: Path) -> None:
 def test_every_run_is_a_command_line_of_the_trainer(tmp_path: Path) -> None:
     plan = Plan()
     configs = {
-        name: parse_args([*plan.common_flags(tmp_path, tmp_path), *own], summaries())
+        name: parse_args([*plan.common_flags(tmp_path, tmp_path), *own], STRATEGIES)
         for name, own in plan.runs().items()
     }
     assert [config.selection.select for config in configs.values()] == [False, True, True, True, True]

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
-from dissect_clip.selection import STRATEGIES, summaries
+from dissect_clip.selection import STRATEGIES
 
 SCRIPTS = {"train_cc3m.sh": 40, "train_cc12m.sh": 20, "train_yfcc15m.sh": 20}
 SBATCH = "scripts/slurm/train_multinode.sbatch"
@@ -61,7 +61,7 @@ def called(place: Path, script: str, *flags: str, **environment: str) -> tuple[l
     assert done.returncode == 0, done.stderr
     words = (place / "called").read_text().splitlines()
     main = words.index(str(ROOT / "src" / "main.py"))
-    return words[:main], parse_args(words[main + 1 :], summaries())
+    return words[:main], parse_args(words[main + 1 :], STRATEGIES)
 
 
 @pytest.mark.parametrize(("script", "epochs"), SCRIPTS.items())
@@ -83,7 +83,7 @@ def test_the_defaults_are_the_published_settings(place: Path, script: str, epoch
     ) == (2e-3, 10000, 0.1, "amp", 0)
     assert (config.training.opt, config.training.lr_scheduler) == ("adamw", "cosine")
     assert config.selection.select
-    assert (config.selection.select_strategy, config.selection.select_rate, config.selection.warmup_point) == (
+    assert (config.selection.select_strategy, config.selection.select_rate, config.get("warmup_point")) == (
         "warmup_base_sampling",
         0.2,
         10,
@@ -100,7 +100,7 @@ def test_every_variable_arrives(place: Path) -> None:
     assert launcher == ["--nnodes=2", "--rdzv_backend=c10d", "--nproc_per_node=5"]
     assert (
         config.selection.select_rate,
-        config.selection.warmup_point,
+        config.get("warmup_point"),
         config.training.batch_size,
         config.training.epochs,
     ) == (0.5, 3, 32, 7)
@@ -125,8 +125,8 @@ def test_every_strategy_may_be_chosen(place: Path, strategy: str) -> None:
 
 @pytest.mark.parametrize(("strategy", "epochs"), [("learnability", 10), ("clean_posterior", 5)])
 def test_warm_ups_last_as_long_as_the_usage_says(place: Path, strategy: str, epochs: int) -> None:
-    assert called(place, "train_cc3m.sh", STRATEGY=strategy)[1].selection.warmup_point == epochs
-    assert called(place, "train_cc3m.sh", STRATEGY=strategy, WARMUP_POINT="3")[1].selection.warmup_point == 3
+    assert called(place, "train_cc3m.sh", STRATEGY=strategy)[1].get("warmup_point") == epochs
+    assert called(place, "train_cc3m.sh", STRATEGY=strategy, WARMUP_POINT="3")[1].get("warmup_point") == 3
 
 
 def test_strategy_none_trains_on_everything(place: Path) -> None:
@@ -219,7 +219,7 @@ def test_slurm_meets_at_the_first_node_and_can_be_requeued(place: Path) -> None:
     assert words[:5] == [
         "--nnodes=2", "--rdzv_backend=c10d", "--rdzv_id=41234-0", "--rdzv_endpoint=node07:21234", "--nproc_per_node=3",
     ]  # fmt: skip
-    config = parse_args(words[6:], summaries())
+    config = parse_args(words[6:], STRATEGIES)
     assert (config.checkpoint.resume, config.run.name, config.training.wd) == ("latest", "train_cc3m-41234", 0.3)
     assert not (place / "requeued").exists()
 

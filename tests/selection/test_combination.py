@@ -9,16 +9,20 @@ from selection.test_strategies import make_candidates
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
-from dissect_clip.selection import STRATEGIES, Needs, Strategy, build_selection, build_strategy
+from dissect_clip.selection import Needs, Strategy, build_selection, build_strategy
 from dissect_clip.selection.strategies.combination import positions
 
 DISSECT = "warmup_base_sampling:0.7+small_loss:0.3"
 BOTH = "historical_base_sampling:1+warmup_base_sampling:1"
 
 
-def make_strategy(text: str, **changes: object) -> Strategy:
+def make_config(text: str, **changes: object) -> Config:
     settings: dict[str, object] = {"warmup_point": 2, "warmup_select_rate": 0.9, "select_rate": 0.5} | changes
-    return build_strategy(Config.of(select=True, select_strategy=text, **settings))  # type: ignore[arg-type]
+    return Config.of(select=True, select_strategy=text, **settings)  # type: ignore[arg-type]
+
+
+def make_strategy(text: str, **changes: object) -> Strategy:
+    return build_strategy(make_config(text, **changes))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +53,7 @@ def test_of_a_strategy_that_chooses_a_set_the_order_of_its_picks_counts():
     candidates = make_candidates(memory=torch.linspace(10, 60, 8)[:, None])
     strategy = make_strategy("warmup_base_sampling:0.7+divbs:0.3")
     delta = candidates.memory[:, 0] - 100 * candidates.similarity.clamp(min=0)
-    picks = STRATEGIES["divbs"](strategy.config).rank(candidates)
+    picks = make_strategy("divbs").rank(candidates)
     expected = 0.7 * delta.argsort().argsort() / 7 + 0.3 * picks.argsort().argsort() / 7
     torch.testing.assert_close(strategy.rank(candidates), expected)
     assert strategy.needs == Needs.SCORE | Needs.FEATURES
@@ -64,7 +68,7 @@ def test_it_needs_what_any_needs_and_remembers_what_all_remember():
 def test_each_looks_at_its_own_columns():
     candidates = make_candidates(memory=torch.rand(8, 2) * 100)
     alone = [
-        positions(STRATEGIES[name](make_strategy(BOTH).config).rank(make_candidates(memory=candidates.memory[:, [i]])))
+        positions(make_strategy(name).rank(make_candidates(memory=candidates.memory[:, [i]])))
         for i, name in enumerate(["historical_base_sampling", "warmup_base_sampling"])
     ]
     torch.testing.assert_close(make_strategy(BOTH).rank(candidates), alone[0] + alone[1])
@@ -99,7 +103,7 @@ def test_strategies_with_a_plan_of_their_own_are_refused(name: str):
 
 @pytest.mark.parametrize("refresh", [1.0, 0.2])
 def test_it_selects_and_remembers_through_the_selector(refresh: float):
-    config = make_strategy(BOTH, score_refresh=refresh, select_rate=0.3, warmup_point=1).config
+    config = make_config(BOTH, score_refresh=refresh, select_rate=0.3, warmup_point=1)
     selector = build_selection(config, SAMPLES, World())
     assert selector is not None
     for step in range(4):
@@ -111,7 +115,7 @@ def test_it_selects_and_remembers_through_the_selector(refresh: float):
 
 
 def test_at_rate_one_it_scores_nothing():
-    config = make_strategy(DISSECT, select_rate=1.0, warmup_select_rate=1.0).config
+    config = make_config(DISSECT, select_rate=1.0, warmup_select_rate=1.0)
     selector = build_selection(config, SAMPLES, World())
     assert selector is not None
     assert select(selector, make_batch(torch.arange(N)), never, 3, 0).index.tolist() == list(range(N))

@@ -10,15 +10,17 @@ from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.models.loss import SampleLoss
-from dissect_clip.selection import Candidates, Selection, build_preselector, build_selection
-from dissect_clip.selection.strategies.infobatch import InfoBatch, share_below
+from dissect_clip.selection import Candidates, Selection, build_preselector, build_selection, build_strategy
+from dissect_clip.selection.strategies.infobatch.strategy import InfoBatch, share_below
 from dissect_clip.selection.strategy import kept
 from dissect_clip.selection.top_k import top_k
 
 
 def make_strategy(mean: float = 2.0, below: float = 0.5, rate: float = 0.5, **changes: object) -> InfoBatch:
     config = Config.of(select=True, select_strategy="infobatch", select_rate=rate, **changes)  # type: ignore[arg-type]
-    return InfoBatch(config).informed((mean, below))
+    strategy = build_strategy(config)
+    assert isinstance(strategy, InfoBatch)
+    return strategy.with_survey((mean, below))
 
 
 def make_candidates(loss: Tensor, seed: int = 0) -> Candidates:
@@ -119,7 +121,7 @@ def test_the_choice_differs_between_seeds_and_not_between_calls():
 
 def test_without_rescaling_there_are_no_weights():
     strategy = make_strategy(select_rescale="off")
-    assert not strategy.weighs
+    assert not strategy.weights_losses
     assert strategy.weights(make_candidates(losses(3, 7, 0)), torch.arange(5)) is None
 
 
@@ -136,7 +138,7 @@ def test_the_survey_is_the_mean_of_what_is_known_and_the_share_below():
 def test_a_prune_ratio_sets_the_rate():
     strategy = make_strategy(below=0.6, rate=0.3, infobatch_prune_ratio=0.25, epochs=40)
     assert strategy.rate(0) == pytest.approx(1 - 0.25 * 0.6)
-    assert strategy.informed((2.0, 0.0)).rate(0) == 1
+    assert strategy.with_survey((2.0, 0.0)).rate(0) == 1
     assert [strategy.rate(epoch) < 1 for epoch in (34, 35, 39)] == [True, False, False]
     assert [strategy.may_select(epoch) for epoch in (34, 35)] == [True, False]
 
@@ -216,7 +218,7 @@ def test_nothing_is_learned_that_no_epoch_will_read(epochs: int, wanted: bool):
 def test_it_cannot_choose_before_loading():
     config = Config.of(select=True, select_strategy="infobatch", select_before_load=True)
     selector = make_selector()
-    selector.strategy = InfoBatch(config)
+    selector.strategy = build_strategy(config)
     with pytest.raises(SetupError, match=r"--select-before-load, .* does not go with --select-strategy infobatch"):
         build_preselector(config, selector)
 

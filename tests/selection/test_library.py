@@ -394,7 +394,10 @@ def test_a_state_fits_its_own_kind(name: str):
     assert make(name).misfits(selection.state_dict()) == []
 
 
-@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.needs is Needs.SCORE])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in STRATEGIES if STRATEGIES.class_of(name).needs is Needs.SCORE and not STRATEGIES[name].reuses],
+)
 def test_the_table_moves_to_the_device_of_the_first_batch(name: str):
     selection, meta = make(name, **({"clean_decoys": 0.0} if name == "clean_posterior" else {})), torch.device("meta")
     selection._move_to(meta)

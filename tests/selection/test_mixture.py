@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.strategies.clean_posterior.mixture import DECOYS, MODELS, Parts, beta_shape, fit_parts
+from dissect_clip.selection.strategies.clean_posterior.mixture import Parts, fit_decoys, fit_gaussians
 
 
 def mixed(size: int = 20000, share: float = 0.6, low: float = 0.0, high: float = 4.0, seed: int = 0):
@@ -18,43 +18,21 @@ def mixed(size: int = 20000, share: float = 0.6, low: float = 0.0, high: float =
     return values.double(), upper
 
 
-@pytest.mark.parametrize("model", ["tied", "gaussian"])
-def test_gaussians_are_found_where_they_are(model: str):
+def test_gaussians_are_found_where_they_are():
     values, _ = mixed()
-    parts = fit_parts(model, values)
+    parts = fit_gaussians(values)
     assert parts is not None
     assert parts.share == pytest.approx(0.6, abs=0.02)
     assert (parts.low_mean, parts.high_mean) == pytest.approx((0.0, 4.0), abs=0.05)
     assert (parts.low_deviation, parts.high_deviation) == pytest.approx((1.0, 1.0), abs=0.05)
 
 
-def test_one_variance_or_two():
+def test_both_have_one_variance():
     values, upper = mixed()
     values[upper] = 4 + (values[upper] - 4) / 2
-    own, tied = fit_parts("gaussian", values), fit_parts("tied", values)
-    assert own is not None
-    assert tied is not None
-    assert (own.low_deviation, own.high_deviation) == pytest.approx((1.0, 0.5), abs=0.05)
-    assert tied.low_deviation == tied.high_deviation
-
-
-def test_betas_are_found_where_they_are():
-    torch.manual_seed(0)
-    upper = torch.rand(20000) < 0.6
-    low, high = torch.distributions.Beta(2.0, 8.0), torch.distributions.Beta(9.0, 3.0)
-    values = torch.where(upper, high.sample((20000,)), low.sample((20000,))).double()
-    parts = fit_parts("beta", values)
+    parts = fit_gaussians(values)
     assert parts is not None
-    assert parts.share == pytest.approx(0.6, abs=0.03)
-    assert (parts.low_mean, parts.high_mean) == pytest.approx((0.2, 0.75), abs=0.03)
-
-
-def test_a_quantile_parts_what_is_below_from_the_rest():
-    values = torch.arange(100.0).double()
-    parts = fit_parts("quantile", values, 0.25)
-    assert parts is not None
-    assert parts.clean(values).tolist() == [0.0] * 25 + [1.0] * 75
-    assert parts.share == pytest.approx(0.75)
+    assert parts.low_deviation == parts.high_deviation
 
 
 def density(value: Tensor, mean: float, deviation: float) -> Tensor:
@@ -62,20 +40,17 @@ def density(value: Tensor, mean: float, deviation: float) -> Tensor:
 
 
 def test_the_probability_is_bayes_rule():
-    parts = Parts("gaussian", 0.7, 0.5, 1.5, 2.0, 1.0, 0.0, 0.0)
-    values = torch.tensor([0.3, 1.0, 2.0]).double()  # on the rising side of the vertex
-    high, low = 0.7 * density(values, 2.0, 1.0), 0.3 * density(values, 0.5, 1.5)
+    parts = Parts(0.7, 0.5, 1.2, 2.0, 1.2)
+    values = torch.tensor([-1.0, 0.3, 1.0, 2.0]).double()
+    high, low = 0.7 * density(values, 2.0, 1.2), 0.3 * density(values, 0.5, 1.2)
     torch.testing.assert_close(parts.clean(values), high / (high + low))
 
 
-def test_the_probability_is_bayes_rule_for_betas():
-    parts = Parts("beta", 0.7, 0.2, 0.12, 0.75, 0.12, 0.0, 1.0)
-    values = torch.tensor([0.3, 0.5, 0.6]).double()
-    high, low = (
-        torch.distributions.Beta(*map(torch.tensor, beta_shape(mean, 0.12))).log_prob(values).exp()
-        for mean in (0.75, 0.2)
-    )
-    torch.testing.assert_close(parts.clean(values), 0.7 * high / (0.7 * high + 0.3 * low))
+def some_decoys() -> Tensor:
+    return torch.randn(200, generator=torch.Generator().manual_seed(7)).double()
+
+
+MODELS = {"gaussians": fit_gaussians, "decoys": lambda values: fit_decoys(values, some_decoys())}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -83,7 +58,7 @@ def test_the_probability_is_bayes_rule_for_betas():
 def test_the_probability_never_falls_and_is_one(model: str, low: float, stretch: float):
     values, upper = mixed(4000, low=low)
     values[upper] = 4 + (values[upper] - 4) * stretch
-    parts = fit_parts(model, values)
+    parts = MODELS[model](values)
     assert parts is not None
     clean = parts.clean(torch.linspace(-30, 30, 500).double())
     assert (clean.diff() >= -1e-12).all()
@@ -93,7 +68,7 @@ def test_the_probability_never_falls_and_is_one(model: str, low: float, stretch:
 
 def test_it_is_calibrated_where_the_model_holds():
     values, upper = mixed(high=2.5)
-    parts = fit_parts("tied", values)
+    parts = fit_gaussians(values)
     assert parts is not None
     clean = parts.clean(values)
     for low in (0.0, 0.25, 0.5, 0.75):
@@ -104,7 +79,7 @@ def test_it_is_calibrated_where_the_model_holds():
 @pytest.mark.parametrize("model", MODELS)
 def test_nothing_is_known_of_what_is_not_known(model: str):
     values, _ = mixed(1000)
-    parts = fit_parts(model, values)
+    parts = MODELS[model](values)
     assert parts is not None
     assert parts.clean(torch.tensor([math.nan, 1.0]).double()).isnan().tolist() == [True, False]
 
@@ -112,17 +87,17 @@ def test_nothing_is_known_of_what_is_not_known(model: str):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("values", [torch.arange(31.0), torch.full((1000,), 3.7), torch.empty(0)])
 def test_too_few_or_equal_values_have_no_parts(model: str, values: Tensor):
-    assert fit_parts(model, values) is None
+    assert MODELS[model](values) is None
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_the_same_values_have_the_same_parts_and_numbers_hold_all_of_it(model: str):
     values, _ = mixed(1000)
-    first, second = fit_parts(model, values), fit_parts(model, values.float())
+    first, second = MODELS[model](values), MODELS[model](values.float())
     assert first is not None
     assert second is not None
     assert first.numbers() == pytest.approx(second.numbers(), rel=1e-3, abs=1e-3)
-    assert Parts(model, *first.numbers()) == first
+    assert Parts.of(first.numbers()) == first
     assert dataclasses.replace(first, share=0.5) != first
 
 
@@ -132,7 +107,7 @@ def test_decoys_tell_the_share_where_the_parts_overlap(share: float):
     for seed in range(20):
         values, _ = mixed(4000, share, high=1.2, seed=seed)
         decoys = torch.randn(126, generator=torch.Generator().manual_seed(100 + seed)).double()
-        parts = fit_parts(DECOYS, values, decoys=decoys)
+        parts = fit_decoys(values, decoys)
         assert parts is not None
         found.append(parts.share)
     assert sum(found) / len(found) == pytest.approx(share, abs=0.06)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from selection.test_selector import N, encode, make_batch, make_selector, select
 
-from dissect_clip.selection.strategies.negcliploss import NegCLIPLoss, normaliser
+from dissect_clip.selection.strategies.negcliploss.strategy import NegCLIPLoss, normaliser
 
 
 def test_the_normaliser_by_hand():

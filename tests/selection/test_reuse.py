@@ -21,13 +21,15 @@ from dissect_clip.selection import (
     Strategy,
     build_preselector,
     build_selection,
+    build_strategy,
 )
 from dissect_clip.selection.earlier_scores import EarlierScores, pair_z
 from dissect_clip.selection.strategy import REUSABLE
 from dissect_clip.training.scoring import Encoded
 
-REUSING = [name for name, strategy in STRATEGIES.items() if strategy.needs and not strategy.needs & ~REUSABLE]
-OTHERS = [name for name, strategy in STRATEGIES.items() if strategy.needs & ~REUSABLE]
+NEEDS = {name: STRATEGIES.class_of(name).needs for name in STRATEGIES if not STRATEGIES[name].reuses}
+REUSING = [name for name, needs in NEEDS.items() if needs and not needs & ~REUSABLE]
+OTHERS = [name for name, needs in NEEDS.items() if needs & ~REUSABLE]
 
 
 def encode(batch: Batch) -> Encoded:
@@ -191,14 +193,14 @@ def test_refresh_scores_the_stalest_and_those_never_scored_first():
 
 @pytest.mark.parametrize(("name", "fewest"), [("clipscore", 2), ("small_loss", 3)])
 def test_a_share_too_small_for_a_score_is_rounded_up(name, fewest):
-    known = EarlierScores(STRATEGIES[name](make_config(name, refresh=0.01)), 0.01)
+    known = EarlierScores(build_strategy(make_config(name, refresh=0.01)), 0.01)
     assert [known.fresh(1, size) for size in (1, 2, 100, 1000)] == [0, 2, fewest, 10]
     assert EarlierScores(known.strategy, 0.0).fresh(1, 1000) == 0
     assert pair_z(*random_features(fewest), known.strategy.needs).isfinite().all()
 
 
 def test_schedules_count_where_scores_are_used_again():
-    known = EarlierScores(STRATEGIES["clipscore"](make_config(epochs=8, select_rate_schedule="linear")), 0.2)
+    known = EarlierScores(build_strategy(make_config(epochs=8, select_rate_schedule="linear")), 0.2)
     assert [known.kept(epoch, 10) for epoch in range(8)] == [10, 9, 8, 7, 6, 5, 4, 3]
     assert [known.fresh(epoch, 10) for epoch in (0, 1)] == [0, 2]  # training alone gives the first scores
     selector = make_selector("clipscore", epochs=8, select_rate_schedule="linear")
@@ -206,7 +208,7 @@ def test_schedules_count_where_scores_are_used_again():
 
 
 def test_a_sample_nothing_is_known_of_is_at_the_mean():
-    known = EarlierScores(STRATEGIES["clipscore"](make_config()), 0.0)
+    known = EarlierScores(build_strategy(make_config()), 0.0)
     rows = torch.tensor([[1.0, 0], [torch.nan, torch.nan], [5.0, 0]])
     assert known.rank(known.candidates(rows, 1, torch.Generator())).tolist() == [1, 3, 5]
     rank = known.rank(known.candidates(torch.full((3, 2), torch.nan), 1, torch.Generator()))
@@ -269,10 +271,10 @@ class ByFeatures(Strategy):
         return torch.zeros(len(candidates.memory))
 
 
-def test_a_strategy_that_looks_at_more_than_scores_is_refused(monkeypatch):
-    monkeypatch.setitem(STRATEGIES, "by_features", ByFeatures)
-    with pytest.raises(SetupError, match=r"--score-refresh 0.1 .* --select-strategy by_features looks at more"):
-        make_selector("by_features", refresh=0.1)
+def test_a_strategy_that_looks_at_more_than_scores_is_refused():
+    name = f"{__name__}:ByFeatures"
+    with pytest.raises(SetupError, match=rf"--score-refresh 0.1 .* --select-strategy {name} looks at more"):
+        make_selector(name, refresh=0.1)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -309,9 +311,7 @@ def test_stores_of_all_ranks_stay_equal(name):
 
 
 def published(selector: Selection, **changes: object):
-    chooser = build_preselector(
-        make_config(selector.strategy.config.selection.select_strategy, select_before_load=True), selector
-    )
+    chooser = build_preselector(make_config(selector.strategy.run.select_strategy, select_before_load=True), selector)
     assert chooser is not None
     chooser.publish(selector.store.scores)
     return chooser

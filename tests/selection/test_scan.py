@@ -5,13 +5,15 @@ import torch
 from selection.test_selector import SAMPLES, N, make_batch, make_selector, never, select
 
 from dissect_clip.config.settings import Config
-from dissect_clip.selection import Candidates, build_preselector
-from dissect_clip.selection.strategies.scan import Scan, places
+from dissect_clip.selection import Candidates, build_preselector, build_strategy
+from dissect_clip.selection.strategies.scan.strategy import Scan, places
 from dissect_clip.selection.top_k import top_k
 
 
 def make_strategy(rate: float = 0.4, **changes: object) -> Scan:
-    return Scan(Config.of(select=True, select_strategy="scan", select_rate=rate, **changes))  # type: ignore[arg-type]
+    strategy = build_strategy(Config.of(select=True, select_strategy="scan", select_rate=rate, **changes))  # type: ignore[arg-type]
+    assert isinstance(strategy, Scan)
+    return strategy
 
 
 def choose(strategy: Scan, place: torch.Tensor, epoch: int, seed: int = 0) -> list[int]:
@@ -79,7 +81,7 @@ def test_places_of_values():
 def test_it_chooses_before_loading():
     selector = make_selector("scan", rate=0.4, scan_warmup=0)
     selector.store.scores[:, 0] = torch.linspace(0, 1, SAMPLES)
-    chooser = build_preselector(selector.strategy.config.replace(select_before_load=True), selector)
+    chooser = build_preselector(Config.of(select=True, select_strategy="scan", select_before_load=True), selector)
     chooser.publish(selector.store.scores)
     ids, first = torch.arange(SAMPLES), torch.ones(SAMPLES, dtype=torch.bool)
     choice = chooser(ids, first, 3, 0)

@@ -9,6 +9,7 @@ from processes import run_on_ranks
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dissect_clip.config.options import StrategyOptions
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
@@ -19,11 +20,12 @@ from dissect_clip.training.epoch import Scoring, score_and_choose, unselected_fe
 from dissect_clip.training.scoring import Encoded
 
 SAMPLES, N = 40, 10
+SCORING = [name for name in STRATEGIES if STRATEGIES[name].scores and not STRATEGIES[name].reuses]
 
 
 def make_selector(name: str, world: World | None = None, rate: float = 0.3, **changes: object) -> Selection:
     settings: dict[str, object] = {"warmup_point": 1, "warmup_select_rate": rate, "scan_warmup": 0} | changes
-    if Needs.REFERENCE in STRATEGIES[name](Config.of()).needs:
+    if Needs.REFERENCE in STRATEGIES.class_of(name).needs:
         settings |= {"select_reference": "given"}
     config = Config.of(select=True, select_strategy=name, select_rate=rate, **settings)  # type: ignore[arg-type]
     selector = build_selection(config, SAMPLES, world or World())
@@ -114,7 +116,7 @@ def encode_with_broken(batch: Batch) -> Encoded:
     return replace(encoded, image_features=encoded.image_features.where(~broken, torch.nan))
 
 
-@pytest.mark.parametrize("name", [name for name, strategy in STRATEGIES.items() if strategy.needs])
+@pytest.mark.parametrize("name", SCORING)
 @pytest.mark.parametrize("rate", [0.3, 0.9])
 def test_a_sample_without_a_finite_score_is_left_out_and_counted(name, rate):
     selector = make_selector(name, rate=rate)
@@ -197,7 +199,7 @@ def test_a_strategy_that_needs_no_scores_ranks_and_remembers_all_the_same():
             return candidates.memory.nan_to_num() + 1
 
     config, world = Config.of(select=True, select_rate=0.5), World()
-    selector = Selection.from_strategy(LeastVisited(config), config, SAMPLES, world)
+    selector = Selection.from_strategy(LeastVisited(StrategyOptions(), config.plan()), config, SAMPLES, world)
     select(selector, make_batch(torch.arange(5)), never, 0, 0)
     assert select(selector, make_batch(torch.arange(N)), never, 0, 1).index.tolist() == [5, 6, 7, 8, 9]
     assert selector.store.scores[:N, 0].tolist() == [2.0] * 5 + [1.0] * 5

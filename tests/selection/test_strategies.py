@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from dissect_clip.config.settings import Config
-from dissect_clip.config.validation import _ALONE, _SCORE_NOTHING
-from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy
-from dissect_clip.selection.strategies.differential import differential
+from dissect_clip.selection import STRATEGIES, Candidates, Needs, Strategy, StrategyOptions, build_strategy
+from dissect_clip.selection.mixins import WeightsSamples
+from dissect_clip.selection.registry import describe
+from dissect_clip.selection.strategies.differential.strategy import differential
 
 N = 8
 
@@ -40,9 +41,13 @@ def make_candidates(epoch: int = 20, columns: int = 1, seed: int = 0, **parts: o
     return Candidates(**(defaults | parts))  # type: ignore[arg-type]
 
 
+def make_strategy(name: str, **changes: object) -> Strategy:
+    return build_strategy(make_config(select_strategy=name, **changes))
+
+
 @pytest.fixture(params=STRATEGIES)
 def strategy(request: pytest.FixtureRequest):
-    return STRATEGIES[request.param](make_config())
+    return make_strategy(request.param)
 
 
 @pytest.mark.parametrize("epoch", [0, 20])
@@ -103,20 +108,33 @@ def test_rate_is_a_share(strategy, epoch):
     assert 0 < strategy.rate(epoch) <= 1
 
 
-def test_the_command_line_knows_which_strategies_score_nothing_and_which_stand_alone():
-    strategies = {name: factory(make_config()) for name, factory in STRATEGIES.items()}
-    assert set(_SCORE_NOTHING) == {name for name, one in strategies.items() if one.needs is Needs.NOTHING}
-    alone = {name for name, one in strategies.items() if one.learns or one.weighs or one.reuses}
-    assert set(_ALONE) == alone | {"random"}
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_the_registry_agrees_with_the_class(name: str):
+    entry, kind = STRATEGIES[name], STRATEGIES.class_of(name)
+    found = describe(kind, entry.target)
+    assert STRATEGIES.options_of(name) is kind.Options
+    combines = found.combines and name != "random"  # which would add nothing
+    assert (entry.scores, entry.combines, entry.reuses) == (found.scores, combines, found.reuses)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_its_weights_are_announced_by_the_mixin(name: str):
+    kind = STRATEGIES.class_of(name)
+    assert (kind.weights is not Strategy.weights) == issubclass(kind, WeightsSamples)
+
+
+def test_the_base_has_six_members():
+    public = {name for name in vars(Strategy) if not name.startswith("_")} - {"Options"}
+    assert public == {"needs", "remembers", "rate", "rank", "remember", "weights"}
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_full_epochs_end_the_run_and_schedules_go_to_the_select_rate(strategy, schedule):
-    config = strategy.config.replace(
-        epochs=20, select_full_last=0.1, select_rate_schedule=schedule, select_rate_start=0.9,
-        scan_warmup=2, scan_period=3, warmup_point=3,
+    config = make_config(
+        select_strategy=strategy.run.select_strategy, epochs=20, select_full_last=0.1, select_rate_schedule=schedule,
+        select_rate_start=0.9, scan_warmup=2, scan_period=3, warmup_point=3,
     )  # fmt: skip
-    strategy = type(strategy)(config)
+    strategy = build_strategy(config)
     rates = [strategy.rate(epoch) for epoch in range(20)]
     assert rates[18:] == [1, 1]
     assert rates[17] == pytest.approx(0.5)
@@ -125,12 +143,13 @@ def test_full_epochs_end_the_run_and_schedules_go_to_the_select_rate(strategy, s
 
 def test_a_warm_up_keeps_its_own_rate_and_a_schedule_begins_after_it():
     changes = {"warmup_point": 3, "warmup_select_rate": 0.7, "select_rate_schedule": "linear", "epochs": 6}
-    strategy = STRATEGIES["warmup_base_sampling"](make_config(**changes))
+    strategy = make_strategy("warmup_base_sampling", **changes)
     assert [strategy.rate(epoch) for epoch in range(6)] == [0.7, 0.7, 0.7, 1.0, 0.75, 0.5]
 
 
-def test_has_a_line_for_help(strategy):
-    assert len((type(strategy).__doc__ or "").strip()) > 20
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_has_a_line_for_help(name: str):
+    assert 20 < len(STRATEGIES[name].summary) < 120
 
 
 @pytest.mark.parametrize(
@@ -143,7 +162,7 @@ def test_has_a_line_for_help(strategy):
     ],
 )
 def test_drops_a_known_bad_sample(name, bad):
-    strategy = STRATEGIES[name](make_config())
+    strategy = make_strategy(name)
     candidates = make_candidates(memory=torch.full((N, 1), 30.0), similarity=torch.linspace(0.2, 0.4, N))
     ((part, value),) = bad.items()
     changed = getattr(candidates, part).clone()
@@ -154,12 +173,12 @@ def test_drops_a_known_bad_sample(name, bad):
 
 def test_big_loss_is_small_loss_reversed():
     candidates = make_candidates()
-    small, big = (STRATEGIES[name](make_config()).rank(candidates) for name in ("small_loss", "big_loss"))
+    small, big = (make_strategy(name).rank(candidates) for name in ("small_loss", "big_loss"))
     assert torch.equal(small.argsort(), big.argsort(descending=True))
 
 
 def test_clip_score_is_clamped_at_zero():
-    rank = STRATEGIES["clipscore"](make_config()).rank(make_candidates(similarity=torch.tensor([0.5, -0.5, 0.0])))
+    rank = make_strategy("clipscore").rank(make_candidates(similarity=torch.tensor([0.5, -0.5, 0.0])))
     assert rank.tolist() == [50.0, 0.0, 0.0]
 
 
@@ -175,20 +194,20 @@ def test_without_any_history_all_are_tied():
 
 
 def test_warmup_scores_are_frozen_when_selection_starts():
-    strategy = STRATEGIES["warmup_base_sampling"](make_config(warmup_point=3))
+    strategy = make_strategy("warmup_base_sampling", warmup_point=3)
     last, first = make_candidates(epoch=2), make_candidates(epoch=3)
     assert torch.equal(strategy.remember(last)[:, 0], (100 * last.similarity).clamp(min=0))
     assert strategy.remember(first) is None
 
 
 def test_warmup_is_uniform_at_its_own_rate():
-    strategy = STRATEGIES["warmup_base_sampling"](make_config(warmup_point=3, warmup_select_rate=0.9))
+    strategy = make_strategy("warmup_base_sampling", warmup_point=3, warmup_select_rate=0.9)
     assert [strategy.rate(epoch) for epoch in (0, 2, 3)] == [0.9, 0.9, 0.5]
     assert strategy.rank(make_candidates(epoch=2)).unique().numel() == 1
 
 
 def test_momentum_moves_the_history():
-    strategy = STRATEGIES["historical_base_sampling"](make_config(select_momentum=0.75))
+    strategy = make_strategy("historical_base_sampling", select_momentum=0.75)
     candidates = make_candidates(memory=torch.tensor([[40.0], [torch.nan]]), similarity=torch.tensor([0.2, 0.6]))
     assert strategy.remember(candidates)[:, 0].tolist() == pytest.approx([0.75 * 40 + 0.25 * 20, 60.0])
 
@@ -198,11 +217,11 @@ def test_the_strategy_in_the_readme_works():
     code, body = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     names: dict[str, object] = {}
     exec(f"{code}\n\nclass Remembers(Strategy):\n{body}", names)
-    remembers: Strategy = names["Remembers"](make_config())  # type: ignore[operator]
+    remembers: Strategy = names["Remembers"](StrategyOptions(), make_config().plan())  # type: ignore[operator]
     assert remembers.needs == Needs.LOSS
     candidates = make_candidates()
     assert torch.equal(remembers.remember(candidates)[:, 0], candidates.loss)
-    rank = names["Margin"](make_config()).rank(candidates)  # type: ignore[operator]
+    rank = names["Margin"](StrategyOptions(), make_config().plan()).rank(candidates)  # type: ignore[operator]
     for place in range(N):
         others = [j for j in range(N) if j != place]
         hardest = max((candidates.image_features[place] @ candidates.text_features[j]).item() for j in others)

@@ -17,7 +17,7 @@ from dissect_clip.config.parser import parse_args
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.models.build import build_model, build_reference_model
-from dissect_clip.selection import summaries
+from dissect_clip.selection import STRATEGIES
 from dissect_clip.training import epoch as training
 from dissect_clip.training.epoch import TrainState, train_epoch
 from dissect_clip.training.reference import digest
@@ -132,11 +132,12 @@ def test_a_reference_that_reads_other_tokens_is_refused(tmp_path: Path):
 
 
 def test_a_reference_that_takes_other_pixels_is_refused(tmp_path: Path):
-    config = make_config(tmp_path, **FLAGS | {"select_reference": str(save_weights(tmp_path))})
+    path = save_weights(tmp_path)
+    config = make_config(tmp_path, **FLAGS | {"select_reference": str(path)})
     model = build_model(config, World())
     model.module.visual.image_mean = (0.5, 0.5, 0.5)
     with pytest.raises(SetupError, match="give --image-mean and --image-std"):
-        build_reference_model(config, World(), model.module, model.tokenizer)
+        build_reference_model(config, str(path), None, World(), model.module, model.tokenizer)
 
 
 def test_a_combination_has_the_reference_of_one_of_its_strategies(tmp_path: Path):
@@ -227,7 +228,7 @@ def _resume_on_rank(world: World, words: list[str]) -> str:
         return signal
 
     with mock.patch.object(cli, "train_epoch", spy):
-        cli.run(parse_args(words, summaries()), world)
+        cli.run(parse_args(words, STRATEGIES), world)
     return frozen[-1]
 
 

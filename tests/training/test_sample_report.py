@@ -64,7 +64,7 @@ def test_a_file_that_cannot_be_written_says_what_to_do(tmp_path: Path):
 
 
 def test_a_run_writes_it_at_its_end_and_again_where_it_is_missing(tmp_path: Path, emoji: Path):
-    flags = selection("clean_posterior", clean_ratio=1.0, clean_decoys=0.0) | {"epochs": 2}
+    flags = selection("clean_posterior", clean_decoys=0.0) | {"epochs": 2}
     data = str(emoji / SMALL)
     run = train(tmp_path, data, **flags)
     first = (run / "clean.parquet").read_bytes()

@@ -28,6 +28,7 @@ from dissect_clip.distributed.watchdog import StepDecision
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
+from dissect_clip.selection.mixins import memory_settings, survey_format
 from dissect_clip.training.epoch import TrainState
 
 log = logging.getLogger(__name__)
@@ -58,8 +59,8 @@ def run_state(state: TrainState, data: TrainData) -> RunState:
         score_refresh=config.selection.score_refresh,
         select_before_load=config.selection.select_before_load,
         survey=() if selection is None else selection.survey,
-        survey_of="" if selection is None else selection.strategy.survey_of,
-        depends_on="" if selection is None else selection.strategy.depends_on,
+        survey_of="" if selection is None else survey_format(selection.strategy),
+        depends_on="" if selection is None else memory_settings(selection.strategy),
     )
 
 

@@ -27,7 +27,7 @@ from dissect_clip.errors import SetupError
 from dissect_clip.models.build import build_model
 from dissect_clip.models.loss import SampleLoss
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.selection import Candidates, Choice, summaries
+from dissect_clip.selection import STRATEGIES, Candidates, Choice
 from dissect_clip.training.record import Recorder
 from dissect_clip.training.scoring import Scorer, build_scorer
 
@@ -78,7 +78,7 @@ def score_dataset(folder: Path, flags: Sequence[str], passes: int, remembered: b
 
 
 def _settings(flags: Sequence[str]) -> Config:
-    config = parse_args(flags, summaries())
+    config = parse_args(flags, STRATEGIES)
     if not config.data.trains or config.data.dataset_resampled:
         raise SetupError("name the data set with --train-data, and leave out --dataset-resampled")
     if (config.checkpoint.resume is None) == (not config.model.pretrained) or config.checkpoint.resume == "latest":

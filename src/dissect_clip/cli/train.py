@@ -44,7 +44,9 @@ from dissect_clip.models.precision import autocast_for
 from dissect_clip.run.folder import RunFolder, make_sync, open_run
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
 from dissect_clip.run.reporting import Reporter, evaluated_epochs, make_reporter, setup_logging
-from dissect_clip.selection import Needs, build_preselector, build_selection, summaries
+from dissect_clip.selection import STRATEGIES, build_preselector, build_selection
+from dissect_clip.selection.mixins import ReportsSamples, UsesDecoys, rate_summary, sample_columns
+from dissect_clip.selection.strategies.combination import reference_user
 from dissect_clip.training.epoch import Counters, Tally, TrainState, train_epoch
 from dissect_clip.training.optimizer import build_optimizer, build_scaler
 from dissect_clip.training.record import NullRecorder, Recorder
@@ -62,7 +64,7 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Train, or evaluate a checkpoint if there is no training data; the exit status."""
     with only_first_rank_prints():
-        config = parse_args(argv, summaries(), {name: command.summary for name, command in COMMANDS.items()})
+        config = parse_args(argv, STRATEGIES, {name: command.summary for name, command in COMMANDS.items()})
 
     def work(world: World) -> int:
         run(config, world)
@@ -190,15 +192,18 @@ def _write_verdict(state: TrainState, data: TrainData, folder: RunFolder | None,
     A run that is complete already writes it only where it is missing, as after a full disk.
     """
     selection = state.selection
-    if selection is None or not selection.strategy.file or folder is None:
+    if selection is None or folder is None:
         return
-    path = folder.path / selection.strategy.file
+    strategy = selection.strategy
+    if not isinstance(strategy, ReportsSamples) or not strategy.report_file:
+        return
+    path = folder.path / strategy.report_file
 
     def write() -> None:
         if trained or not path.exists():
             write_verdict(
                 path,
-                selection.strategy,
+                strategy,
                 selection.store.scores,
                 state.counters.epoch,
                 data.shard_names,
@@ -247,8 +252,9 @@ def build_state(
             "as in scoring. Unlocked layers, BatchNorm that is not frozen, dropout and other --score flags prevent it"
         )
     reference: Reference | None = None
-    if selection is not None and Needs.REFERENCE in selection.strategy.needs:
-        reference = build_reference(config, world, module, autocast, model.tokenizer)
+    user = None if selection is None else reference_user(selection.strategy)
+    if user is not None:
+        reference = build_reference(config, user.options, world, module, autocast, model.tokenizer)
     recorder: Recorder | NullRecorder = NullRecorder()
     if config.selection.record and selection is not None and folder is not None:
         recorder = Recorder(
@@ -258,7 +264,7 @@ def build_state(
             train_data.locate,
             selection.strategy.remembers,
             config.training.accum_freq,
-            reports=selection.strategy.reports,
+            reports=sample_columns(selection.strategy),
             keep_going=config.checkpoint.on_save_error == "continue",
         )
     return TrainState(
@@ -301,7 +307,7 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
     if state.selection is not None:
         log.info(
             "Selection: %s, keeping %s of every batch; %s%s",
-            config.selection.select_strategy, state.selection.strategy.keeping, state.selection.scoring,
+            config.selection.select_strategy, rate_summary(state.selection.strategy), state.selection.scoring,
             "" if state.preselector is None else ", chosen before loading",
         )  # fmt: skip
         _announce_decoys(state, data)
@@ -309,7 +315,7 @@ def _announce(state: TrainState, data: TrainData, steps_per_epoch: int) -> None:
 
 def _announce_decoys(state: TrainState, data: TrainData) -> None:
     assert state.selection is not None
-    if state.selection.strategy.decoys == 0:
+    if not isinstance(state.selection.strategy, UsesDecoys) or state.selection.strategy.decoy_share == 0:
         return
     count = 0 if state.selection.decoys is None else len(state.selection.decoys.ids)
     log.info("%d samples are decoys: in the warm-up they have a wrong caption on purpose (--clean-decoys)", count)

@@ -48,9 +48,20 @@ def setting(
     within: Range | None = None,
     aliases: tuple[str, ...] = (),
     metavar: str | None = None,
+    ignored_by_others: bool = False,
 ) -> Any:
-    """One setting: its default, the line for ``--help``, and what it may be."""
-    facts = {"help": help, "choices": choices, "within": within, "aliases": aliases, "metavar": metavar}
+    """One setting: its default, its line in ``--help``, and the values that are allowed.
+
+    ``ignored_by_others``: an option of a strategy that is accepted, and has no effect, with other strategies.
+    """
+    facts = {
+        "help": help,
+        "choices": choices,
+        "within": within,
+        "aliases": aliases,
+        "metavar": metavar,
+        "ignored_by_others": ignored_by_others,
+    }
     factory = {"default_factory": dict} if default == {} else {"default": default}
     return dataclasses.field(metadata=facts, **factory)
 

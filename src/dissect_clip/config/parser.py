@@ -14,32 +14,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Union
 
 from dissect_clip.config.fields import Range
-from dissect_clip.config.flags import UNSUPPORTED
-from dissect_clip.config.settings import (
-    CLEAN_POSTERIOR,
-    FAST,
-    GROUP_OF,
-    GROUPS,
-    Config,
-    declared,
-    default_adam,
-    parse_strategy,
-)
-from dissect_clip.config.validation import contradictions
+from dissect_clip.config.flags import REMOVED, UNSUPPORTED
+from dissect_clip.config.settings import FAST, GROUP_OF, GROUPS, Config, declared
+from dissect_clip.config.strategies import Flag, StrategyRegistry
+from dissect_clip.config.validation import contradictions, default_preset
 
 
-def _strategy_of(known: Sequence[str]) -> Callable[[str], str]:
-    """A converter for argparse that takes strategies by these names."""
+def _strategy_of(strategies: StrategyRegistry) -> Callable[[str], str]:
+    """A converter for argparse that takes one strategy or a combination and gives canonical names."""
 
     def convert(text: str) -> str:
         try:
-            members = parse_strategy(text)
+            return strategies.canonical_text(text)
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
-        for name in members:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is unknown: give one of {', '.join(known)}")
-        return text
 
     return convert
 
@@ -68,7 +56,7 @@ class _KeyValues(argparse.Action):
 
 
 class _Refuse(argparse.Action):
-    """Ends the run with the reason why a flag of OpenCLIP is not supported."""
+    """Ends the run with the reason why a flag is not supported, or was removed."""
 
     def __call__(
         self,
@@ -77,8 +65,10 @@ class _Refuse(argparse.Action):
         values: Any,
         option: str | None = None,
     ) -> None:
-        entry = UNSUPPORTED[str(option)]
-        parser.error(f"{option} is not supported: {entry.reason}. Instead: {entry.instead}.")
+        removed = REMOVED.get(str(option))
+        entry = UNSUPPORTED[str(option)] if removed is None else removed
+        what = "is not supported" if removed is None else "was removed"
+        parser.error(f"{option} {what}: {entry.reason}. Instead: {entry.instead}.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -114,15 +104,30 @@ def _ranged(kind: Callable[[str], Any], within: Range) -> Callable[[str], Any]:
 
 
 def add_argument(
-    group: Any, field: dataclasses.Field[Any], hint: Any, convert: Callable[[str], str] | None = None
+    group: Any,
+    field: dataclasses.Field[Any],
+    hint: Any,
+    convert: Callable[[str], str] | None = None,
+    default: str | None = None,
+    owners: str = "",
 ) -> None:
-    """A setting as a flag; ``hint`` is the type of its field, ``convert`` reads it instead of the type."""
+    """A setting as a flag.
+
+    Args:
+        hint: the type of its field.
+        convert: reads a value instead of the type.
+        default: the default as text, of an option of strategies: without the flag the option is then missing.
+        owners: the strategies that have the option, as text.
+    """
     facts = field.metadata
     names = ["--" + field.name.replace("_", "-"), *facts["aliases"]]
     kind = _strip_none(hint)
     has_default = field.default is not dataclasses.MISSING
     options: dict[str, Any] = {"dest": field.name, "default": field.default if has_default else {}}
-    text = facts["help"]
+    text = f"{owners}: {facts['help']}" if owners else facts["help"]
+    shown = "%(default)r" if default is None else default
+    if default is not None:
+        options["default"] = argparse.SUPPRESS
     if kind is bool:
         options["action"] = "store_true"
     elif typing.get_origin(kind) is dict:
@@ -136,8 +141,8 @@ def add_argument(
         options["choices"] = facts["choices"]
         if facts["within"] is not None:
             text += f" [{facts['within']}]"
-        if field.default not in (None, ""):
-            text += " (default: %(default)r)"
+        if field.default not in (None, "") and shown:
+            text += f" (default: {shown})"
     if kind is not bool and facts["metavar"] is not None:
         options["metavar"] = facts["metavar"]
     group.add_argument(*names, help=text, **options)
@@ -147,42 +152,97 @@ def _listed(lines: Mapping[str, str]) -> str:
     return "\n".join(f"  {name:<26}{line}" for name, line in lines.items())
 
 
-def build_parser(strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> argparse.ArgumentParser:
-    """The command line. ``strategies`` and ``commands`` map names to one line about each."""
+def _add_option(group: Any, name: str, owners: Mapping[str, Flag]) -> None:
+    """An option as one flag, whichever strategies have it."""
+    first, hint = next(iter(owners.values()))
+    text = repr(first.default)
+    for owner, (field, _) in owners.items():
+        if field.default != first.default:
+            text += f", {field.default!r} with {owner}"
+    add_argument(group, first, hint, default=text, owners=", ".join(owners))
+
+
+def build_parser(
+    strategies: StrategyRegistry, commands: Mapping[str, str] | None = None, selected: str = ""
+) -> argparse.ArgumentParser:
+    """The command line. ``commands`` maps names to one line about each.
+
+    The options of installed strategies, and of those that ``selected`` names, are flags besides this project's.
+
+    Raises:
+        ValueError: if a strategy that someone else wrote cannot be imported or does not fit.
+    """
+    known = strategies.known(selected)
+    aliases = {own: f" (also: {alias})" for alias, own in strategies.aliases.items()}
+    summaries = {name: strategies[name].summary + aliases.get(name, "") for name in known}
     others = f"other commands, each with its own --help:\n{_listed(commands)}\n\n" if commands else ""
     refused = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items())
+    removed = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in REMOVED.items())
     parser = Parser(
         prog="dissect-clip",
         description="Train CLIP with OpenCLIP's flags and, with --select, on the best part of every batch.",
-        epilog=f"{others}strategies:\n{_listed(strategies)}\n\nflags of OpenCLIP that are not supported:\n{refused}",
+        epilog=(
+            f"{others}strategies:\n{_listed(summaries)}\n\nflags of OpenCLIP that are not supported:\n{refused}\n\n"
+            f"flags of earlier versions that were removed:\n{removed}"
+        ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     sections = {name: parser.add_argument_group(settings.title) for name, settings in GROUPS.items()}
     for name, (field, hint) in declared().items():
-        convert = _strategy_of(tuple(strategies)) if name == "select_strategy" else None
+        convert = _strategy_of(strategies) if name == "select_strategy" else None
         add_argument(sections[GROUP_OF[name]], field, hint, convert)
-    for flag, entry in UNSUPPORTED.items():
-        parser.add_argument(flag, action=_Refuse, nargs=1 if entry.takes_value else 0, help=argparse.SUPPRESS)
+    options = parser.add_argument_group("options of strategies")
+    for name, owners in strategies.flags(known).items():
+        if name in GROUP_OF:
+            raise ValueError(f"the option {name} of {next(iter(owners))} has the name of a flag: rename it")
+        _add_option(options, name, owners)
+    for flag, entry in {**UNSUPPORTED, **REMOVED}.items():
+        values = "?" if flag in REMOVED else int(entry.takes_value)
+        parser.add_argument(flag, action=_Refuse, nargs=values, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     return parser
 
 
-def completed(config: Config) -> Config:
+def _selected(argv: Sequence[str]) -> str:
+    """The value of ``--select-strategy`` in a command line, as far as it names classes of others; else empty."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--select-strategy", default="")
+    try:
+        text: str = finder.parse_known_args(argv)[0].select_strategy
+    except argparse.ArgumentError:
+        return ""  # the flag lacks its value: the full parser refuses it
+    return text if ":" in text else ""
+
+
+def default_adam(model: str) -> dict[str, float]:
+    """AdamW's defaults for a model name, as in the CLIP paper (Radford et al., 2021, tables 18 to 20)."""
+    if "vit" in model.lower():
+        return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
+    return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1.0e-8}
+
+
+def _completed_options(config: Config, strategies: StrategyRegistry) -> dict[str, Any]:
+    """A value for every option of every known strategy: the first selected strategy that has it decides."""
+    given, text, run = config.selection.options, config.selection.select_strategy, config.plan()
+    values: dict[str, Any] = {}
+    for name in [*strategies.members(text), *strategies.known(text)]:
+        options = dataclasses.asdict(strategies.options(name, given).completed(run))
+        values |= {option: value for option, value in options.items() if option not in values}
+    return values
+
+
+def completed(config: Config, strategies: StrategyRegistry) -> Config:
     """Fill in the defaults that depend on other settings."""
-    filled: dict[str, Any] = {}
+    filled = _completed_options(config, strategies)
     if not config.training.opt.startswith("timm/"):
-        filled = {k: v for k, v in default_adam(config.model.model).items() if config.get(k) is None}
-    clean = config.selection.select_strategy == CLEAN_POSTERIOR
-    if config.selection.warmup_select_rate is None:
-        filled["warmup_select_rate"] = 1.0 if clean else config.selection.select_rate
-    filled["warmup_point"] = config.selection.warmup_epochs
-    filled["select_preset"] = config.selection.preset
-    fast = config.selection.select and config.selection.preset == "fast"
-    if config.selection.score_refresh is None:
+        filled |= {k: v for k, v in default_adam(config.model.model).items() if config.get(k) is None}
+    selection = config.selection
+    preset = selection.select_preset or default_preset(config, strategies)
+    filled["select_preset"] = preset
+    fast = selection.select and preset == "fast"
+    if selection.score_refresh is None:
         filled["score_refresh"] = FAST["score_refresh"] if fast else 1.0
-    # By itself the strategy chooses before loading only where that can be done and saves anything.
-    implied = config.selection.select_preset is None and (
-        config.data.dataset_resampled or config.selection.score_refresh == 1
-    )
+    # Unasked, a strategy chooses before loading only if that is possible and saves time.
+    implied = selection.select_preset is None and (config.data.dataset_resampled or selection.score_refresh == 1)
     if fast and not implied:
         filled["select_before_load"] = FAST["select_before_load"]
     return config.replace(**filled)
@@ -197,15 +257,18 @@ def parse_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
     return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
-def parse_args(argv: Sequence[str], strategies: Mapping[str, str], commands: Mapping[str, str] | None = None) -> Config:
+def parse_args(argv: Sequence[str], strategies: StrategyRegistry, commands: Mapping[str, str] | None = None) -> Config:
     """Settings from a command line; ``--help`` mentions the ``commands``.
 
     Raises:
-        SystemExit: with status 2 and a message on stderr, where a flag is unknown or a value not allowed.
+        SystemExit: with status 2 and a message on stderr, if a flag is unknown or a value not allowed.
     """
-    parser = build_parser(strategies, commands)
+    try:
+        parser = build_parser(strategies, commands, _selected(argv))
+    except ValueError as error:
+        Parser(prog="dissect-clip").error(f"argument --select-strategy: {error}")
     values = parse_values(parser, argv)
-    config = Config.of(**{name: value for name, value in values.items() if name in GROUP_OF})
-    for line in contradictions(config):
+    config = Config.of(**values)
+    for line in contradictions(config, strategies):
         parser.error(line)
-    return completed(config)
+    return completed(config, strategies)

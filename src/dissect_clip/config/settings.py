@@ -1,5 +1,7 @@
 """Every setting of a run, declared once: type, default, help and range. The command line is derived from here.
 
+The options of strategies are declared beside the strategies, see :mod:`dissect_clip.config.options`.
+
 Names and defaults are those of OpenCLIP 3.3.0, so that its command lines work unchanged; the selection flags and the
 few others that OpenCLIP lacks are listed in :mod:`dissect_clip.config.flags`.
 """
@@ -8,33 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from typing import Any, ClassVar
 
 from dissect_clip.config.fields import COUNT, FINITE, FRACTION, NOT_NEGATIVE, POSITIVE, Range, setting
-
-CLEAN_POSTERIOR = "clean_posterior"
-
-WITH_REFERENCE = ("learnability", "jest")
-"""Strategies that rank against a reference model."""
-
+from dissect_clip.config.run_plan import RunPlan
 
 FAST: dict[str, Any] = {"score_refresh": 0.0, "select_before_load": True}
-"""What ``--select-preset fast`` sets where the command line does not."""
-
-WARMUP_POINT = 10
-CLEAN_WARMUP_POINT = 5
-"""Defaults of ``--warmup-point``, the second with clean_posterior."""
-
-
-def _flags(values: Mapping[str, Any]) -> str:
-    """Settings as one would type them."""
-    words = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
-    return " ".join(flag if value is True else f"{flag} {value:g}" for flag, value in words)
+"""The settings of ``--select-preset fast``; the command line overrides them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,144 +228,7 @@ class SelectionSettings:
     )
     select_full_last: float | None = setting(
         None,
-        "train on everything in this share of the epochs, the last ones (default: 0.125 with infobatch, else 0)",
-        within=Range(at_least=0, at_most=1),
-    )
-    select_rescale: str = setting(
-        "on",
-        "weight the losses of the samples by the inverse of their chance to be chosen, where a strategy knows it",
-        choices=("on", "off"),
-    )
-    warmup_point: int | None = setting(
-        None,
-        "warmup_base_sampling: epochs of uniform sampling before selection starts; the scores of the last one are the "
-        "reference. End it where captions that fit score clearly higher than captions that do not, after some 3 to 6 "
-        "passes of samples really trained on: too early ranks backwards. learnability, jest without "
-        "--select-reference: the model after those epochs is the reference. clean_posterior: all that is known when "
-        f"it first selects comes from them (default: {WARMUP_POINT}, {CLEAN_WARMUP_POINT} with clean_posterior)",
-        within=NOT_NEGATIVE,
-    )
-    warmup_select_rate: float | None = setting(
-        None,
-        "with --warmup-point: share of every batch trained on during those epochs (default: --select-rate, 1.0 with "
-        "clean_posterior; 1.0 trains on all of it, costs more and often selects better)",
-        within=FRACTION,
-    )
-    select_momentum: float = setting(
-        0.9,
-        "historical_base_sampling: weight of the remembered score in its moving average",
-        within=Range(at_least=0, at_most=1),
-    )
-    select_reference: str | None = setting(
-        None,
-        "learnability, jest: the reference model's weights, a file or a tag that OpenCLIP knows (default: the run's "
-        "own model as it is after --warmup-point epochs of uniform sampling)",
-    )
-    select_reference_model: str | None = setting(
-        None, "with --select-reference: the name of its architecture (default: --model)"
-    )
-    jest_chunks: int = setting(16, "jest: in how many parts the pairs are drawn, each given those before", within=COUNT)
-    jest_gain: float = setting(
-        1.0,
-        "jest: factor of the scores that are drawn by; the larger, the closer to --jest-deterministic",
-        within=POSITIVE,
-    )
-    jest_deterministic: bool = setting(False, "jest: take the best of each part instead of drawing")
-    divbs_on: str = setting(
-        "gradients",
-        "divbs: what is to be spanned, the gradients of the loss with respect to the features, or the features",
-        choices=("gradients", "features"),
-    )
-    divbs_greedy: str = setting(
-        "simplified",
-        "divbs: how a pick is found; exact maximises the objective, simplified leaves the candidates' lengths in",
-        choices=("simplified", "exact"),
-    )
-    negcliploss_batches: int = setting(
-        10, "negcliploss: over how many random partitions of the batch the normaliser is averaged", within=COUNT
-    )
-    negcliploss_batch_size: int | None = setting(
-        None, "negcliploss: pairs in each part of a partition (default: as many as are trained on)", within=COUNT
-    )
-    negcliploss_temperature: float | None = setting(
-        None, "negcliploss: temperature of the normaliser (default: the model's own, learned)", within=POSITIVE
-    )
-    infobatch_prune_ratio: float | None = setting(
-        None,
-        "infobatch: share of the samples below the mean loss that is left out; instead of --select-rate",
-        within=Range(above=0, at_most=0.99),
-    )
-    scan_warmup: int = setting(2, "scan: epochs on everything before the first cycle", within=NOT_NEGATIVE)
-    scan_period: int = setting(
-        3,
-        "scan: epochs of a cycle that leave samples out, ever more, to --select-rate in the last; one on everything, "
-        "which finds the candidates, goes before them",
-        within=COUNT,
-    )
-    scan_redundant: float = setting(
-        0.5,
-        "scan: share of the candidates that have the smallest losses; the others have the largest",
-        within=Range(at_least=0, at_most=1),
-    )
-    clean_statistic: str = setting(
-        "z",
-        "clean_posterior: what a pair is told by: z, the z-score of its cosine against mismatched pairs; loss, that of "
-        "its loss; clipscore, its CLIPScore, which drifts",
-        choices=("z", "loss", "clipscore"),
-    )
-    clean_ensemble: str = setting(
-        "ema",
-        "clean_posterior: what is kept of a sample's visits: the last, a moving average (ema), or the mean of all",
-        choices=("last", "ema", "mean"),
-    )
-    clean_ema: float = setting(
-        0.5, "clean_posterior: weight of a new visit with --clean-ensemble ema", within=Range(above=0, at_most=1)
-    )
-    clean_drift: str = setting(
-        "removed",
-        "clean_posterior: after the warm-up, whether the visits of a batch are shifted so that their mean stays that "
-        "of what was known of the same samples (removed), or not (kept)",
-        choices=("removed", "kept"),
-    )
-    clean_model: str = setting(
-        "tied",
-        "clean_posterior: model of the two parts: two Gaussians with one variance (tied) or two (gaussian), two beta "
-        "distributions, or a quantile that parts them",
-        choices=("tied", "gaussian", "beta", "quantile"),
-    )
-    clean_decoys: float = setting(
-        0.02,
-        "clean_posterior: share of the samples, but 4096 at most, that have a wrong caption on purpose in the warm-up, "
-        "by which wrong pairs are known; some 100 are needed. 0 does without",
-        within=Range(at_least=0, at_most=0.5),
-    )
-    clean_quantile: float = setting(
-        0.35,
-        "clean_posterior: share of the samples below the quantile of --clean-model quantile",
-        within=Range(above=0, at_most=0.99),
-    )
-    clean_exponent: float = setting(
-        4.0, "clean_posterior: power of P(clean) in the weight of a sample; 0 draws uniformly", within=NOT_NEGATIVE
-    )
-    clean_floor: float = setting(
-        0.0,
-        "clean_posterior: exploration, the least weight of a sample beside 1 for one that is surely clean",
-        within=Range(at_least=0, at_most=1),
-    )
-    clean_forget: float = setting(
-        0.0,
-        "clean_posterior: how much nearer to the mean P(clean) of a sample gets with each epoch that does not visit it",
-        within=Range(at_least=0, at_most=1),
-    )
-    clean_gate: float = setting(
-        0.05,
-        "clean_posterior: draw uniformly where less than this share of the pairs is wrong by what the decoys say",
-        within=Range(at_least=0, at_most=1),
-    )
-    clean_ratio: float = setting(
-        0.5,
-        "clean_posterior without decoys: tell two parts apart where the mean z-score of the lower one is below so much "
-        "of that of the upper one; otherwise draw uniformly. 0 never, 1 always tells them apart",
+        "train on everything in this share of the epochs, the last ones (default: 0, or the strategy's own)",
         within=Range(at_least=0, at_most=1),
     )
     select_score_mode: str = setting(
@@ -401,15 +249,14 @@ class SelectionSettings:
     )
     select_preset: str | None = setting(
         None,
-        f"how scores are come by: exact scores every sample in every step; fast is {_flags(FAST)} (default: exact, "
-        "fast with clean_posterior)",
+        "where scores come from: exact scores every sample in every step; fast is --score-refresh 0 "
+        "--select-before-load (default: exact; fast for a strategy that needs no scoring pass)",
         choices=("exact", "fast"),
     )
     score_refresh: float | None = setting(
         None,
         "share of every batch that gets a scoring pass; the others are ranked by their last known score, and training "
-        "renews the scores of what it takes. 1 scores all, 0 none after the first epoch, with clean_posterior none at "
-        "all (default: by --select-preset)",
+        "renews the scores of those it takes. 1 scores all, 0 none after the first epoch (default: by --select-preset)",
         within=Range(at_least=0, at_most=1),
     )
     select_before_load: bool = setting(
@@ -430,28 +277,8 @@ class SelectionSettings:
     )
     record: bool = setting(False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch")
 
-    @property
-    def warms_up(self) -> bool:
-        """Whether selection begins after ``--warmup-point`` epochs of uniform sampling."""
-        return self.select and bool(warming_up(self, tuple(parse_strategy(self.select_strategy))))
-
-    @property
-    def warmup_epochs(self) -> int:
-        """``--warmup-point``, or its default for the strategy."""
-        if self.warmup_point is None:
-            return CLEAN_WARMUP_POINT if self.select_strategy == CLEAN_POSTERIOR else WARMUP_POINT
-        return self.warmup_point
-
-    @property
-    def preset(self) -> str:
-        """``--select-preset``, or its default for the strategy."""
-        return self.select_preset or ("fast" if self.select_strategy == CLEAN_POSTERIOR else "exact")
-
-    @property
-    def reuses_scores(self) -> bool:
-        """Whether samples may be ranked by scores of earlier steps."""
-        always = self.preset == "fast" or self.select_strategy == CLEAN_POSTERIOR
-        return self.select and (always or self.score_refresh not in (None, 1))
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of strategies by name; a strategy uses its own, see :mod:`dissect_clip.config.options`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -579,34 +406,39 @@ class Config:
     def of(cls, **settings: Any) -> Config:
         """The settings with these values, by their names on the command line, and defaults for the others.
 
-        Raises:
-            TypeError: a name is no setting.
+        A name that is no setting counts as an option of a strategy. Building the strategy raises if none has it.
         """
         return cls().replace(**settings)
 
     def replace(self, **settings: Any) -> Config:
-        """A copy with other values, by their names on the command line.
-
-        Raises:
-            TypeError: a name is no setting.
-        """
-        unknown = sorted(set(settings) - set(GROUP_OF))
-        if unknown:
-            raise TypeError(f"no such setting: {', '.join(unknown)}")
+        """A copy with other values, by their names on the command line; see :meth:`of`."""
         groups: dict[str, dict[str, Any]] = {}
         for name, value in settings.items():
-            groups.setdefault(GROUP_OF[name], {})[name] = value
+            groups.setdefault(GROUP_OF.get(name, "options"), {})[name] = value
+        options = groups.pop("options", {})
+        if options:
+            groups.setdefault("selection", {})["options"] = {**self.selection.options, **options}
         return dataclasses.replace(
             self, **{group: dataclasses.replace(getattr(self, group), **own) for group, own in groups.items()}
         )
 
     def get(self, name: str) -> Any:
-        """The value of a setting, by its name on the command line."""
+        """The value of a setting or of a strategy's option, by its name on the command line.
+
+        Raises:
+            KeyError: if there is none of this name.
+        """
+        if name not in GROUP_OF:
+            return self.selection.options[name]
         return getattr(getattr(self, GROUP_OF[name]), name)
 
+    def plan(self) -> RunPlan:
+        """What strategies may know of the run."""
+        return RunPlan(**{name: self.get(name) for name in RunPlan.__dataclass_fields__ if name in GROUP_OF})
+
     def flat(self) -> dict[str, Any]:
-        """All values by name, in the order of ``--help``."""
-        return {name: self.get(name) for name in GROUP_OF}
+        """All values by name: settings in the order of ``--help``, then the options of strategies."""
+        return {name: self.get(name) for name in GROUP_OF} | dict(self.selection.options)
 
     def to_json(self) -> str:
         """All settings as indented JSON, sorted by name."""
@@ -626,60 +458,22 @@ GROUPS: dict[str, Any] = {
 """The groups of settings by their names in :class:`Config`."""
 
 GROUP_OF: dict[str, str] = {
-    setting.name: group for group, settings in GROUPS.items() for setting in dataclasses.fields(settings)
+    setting.name: group
+    for group, settings in GROUPS.items()
+    for setting in dataclasses.fields(settings)
+    if "help" in setting.metadata
 }
 """The group of every setting."""
 
 
 def declared() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """Every setting by its name: its declaration and its type."""
+    """Every setting by its name, without the options of strategies: its declaration and its type."""
     found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
     for settings in GROUPS.values():
         hints = typing.get_type_hints(settings)
-        found |= {setting.name: (setting, hints[setting.name]) for setting in dataclasses.fields(settings)}
+        found |= {
+            setting.name: (setting, hints[setting.name])
+            for setting in dataclasses.fields(settings)
+            if "help" in setting.metadata
+        }
     return found
-
-
-def default_adam(model: str) -> dict[str, float]:
-    """AdamW's defaults for a model name, as in the CLIP paper (Radford et al., 2021, tables 18 to 20)."""
-    if "vit" in model.lower():
-        return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.98, "eps": 1.0e-6}
-    return {"lr": 5.0e-4, "beta1": 0.9, "beta2": 0.999, "eps": 1.0e-8}
-
-
-def parse_strategy(text: str) -> dict[str, float]:
-    """The strategies that ``--select-strategy`` names, with their weights above 0; of one alone it is 1.
-
-    Raises:
-        ValueError: if the text is neither ``NAME`` nor ``NAME:WEIGHT+NAME:WEIGHT...``.
-    """
-    if "+" not in text and ":" not in text:
-        return {text: 1.0}
-    members: dict[str, float] = {}
-    for part in text.split("+"):
-        name, colon, number = part.partition(":")
-        if not name or not colon:
-            raise ValueError(f"{part!r} is not of the form NAME:WEIGHT, as in small_loss:0.7+clipscore:0.3")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = math.nan
-        if weight not in POSITIVE:
-            raise ValueError(f"the weight of {name} is {number!r}: it must be a number {POSITIVE}")
-        if name in members:
-            raise ValueError(f"{name} is there twice: give it one weight")
-        members[name] = weight
-    if len(members) == 1:
-        raise ValueError(f"a weight needs several strategies: give {name} alone, or another one with +")
-    return members
-
-
-def full_epochs(share: float, epochs: int) -> int:
-    """How many of the last of ``epochs`` train on everything: ``share`` of them, rounded."""
-    return round(Fraction(share) * epochs)  # of any size
-
-
-def warming_up(config: SelectionSettings, strategies: Sequence[str]) -> tuple[str, ...]:
-    """Those of the strategies that sample uniformly for ``--warmup-point`` epochs, and need what these give them."""
-    own_reference = WITH_REFERENCE if config.select_reference is None else ()
-    return tuple(name for name in strategies if name in ("warmup_base_sampling", CLEAN_POSTERIOR, *own_reference))

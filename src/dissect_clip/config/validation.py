@@ -2,55 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 
-from dissect_clip.config.settings import (
-    CLEAN_POSTERIOR,
-    WITH_REFERENCE,
-    Config,
-    declared,
-    full_epochs,
-    parse_strategy,
-    warming_up,
-)
+from dissect_clip.config.run_plan import full_epochs
+from dissect_clip.config.settings import Config, SelectionSettings, declared
+from dissect_clip.config.strategies import StrategyRegistry
 
 _SHORTCUTS = ("score_batch_size", "score_image_size", "score_patch_dropout", "score_context_length")
-
-_CLEAN = (
-    "clean_statistic", "clean_ensemble", "clean_ema", "clean_drift", "clean_model", "clean_decoys", "clean_quantile",
-    "clean_exponent", "clean_floor", "clean_forget", "clean_gate", "clean_ratio",
-)  # fmt: skip
-
-_ONLY_WITH_SELECT = (
-    "select_strategy", "select_rate", "warmup_point", "warmup_select_rate", "select_momentum", "select_score_mode",
-    "select_preset", "score_refresh", "select_before_load", "score_keep_locked", "select_negatives",
-    "select_rate_schedule", "select_rate_start", "select_full_last", "select_rescale",
-    "infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant",
-    *_SHORTCUTS, "record",
-    "select_reference", "select_reference_model", "jest_chunks", "jest_gain", "jest_deterministic", "divbs_on",
-    "divbs_greedy", "negcliploss_batches", "negcliploss_batch_size", "negcliploss_temperature", *_CLEAN,
-)  # fmt: skip
-
-_ONLY_WITH_STRATEGY = {
-    "select_reference": WITH_REFERENCE,
-    "select_reference_model": WITH_REFERENCE,
-    "jest_chunks": ("jest",),
-    "jest_gain": ("jest",),
-    "jest_deterministic": ("jest",),
-    "divbs_on": ("divbs",),
-    "divbs_greedy": ("divbs",),
-    "negcliploss_batches": ("negcliploss",),
-    "negcliploss_batch_size": ("negcliploss",),
-    "negcliploss_temperature": ("negcliploss",),
-    **dict.fromkeys(_CLEAN, (CLEAN_POSTERIOR,)),
-}
-"""Settings that mean something with these strategies alone."""
-
-_SCORE_NOTHING = ("random", "infobatch", "scan")
-"""Strategies without a scoring pass."""
-
-_ALONE = ("random", "infobatch", "scan", CLEAN_POSTERIOR)
-"""Strategies that cannot be combined with others, whose rank says nothing or goes with a plan of its own."""
 
 _LENGTHS = {"image_mean": (1, 3), "image_std": (1, 3), "force_image_size": (1, 2)}
 """How many numbers a setting may hold: one for all, or one for each channel or side."""
@@ -62,23 +21,27 @@ _NEED_A_FOLDER = (
 _DEFAULTS = {name: field.default for name, (field, _) in declared().items()}
 
 
-def contradictions(config: Config) -> Iterator[str]:
-    """What cannot mean anything in a combination of settings, a line each; each names the flags and a way out."""
-    strategies = tuple(parse_strategy(config.selection.select_strategy))
-    yield from _warmup_contradictions(config, strategies)
+def contradictions(config: Config, strategies: StrategyRegistry) -> Iterator[str]:
+    """Combinations of settings that have no meaning, a sentence each, which names the flags and a way out.
+
+    ``config`` holds only those options of strategies that were given.
+    """
     if config.selection.select:
-        yield from _reference_contradictions(config, strategies)
-    yield from _scoring_contradictions(config, strategies)
-    if config.selection.select:
-        yield from _rate_contradictions(config, strategies)
-        if strategies == (CLEAN_POSTERIOR,):
-            yield from _clean_contradictions(config)
-        if config.selection.select_negatives == "all":
-            yield from _negatives_contradictions(config, strategies)
+        yield from _selection_contradictions(config, strategies)
+    else:
+        for name in _given(config, (name for name in declared() if name in _OF_SELECTION)):
+            yield f"{_flag(name)} needs --select (with --select-rate 1.0 every sample is trained on)"
+        for name in _given_options(config, strategies):
+            yield f"{_flag(name)} needs --select (with --select-rate 1.0 every sample is trained on)"
+    if config.selection.score_keep_locked and not (config.model.lock_image or config.model.lock_text):
+        yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
     yield from _data_contradictions(config)
     yield from _loss_contradictions(config)
     yield from _optimizer_contradictions(config)
     yield from _folder_contradictions(config)
+
+
+_OF_SELECTION = {field.name for field in dataclasses.fields(SelectionSettings)} - {"select", "options"}
 
 
 def _flag(name: str) -> str:
@@ -86,55 +49,80 @@ def _flag(name: str) -> str:
 
 
 def _given(config: Config, names: Iterable[str]) -> list[str]:
-    """Those of the settings that are not what they are by default."""
+    """Those of the settings that differ from their defaults."""
     return [name for name in names if config.get(name) != _DEFAULTS[name]]
 
 
-def _warmup_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
-    """Those of selection without ``--select``, and of a warm-up that leaves nothing to it, or too little."""
-    warming = warming_up(config.selection, strategies)
-    if not config.selection.select:
-        for name in _given(config, _ONLY_WITH_SELECT):
-            yield f"{_flag(name)} needs --select (with --select-rate 1.0 every sample is trained on)"
-    elif not config.data.trains:
+def _given_options(config: Config, strategies: StrategyRegistry) -> dict[str, tuple[str, ...]]:
+    """The options of strategies that differ from their defaults, each with the strategies that have it.
+
+    The default is that of the first selected strategy with the option, or else of the first known one.
+    """
+    text = config.selection.select_strategy
+    flags = strategies.flags([*strategies.members(text), *strategies.known(text)])
+    return {
+        name: tuple(flags[name])
+        for name, value in config.selection.options.items()
+        if value != next(iter(flags[name].values()))[0].default
+    }
+
+
+def _selection_contradictions(config: Config, strategies: StrategyRegistry) -> Iterator[str]:
+    """Those of online sample selection: of the strategies, then of the settings that all share."""
+    if not config.data.trains:
         yield "--select needs training data: give --train-data"
-    elif warming and 0 < config.training.epochs <= config.selection.warmup_epochs:
-        yield (
-            f"--warmup-point {config.selection.warmup_epochs} leaves no epoch of --epochs "
-            f"{config.training.epochs} for selection: "
-            "make it smaller, or train longer"
-        )
-    elif "warmup_base_sampling" in strategies and config.selection.warmup_point == 0:
-        yield "--warmup-point 0 leaves warmup_base_sampling without a reference: give at least 1"
-    elif warming == (CLEAN_POSTERIOR,) and config.selection.warmup_point == 0 and config.selection.clean_decoys > 0:
-        yield "--warmup-point 0 leaves no epoch for the decoys: give at least 1, or --clean-decoys 0"
-    elif warming and config.selection.warmup_point == 0 and warming != (CLEAN_POSTERIOR,):
-        yield f"--warmup-point 0 leaves {warming[0]} without a reference: give at least 1, or --select-reference"
-    if config.selection.warmup_select_rate is not None and strategies[0] not in warming:
-        given = "" if config.selection.select_reference is None else " and --select-reference"
-        chosen = f"--select-strategy {config.selection.select_strategy}{given}"
-        yield f"--warmup-select-rate has no meaning with {chosen}: leave it out"
+        return
+    members = tuple(strategies.members(config.selection.select_strategy))
+    chosen = f"--select-strategy {config.selection.select_strategy}"
+    if len(members) > 1:
+        for name in sorted(members):
+            if not strategies[name].combines:
+                yield f"{chosen}: {name} cannot be combined with others, leave it out"
+    flags = strategies.flags(strategies.known(config.selection.select_strategy))
+    for option, owners in _given_options(config, strategies).items():
+        ignored = any(field.metadata["ignored_by_others"] for field, _ in flags[option].values())
+        if not set(owners) & set(members) and not ignored:
+            yield f"{_flag(option)} has no meaning with {chosen}: it is for {' or '.join(owners)}"
+    for place, name in enumerate(members):
+        run = dataclasses.replace(config.plan(), sets_rate=place == 0)
+        yield from strategies.options(name, config.selection.options).contradictions(run)
+    yield from _rate_contradictions(config, strategies)
+    yield from _scoring_contradictions(config, strategies, members)
+    if config.selection.select_negatives == "all":
+        yield from _negatives_contradictions(config, strategies, members)
 
 
-def _scoring_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
-    """Those of the scoring pass, and of choosing without one."""
-    if config.selection.score_keep_locked and not (config.model.lock_image or config.model.lock_text):
-        yield "--score-keep-locked needs a locked tower: give --lock-image or --lock-text"
-    if config.selection.score_keep_locked and config.selection.reuses_scores:
-        yield f"--score-keep-locked needs a scoring pass over the whole batch: {_without_reuse(config)}"
-    if (
-        config.selection.select_before_load or config.selection.select_preset == "fast"
-    ) and config.data.dataset_resampled:
+def default_preset(config: Config, strategies: StrategyRegistry) -> str:
+    """The default of ``--select-preset``: fast with a strategy that ranks by scores of earlier steps anyway."""
+    reuses = any(strategies[name].reuses for name in strategies.members(config.selection.select_strategy))
+    return "fast" if reuses else "exact"
+
+
+def _reuses_scores(config: Config, strategies: StrategyRegistry) -> bool:
+    """Whether samples may be ranked by scores of earlier steps."""
+    fast = default_preset(config, strategies) == "fast" or config.selection.select_preset == "fast"
+    return fast or config.selection.score_refresh not in (None, 1)
+
+
+def _scoring_contradictions(config: Config, strategies: StrategyRegistry, members: Sequence[str]) -> Iterator[str]:
+    """Those of the scoring pass, and of selection without one."""
+    if config.selection.score_keep_locked and _reuses_scores(config, strategies):
+        yield f"--score-keep-locked needs a scoring pass over the whole batch: {_without_reuse(strategies, members)}"
+    ahead = config.selection.select_before_load or config.selection.select_preset == "fast"
+    if ahead and config.data.dataset_resampled:
         yield (
             "--dataset-resampled may draw a sample twice in an epoch, so --select-before-load, also as a part of "
             "--select-preset fast, cannot choose ahead of time: leave one of them out (--score-refresh alone works)"
         )
-    clean_scores_nothing = strategies == (CLEAN_POSTERIOR,) and not config.selection.score_refresh
-    if config.selection.select and (set(strategies) <= set(_SCORE_NOTHING) or clean_scores_nothing):
-        way_out = ": give --score-refresh, too, or leave it out" if clean_scores_nothing else ""
-        strategy = f"--select-strategy {config.selection.select_strategy}"
+    reuses = any(strategies[name].reuses for name in members)
+    scores = any(strategies[name].scores for name in members)
+    if not scores or (reuses and not config.selection.score_refresh):
+        way_out = ": give --score-refresh, too, or leave it out" if scores else ""
         for name in _given(config, _SHORTCUTS):
-            yield f"{_flag(name)} has no meaning with {strategy}, which scores nothing{way_out}"
+            yield (
+                f"{_flag(name)} has no meaning with --select-strategy {config.selection.select_strategy}, which scores "
+                f"nothing{way_out}"
+            )
 
 
 def _data_contradictions(config: Config) -> Iterator[str]:
@@ -195,103 +183,48 @@ def _folder_contradictions(config: Config) -> Iterator[str]:
             yield f"{_flag(name)} needs a run folder: leave --logs none out"
 
 
-def _without_reuse(config: Config) -> str:
+def _without_reuse(strategies: StrategyRegistry, members: Sequence[str]) -> str:
     """The way to a scoring pass over the whole batch."""
-    if config.selection.select_strategy == CLEAN_POSTERIOR:
-        return f"use another strategy than {CLEAN_POSTERIOR}"
-    return "leave --score-refresh and presets out"
+    reusing = [name for name in members if strategies[name].reuses]
+    return f"use another strategy than {reusing[0]}" if reusing else "leave --score-refresh and presets out"
 
 
-def _reference_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
-    """Those of the settings of strategies that look at features or at a reference model."""
-    for name in _given(config, _ONLY_WITH_STRATEGY):
-        if not set(_ONLY_WITH_STRATEGY[name]) & set(strategies):
-            owner = " or ".join(_ONLY_WITH_STRATEGY[name])
-            yield (
-                f"{_flag(name)} has no meaning with --select-strategy {config.selection.select_strategy}: it is for "
-                f"{owner}"
-            )
-    if config.selection.select_reference_model is not None and config.selection.select_reference is None:
-        yield "--select-reference-model needs --select-reference: give the weights"
-    if config.selection.jest_deterministic and _given(config, ("jest_gain",)):
-        yield "--jest-gain has no meaning with --jest-deterministic, which draws nothing: leave it out"
-
-
-def _negatives_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
+def _negatives_contradictions(config: Config, strategies: StrategyRegistry, members: Sequence[str]) -> Iterator[str]:
     """Those of ``--select-negatives all``."""
-    if set(strategies) <= set(_SCORE_NOTHING):
+    if not any(strategies[name].scores for name in members):
         yield (
             f"--select-negatives all needs a scoring pass: --select-strategy {config.selection.select_strategy} "
             "has none"
         )
-    if config.selection.reuses_scores:
-        yield f"--select-negatives all needs a scoring pass over the whole batch: {_without_reuse(config)}"
+    if _reuses_scores(config, strategies):
+        yield (
+            f"--select-negatives all needs a scoring pass over the whole batch: {_without_reuse(strategies, members)}"
+        )
     if config.training.accum_freq > 1:
         yield "--select-negatives all cannot be combined with --accum-freq above 1: give --accum-freq 1"
     if config.model.siglip or config.model.distill or "coca" in config.model.model.lower():
         yield "--select-negatives all works with the CLIP loss only: leave it out, or use another --model or loss"
 
 
-def _clean_contradictions(config: Config) -> Iterator[str]:
-    needs = {
-        "clean_gate": (config.selection.clean_decoys > 0, "decoys", "leave --clean-decoys 0 out"),
-        "clean_ratio": (config.selection.clean_decoys == 0, "no decoys", "add --clean-decoys 0"),
-        "clean_quantile": (config.selection.clean_model == "quantile", "that model", "add --clean-model quantile"),
-        "clean_ema": (config.selection.clean_ensemble == "ema", "that ensemble", "add --clean-ensemble ema"),
-    }
-    for name in _given(config, needs):
-        has_meaning, what, way_out = needs[name]
-        if not has_meaning:
-            yield f"{_flag(name)} needs {what} to have a meaning: {way_out}, or leave it out"
-
-
-def _rate_contradictions(config: Config, strategies: Sequence[str]) -> Iterator[str]:
-    """Those of the settings that say how much is trained on when; ``strategies`` are those that are combined."""
-    if len(strategies) > 1:
-        for name in sorted(set(strategies) & set(_ALONE)):
-            yield (
-                f"--select-strategy {config.selection.select_strategy}: {name} cannot be combined with others, leave "
-                "it out"
-            )
-    for name in _given(config, ("infobatch_prune_ratio", "scan_warmup", "scan_period", "scan_redundant")):
-        owner = name.partition("_")[0]
-        if owner not in strategies:
-            yield (
-                f"{_flag(name)} has no meaning with --select-strategy {config.selection.select_strategy}: it is for "
-                f"{owner}"
-            )
-    if _given(config, ("select_rescale",)) and "infobatch" not in strategies:
-        yield (
-            f"--select-rescale has no meaning with --select-strategy {config.selection.select_strategy}, which "
-            "weights nothing"
-        )
-    if _given(config, ("select_rate_start",)) and config.selection.select_rate_schedule == "constant":
+def _rate_contradictions(config: Config, strategies: StrategyRegistry) -> Iterator[str]:
+    """Those of the share of every batch that is kept over the epochs."""
+    selection, epochs = config.selection, config.training.epochs
+    if _given(config, ("select_rate_start",)) and selection.select_rate_schedule == "constant":
         yield "--select-rate-start needs --select-rate-schedule linear or cosine"
-    if config.selection.infobatch_prune_ratio is not None:
-        for name in _given(config, ("select_rate", "select_rate_schedule")):
-            yield (
-                f"{_flag(name)} has no meaning with --infobatch-prune-ratio, which sets the rate: leave one of them out"
-            )
-    if config.training.epochs > 0:
-        full = full_epochs(config.selection.select_full_last or 0.0, config.training.epochs)
-        if config.selection.select_full_last and full == 0:
-            yield (
-                f"--select-full-last {config.selection.select_full_last:g} is less than half an epoch of --epochs "
-                f"{config.training.epochs}: make it larger, or leave it out"
-            )
-        warm = config.selection.warmup_epochs if warming_up(config.selection, strategies) else 0
-        if full > 0 and full + warm >= config.training.epochs:
-            yield (
-                f"--select-full-last {config.selection.select_full_last:g} leaves no epoch of --epochs "
-                f"{config.training.epochs} for "
-                "selection: make it smaller, or train longer"
-            )
-        elif "scan" in strategies and full + config.selection.scan_warmup + 1 >= config.training.epochs:
-            yield (
-                f"--scan-warmup {config.selection.scan_warmup} and the epoch that finds candidates leave no epoch of "
-                "--epochs "
-                f"{config.training.epochs} for selection: make it smaller, or train longer"
-            )
+    if epochs == 0:
+        return
+    full = full_epochs(selection.select_full_last or 0.0, epochs)
+    if selection.select_full_last and full == 0:
+        yield (
+            f"--select-full-last {selection.select_full_last:g} is less than half an epoch of --epochs {epochs}: make "
+            "it larger, or leave it out"
+        )
+    warm = strategies.warmup_epochs(selection.select_strategy, selection.options)
+    if full > 0 and full + warm >= epochs:
+        yield (
+            f"--select-full-last {selection.select_full_last:g} leaves no epoch of --epochs {epochs} for selection: "
+            "make it smaller, or train longer"
+        )
 
 
 def _zeroshot(config: Config) -> bool:

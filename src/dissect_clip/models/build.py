@@ -248,16 +248,24 @@ def _build_teacher(config: Config, world: World) -> nn.Module | None:
 
 
 def build_reference_model(
-    config: Config, world: World, module: OpenClip, tokenizer: Callable[[list[str]], Tensor]
+    config: Config,
+    weights: str,
+    architecture: str | None,
+    world: World,
+    module: OpenClip,
+    tokenizer: Callable[[list[str]], Tensor],
 ) -> nn.Module:
     """The model of ``--select-reference``, which gets the images and tokens of ``module``. In eval mode, frozen.
+
+    Args:
+        weights: a file, or a pretrained tag of OpenCLIP.
+        architecture: its name; None for ``--model``.
 
     Raises:
         SetupError: it cannot be built, or was trained on other pixels or tokens than those it would get.
     """
-    weights, model = config.selection.select_reference, config.model
-    assert weights is not None
-    name = config.selection.select_reference_model or model.model
+    model = config.model
+    name = architecture or model.model
     if ":" in name:
         raise SetupError(
             f"--select-reference {weights}: a model such as {name} brings its own weights. Give "
@@ -269,7 +277,7 @@ def build_reference_model(
         weights,
         config,
         world,
-        flag="--select-reference-model" if config.selection.select_reference_model else "--select-reference: --model",
+        flag="--select-reference-model" if architecture else "--select-reference: --model",
         force_image_size=module.visual.image_size,
         force_context_length=model.force_context_length,
         image_mean=model.image_mean,

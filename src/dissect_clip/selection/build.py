@@ -6,9 +6,10 @@ from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.selection.earlier_scores import EarlierScores
+from dissect_clip.selection.mixins import weights_losses
 from dissect_clip.selection.preselection import Preselector
-from dissect_clip.selection.registry import build_strategy
 from dissect_clip.selection.selection import Selection
+from dissect_clip.selection.strategies.build import build_strategy
 from dissect_clip.selection.strategy import REUSABLE, Needs, Strategy
 
 
@@ -38,7 +39,7 @@ def _check_loss(config: Config, strategy: Strategy) -> None:
         ("a CoCa model", "coca" in config.model.model.lower()),
         ("--distill-model", config.model.distill),
     ):
-        if strategy.weighs and is_used:
+        if weights_losses(strategy) and is_used:
             raise SetupError(
                 f"--select-strategy {config.selection.select_strategy} weights the contrastive loss of each pair, "
                 f"which does not go with the other losses of {kind}: choose another strategy, or give --select-rescale "
@@ -55,7 +56,7 @@ def build_preselector(config: Config, selection: Selection | None) -> Preselecto
     if selection is None or not config.selection.select_before_load:
         return None
     strategy = selection.strategy
-    if strategy.weighs:
+    if weights_losses(strategy):
         raise SetupError(
             f"--select-before-load, also as a part of --select-preset fast, does not go with --select-strategy "
             f"{config.selection.select_strategy}, which weights what it keeps against what it leaves out: leave it "

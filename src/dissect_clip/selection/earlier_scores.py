@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dissect_clip.errors import SetupError
+from dissect_clip.selection.mixins import ReusesScores, with_survey
 from dissect_clip.selection.strategy import REUSABLE, Candidates, Needs, Strategy, clip_score, kept
 from dissect_clip.selection.top_k import top_k
 
@@ -73,18 +74,17 @@ class EarlierScores:
 
     def __post_init__(self) -> None:
         if self.strategy.needs & ~REUSABLE:
-            config = self.strategy.config
             raise SetupError(
-                f"--score-refresh {config.selection.score_refresh:g} ranks by scores of earlier steps, but "
+                f"--score-refresh {self.refresh:g} ranks by scores of earlier steps, but "
                 "--select-strategy "
-                f"{config.selection.select_strategy} looks at more than scores, at features or at a reference model: "
+                f"{self.strategy.run.select_strategy} looks at more than scores, at features or at a reference model: "
                 "leave "
                 "--score-refresh and --select-preset out"
             )
 
-    def informed(self, survey: Sequence[float]) -> EarlierScores:
-        """The same with what the strategy knows of the whole store."""
-        return replace(self, strategy=self.strategy.informed(survey)) if survey else self
+    def with_survey(self, survey: Sequence[float]) -> EarlierScores:
+        """The same with a strategy that has the numbers of a survey."""
+        return replace(self, strategy=with_survey(self.strategy, survey)) if survey else self
 
     @property
     def measured(self) -> tuple[str, ...]:
@@ -107,7 +107,7 @@ class EarlierScores:
         """
         if not self.measured or self.kept(epoch, size) == size:
             return 0
-        if epoch == 0 and not self.strategy.reuses:
+        if epoch == 0 and not isinstance(self.strategy, ReusesScores):
             return size
         # A z-score needs another pair beside it, and that of a loss two: all are of one image, or of one caption.
         fewest = 3 if Needs.LOSS in self.strategy.needs else 2

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dissect_clip.selection.earlier_scores import EarlierScores
+from dissect_clip.selection.mixins import survey_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Preselector:
     def __init__(self, earlier: EarlierScores, num_samples: int) -> None:
         self.earlier = earlier
         self.rows = torch.full((num_samples, len(earlier.columns)), torch.nan)
-        self.survey = torch.zeros(len(earlier.strategy.surveys), dtype=torch.float64)
+        self.survey = torch.zeros(len(survey_names(earlier.strategy)), dtype=torch.float64)
         for shared in (self.rows, self.survey):
             shared.share_memory_()  # type: ignore[no-untyped-call]
 
@@ -55,7 +56,7 @@ class Preselector:
         about.
         """
         size = len(ids)
-        earlier = self.earlier.informed(self.survey.tolist())
+        earlier = self.earlier.with_survey(self.survey.tolist())
         generator = torch.Generator().manual_seed(seed)
         rows = self.rows[ids].where(once[:, None], torch.nan)
         fresh = earlier.fresh(epoch, size)

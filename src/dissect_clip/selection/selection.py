@@ -21,9 +21,24 @@ from dissect_clip.errors import SetupError
 from dissect_clip.models.loss import SampleLoss
 from dissect_clip.seeding import Stream, derive_seed
 from dissect_clip.selection.earlier_scores import EarlierScores, pair_z
+from dissect_clip.selection.mixins import (
+    LearnsFromTraining,
+    ReportsSamples,
+    ReusesScores,
+    SurveysAll,
+    UsesDecoys,
+    learns_in,
+    may_select,
+    memory_settings,
+    needs_in,
+    survey_format,
+    survey_names,
+    survey_summary,
+    with_survey,
+)
 from dissect_clip.selection.options import library_settings
-from dissect_clip.selection.registry import build_strategy
 from dissect_clip.selection.store import ScoreStore, check_ids
+from dissect_clip.selection.strategies.build import build_strategy
 from dissect_clip.selection.strategies.clean_posterior.decoys import Decoys, decoy_ids
 from dissect_clip.selection.strategy import Candidates, Needs, Strategy, kept
 from dissect_clip.selection.top_k import replace_unusable, top_k
@@ -175,7 +190,7 @@ class Selection:
 
     def _set_up(self, strategy: Strategy, config: Config, num_samples: int, world: World) -> None:
         refresh = config.selection.score_refresh
-        exact = strategy.needs is Needs.NOTHING or (refresh in (None, 1) and not strategy.reuses)
+        exact = strategy.needs is Needs.NOTHING or (refresh in (None, 1) and not isinstance(strategy, ReusesScores))
         self.name = config.selection.select_strategy
         self.num_samples = num_samples
         self.strategy = strategy
@@ -228,23 +243,23 @@ class Selection:
         self._captions_are_lost = False
         if inside:  # what the strategy derived when this epoch began still holds
             return
-        if self.strategy.surveys:
+        strategy = self.strategy
+        if isinstance(strategy, SurveysAll):
             # Rank 0 looks for all: K may depend on it, and ranks on other hardware may round otherwise.
-            self._use_survey(self.world.on_main(lambda: self.strategy.survey(self.store.scores, epoch)))
-        if self.strategy.finding:
-            log.info("%s", self.strategy.finding)
+            self._use_survey(self.world.on_main(lambda: strategy.survey(self.store.scores, epoch)))
+        if survey_summary(self.strategy):
+            log.info("%s", survey_summary(self.strategy))
 
     def _use_survey(self, survey: Sequence[float]) -> None:
         self.survey = tuple(survey)
-        self.strategy = self.strategy.informed(self.survey)
+        self.strategy = with_survey(self.strategy, self.survey)
         if self.earlier is not None:
             self.earlier = dataclasses.replace(self.earlier, strategy=self.strategy)
 
     @property
     def learns_losses(self) -> bool:
         """Whether :meth:`learn` needs the losses of this epoch's training pass."""
-        strategy = self.strategy
-        return strategy.learns and strategy.learns_in(self.epoch) and self._is_read_later(self.epoch)
+        return learns_in(self.strategy, self.epoch) and self._is_read_later(self.epoch)
 
     @property
     def learns_features(self) -> bool:
@@ -254,12 +269,12 @@ class Selection:
     @property
     def needs_reference(self) -> bool:
         """Whether rows are scored by a reference model, too, in this epoch."""
-        return Needs.REFERENCE in self.strategy.looks_at(self.epoch)
+        return Needs.REFERENCE in needs_in(self.strategy, self.epoch)
 
     def _is_read_later(self, epoch: int) -> bool:
         """Whether what is remembered in this epoch may be read in a later one."""
         later = range(epoch + 1, self._epochs)
-        return bool(self.strategy.remembers) and any(map(self.strategy.may_select, later))
+        return bool(self.strategy.remembers) and any(may_select(self.strategy, each) for each in later)
 
     def _scores_in(self, epoch: int) -> bool:
         """Whether this epoch needs a scoring pass: not when everything is kept and nothing will be read back."""
@@ -267,7 +282,7 @@ class Selection:
             return False
         if self._record or self._is_read_later(epoch):
             return True
-        return self.strategy.rate(epoch) < 1 and self.strategy.looks_at(epoch) is not Needs.NOTHING
+        return self.strategy.rate(epoch) < 1 and needs_in(self.strategy, epoch) is not Needs.NOTHING
 
     # ---- once a batch
 
@@ -384,8 +399,9 @@ class Selection:
                 self.not_finite += (~usable).sum()
                 index = replace_unusable(index, usable)
             weight = self.strategy.weights(candidates, index) if plan.k < len(sample_id) else None
-            wants_report = self._record and self.strategy.reports
-            reported = self.strategy.report(candidates) if wants_report else None
+            reported = None
+            if self._record and isinstance(self.strategy, ReportsSamples):
+                reported = self.strategy.report(candidates)
         if self.learns_features or self.learns_losses:
             self._waiting.append(_Waiting(plan, index, candidates, memory))
         self.step = plan.step + 1
@@ -405,7 +421,7 @@ class Selection:
 
     def _rank_by_current(self, plan: _Plan, scores: _Scores, reference: _Scores) -> tuple[Candidates, Tensor]:
         """What the strategy needs of the scores of this step, and which of them are finite [N]."""
-        needs = self.strategy.looks_at(self.epoch)
+        needs = needs_in(self.strategy, self.epoch)
         similarity = scores.similarity
         if scores.image_features is not None and scores.text_features is not None:
             similarity = (scores.image_features.float() * scores.text_features.float()).sum(dim=1)
@@ -482,7 +498,9 @@ class Selection:
     def _remember(self, candidates: Candidates, plan: _Plan, usable: Tensor | None) -> None:
         """Store what the strategy remembers of the scores of this step. Collective where it does."""
         # Not asked if it would look at scores that were not computed.
-        asked = usable is not None or (self.strategy.needs is Needs.NOTHING and not self.strategy.learns)
+        asked = usable is not None or (
+            self.strategy.needs is Needs.NOTHING and not isinstance(self.strategy, LearnsFromTraining)
+        )
         values = self.strategy.remember(candidates) if asked else None
         if values is not None:
             values = values if usable is None else values.where(usable[:, None], candidates.memory)
@@ -588,14 +606,14 @@ class Selection:
         by default all samples. To be called before the first epoch.
         """
         strategy = self.strategy
-        if strategy.decoys == 0:
+        if not isinstance(strategy, UsesDecoys) or strategy.decoy_share == 0:
             return
-        strategy.decoy_ids = subset_ids(decoy_ids(subset_size, strategy.decoys, self.seed))
+        strategy.decoy_ids = subset_ids(decoy_ids(subset_size, strategy.decoy_share, self.seed))
         self.decoys = Decoys(strategy.decoy_ids, self.world) if len(strategy.decoy_ids) > 0 else None
 
     def decoys_in(self, epoch: int) -> Decoys | None:
         """The decoys, in an epoch in which they have captions of others."""
-        return self.decoys if self.strategy.has_decoys(epoch) else None
+        return self.decoys if isinstance(self.strategy, UsesDecoys) and self.strategy.has_decoys_in(epoch) else None
 
     def swap_captions(self, sample_id: Tensor, text: Tensor) -> Tensor:
         """Captions [N, L] int64 in which those of the decoys among ``sample_id`` [N] are replaced by others'.
@@ -639,9 +657,9 @@ class Selection:
             "num_samples": self.num_samples,
             "columns": self.store.columns,
             "scores": self.store.scores,
-            "depends_on": self.strategy.depends_on,
+            "depends_on": memory_settings(self.strategy),
             "survey": self.survey,
-            "survey_of": self.strategy.survey_of,
+            "survey_of": survey_format(self.strategy),
             "epoch": self.epoch,
             "step": self.step,
             "world_size": self.world.size,
@@ -664,17 +682,17 @@ class Selection:
             found.append(f"it was trained on {state['num_samples']} samples, this run has {self.num_samples}")
         elif columns and (state["scores"] is None or state["scores"].shape != self.store.scores.shape):
             found.append(f"it has no scores for --select-strategy {self.name}")
-        if state["depends_on"] not in (None, self.strategy.depends_on):
-            now = self.strategy.depends_on or "none of them"
+        if state["depends_on"] not in (None, memory_settings(self.strategy)):
+            now = memory_settings(self.strategy) or "none of them"
             found.append(f"its scores were computed with {state['depends_on'] or 'none of them'}, this run has {now}")
         if state["survey"] and (
-            len(state["survey"]) != len(self.strategy.surveys)
-            or state["survey_of"] not in (None, self.strategy.survey_of)
+            len(state["survey"]) != len(survey_names(self.strategy))
+            or state["survey_of"] not in (None, survey_format(self.strategy))
         ):
-            kind = f" by {self.strategy.survey_of}" if self.strategy.survey_of else ""
+            kind = f" by {survey_format(self.strategy)}" if survey_format(self.strategy) else ""
             found.append(
                 f"it holds {len(state['survey'])} numbers by {state['survey_of']} about the whole dataset, this run "
-                f"expects {len(self.strategy.surveys)}{kind}"
+                f"expects {len(survey_names(self.strategy))}{kind}"
             )
         return found
 
@@ -732,7 +750,7 @@ class Selection:
 
     def _check_given(self, scores: _Scores, reference: _Scores, plan: _Plan) -> None:
         """See that all that the strategy looks at is there, with a row for each of the batch or of those asked for."""
-        needs = self.strategy.needs if self.earlier is not None else self.strategy.looks_at(self.epoch)
+        needs = self.strategy.needs if self.earlier is not None else needs_in(self.strategy, self.epoch)
         sides = [("", scores)]
         if Needs.REFERENCE in needs:
             sides.append(("reference_", reference))
@@ -777,7 +795,7 @@ class Selection:
         """What is scored, for the log."""
         if self.earlier is not None:
             refresh = self.earlier.refresh
-            when = "" if self.strategy.reuses else " after the first epoch"
+            when = "" if isinstance(self.strategy, ReusesScores) else " after the first epoch"
             return f"{f'{refresh:g} of it is' if refresh > 0 else 'nothing is'} scored{when}"
         if Needs.REFERENCE in self.strategy.needs:
             return "every sample is scored by two models in every step after the warm-up, if there is one"

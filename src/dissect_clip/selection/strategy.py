@@ -5,15 +5,15 @@ Shapes: N pairs of this rank, K kept, C columns that the strategy remembers, D f
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.options import StrategyOptions
+from dissect_clip.config.run_plan import RunPlan
 from dissect_clip.selection.schedule import select_rate
 
 T = TypeVar("T")
@@ -77,93 +77,31 @@ class Candidates:
 class Strategy:
     """Base of all strategies: keeps ``--select-rate`` of every batch and remembers nothing.
 
-    A strategy is pure: no model, no file, no collective, no state that changes. Its first docstring line is its line
-    in ``--help``.
+    A strategy has six members: ``needs``, ``remembers``, ``rank``, ``remember``, ``weights`` and ``rate``. It is pure:
+    no model, no file, no collective, no state that changes. What more it wants of a run it says by a mixin of
+    :mod:`dissect_clip.selection.mixins`. Its options are a dataclass, which it names in ``Options``; the first line of
+    its docstring describes it in ``--help``.
+
+    Args:
+        options: an instance of ``Options``.
+        run: the facts about the run that it may use.
     """
 
+    Options: ClassVar[type[StrategyOptions]] = StrategyOptions
+
     needs: Needs = Needs.NOTHING
+    """The parts of the candidates that it uses."""
+
     remembers: tuple[str, ...] = ()
+    """Names of the C columns that the store keeps for it."""
 
-    learns: bool = False
-    """Whether ``remember`` is asked about the training pass, with the losses of the samples that it took."""
-
-    full_last: float = 0.0
-    """The default of --select-full-last."""
-
-    surveys: tuple[str, ...] = ()
-    """Names of the numbers that :meth:`survey` gives."""
-
-    reports: tuple[str, ...] = ()
-    """Names of the P columns of the record that :meth:`report` gives."""
-
-    file: str = ""
-    """Name of the file of the run folder that :meth:`verdict` goes into at the end, a Parquet file; none without."""
-
-    reuses: bool = False
-    """Whether it goes by scores of earlier steps whatever ``--score-refresh`` is, and can do without any at first."""
-
-    decoy_ids: Tensor | None = None
-    """[P] int64, rising: the samples with wrong captions, as the run has drawn them."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    @property
-    def decoys(self) -> float:
-        """The share of the samples that get a wrong caption on purpose; see its ``decoys`` module."""
-        return 0.0
-
-    def has_decoys(self, epoch: int) -> bool:
-        """Whether these samples have their wrong captions in this epoch (0-based)."""
-        return False
-
-    @property
-    def depends_on(self) -> str:
-        """Flags, with their values, without which what is remembered means something else; empty without any."""
-        return ""
-
-    @property
-    def survey_of(self) -> str:
-        """Flags, with their values, that say what the numbers of :meth:`survey` mean; empty without any."""
-        return ""
-
-    @property
-    def weighs(self) -> bool:
-        """Whether ``weights`` may give any."""
-        return False
-
-    def learns_in(self, epoch: int) -> bool:
-        """Whether it wants the losses of the training pass in this epoch, if it learns at all."""
-        return True
-
-    @property
-    def first_epoch(self) -> int:
-        """The first epoch in which --select-rate and its schedule count, after a warm-up."""
-        return 0
-
-    @property
-    def full_share(self) -> float:
-        """The share of the epochs, the last ones, that train on everything."""
-        chosen = self.config.selection.select_full_last
-        return self.full_last if chosen is None else chosen
+    def __init__(self, options: StrategyOptions, run: RunPlan) -> None:
+        self.options = options
+        self.run = run
 
     def rate(self, epoch: int) -> float:
         """The share of every batch kept in this epoch (0-based), in (0, 1]."""
-        return select_rate(self.config, epoch, self.first_epoch, self.full_share)
-
-    @property
-    def keeping(self) -> str:
-        """The share of every batch that is kept over the epochs, for the log."""
-        rates = sorted({self.rate(epoch) for epoch in range(self.config.training.epochs)})
-        return " to ".join(f"{rate:g}" for rate in rates if rate in (rates[0], rates[-1])) or "nothing"
-
-    def may_select(self, epoch: int) -> bool:
-        """Whether this epoch may leave samples out, as far as that is known before it."""
-        return self.rate(epoch) < 1
-
-    def looks_at(self, epoch: int) -> Needs:
-        """The part of ``needs`` that is used in this epoch (0-based)."""
-        return self.needs
+        return select_rate(self.run, epoch)
 
     def rank(self, candidates: Candidates) -> Tensor:
         """[N] float, the largest are trained on. Ties are broken at random, NaN is chosen last."""
@@ -174,52 +112,11 @@ class Strategy:
         return None
 
     def weights(self, candidates: Candidates, index: Tensor) -> Tensor | None:
-        """[K] float32, what the losses of the samples at ``index`` [K] are multiplied by; None where all are 1.
+        """[K] float32, factors of the losses of the selected samples ``index`` [K]; None where all are 1.
 
-        Of the samples that ``rank`` has chosen; not asked where all are kept.
+        Not called when the whole batch is kept.
         """
         return None
-
-    def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
-        """S numbers that hold for the whole store [num_samples, C], taken on rank 0 before an epoch."""
-        raise NotImplementedError
-
-    def informed(self, survey: Sequence[float]) -> Strategy:
-        """This strategy, as it is once it knows the numbers of :meth:`survey`."""
-        return self
-
-    @property
-    def finding(self) -> str:
-        """What the last survey has found, for the log; empty where there is nothing to say."""
-        return ""
-
-    def report(self, candidates: Candidates) -> Tensor:
-        """[N, P] float32 for the record, by the same candidates that ``rank`` sees; NaN where there is nothing."""
-        raise NotImplementedError
-
-    def verdict(self, memory: Tensor, ids: Tensor, num_samples: int, epoch: int) -> Mapping[str, Tensor]:
-        """Columns by name [M] of ``file``, by the rows ``memory`` [M, C] of the samples ``ids`` [M], before an epoch.
-
-        NaN where there is nothing. Whole numbers where the name ends in ``visits`` or ``epoch``, truth values where it
-        begins with ``is_``.
-        """
-        raise NotImplementedError
-
-
-class WarmingUp(Strategy):
-    """Base of the strategies that sample uniformly, at a rate of its own, for ``--warmup-point`` epochs."""
-
-    @property
-    def first_epoch(self) -> int:
-        return self.config.selection.warmup_epochs
-
-    def warms_up(self, epoch: int) -> bool:
-        """Whether this epoch (0-based) is one of those."""
-        return epoch < self.first_epoch
-
-    def rate(self, epoch: int) -> float:
-        warmup_rate = self.config.selection.warmup_select_rate
-        return warmup_rate if self.warms_up(epoch) and warmup_rate is not None else super().rate(epoch)
 
 
 def kept(rate: float, size: int) -> int:

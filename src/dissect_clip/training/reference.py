@@ -15,6 +15,7 @@ from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_reference_model
 from dissect_clip.models.precision import Autocast
+from dissect_clip.selection.strategies.options import ReferenceOptions
 from dissect_clip.training.scoring import Encoded, Scorer, build_scorer
 
 log = logging.getLogger(__name__)
@@ -68,15 +69,23 @@ def digest(module: nn.Module) -> str:
 
 
 def build_reference(
-    config: Config, world: World, module: nn.Module, autocast: Autocast, tokenizer: Callable[[list[str]], Tensor]
+    config: Config,
+    options: ReferenceOptions,
+    world: World,
+    module: nn.Module,
+    autocast: Autocast,
+    tokenizer: Callable[[list[str]], Tensor],
 ) -> Reference:
-    """The reference that the settings ask for, scored as ``module`` is but always in eval mode.
+    """The reference model by a strategy's ``options``, scored as ``module`` is but always in eval mode.
 
     Raises:
         SetupError: if it cannot be built or does not take what ``module`` takes.
     """
-    given = config.selection.select_reference is not None
-    model = build_reference_model(config, world, module, tokenizer) if given else copy.deepcopy(module)
+    weights = options.select_reference
+    if weights is None:
+        model = copy.deepcopy(module)
+    else:
+        model = build_reference_model(config, weights, options.select_reference_model, world, module, tokenizer)
     model.requires_grad_(False)
     scorer = build_scorer(config, model, autocast, tokenizer, reference=True)
-    return Reference(scorer, None if given else config.selection.warmup_epochs)
+    return Reference(scorer, options.warmup_epochs if weights is None else None)

@@ -1,7 +1,7 @@
 """What a strategy has found out about every sample, written at the end of a run: a Parquet file of the run folder.
 
-Columns: ``sample_id``, ``shard``, then those of :meth:`dissect_clip.selection.strategy.Strategy.verdict`; null where
-nothing is known. In the order of the ids, a row for each sample of the data set, written a piece at a time.
+Columns: ``sample_id``, ``shard``, then those of :meth:`dissect_clip.selection.mixins.ReportsSamples.sample_report`;
+null for unknown values. A row for each sample of the dataset in the order of the ids, written a piece at a time.
 
 Shapes: M samples in the data set, C columns of the store.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dissect_clip.errors import TrainingError
 from dissect_clip.run.atomic import put_in_place
+from dissect_clip.selection.mixins import ReportsSamples, SurveysAll, survey_names, survey_summary, with_survey
 from dissect_clip.selection.strategy import Strategy
 
 METADATA = b"dissect_clip.verdict"
@@ -49,12 +50,13 @@ def write_verdict(
     Raises:
         TrainingError: the file cannot be written.
     """
-    survey = strategy.survey(memory, epoch)
-    strategy = strategy.informed(survey)
+    survey = strategy.survey(memory, epoch) if isinstance(strategy, SurveysAll) else ()
+    strategy = with_survey(strategy, survey)
+    assert isinstance(strategy, ReportsSamples)
     about = {
-        "strategy": strategy.config.selection.select_strategy,
+        "strategy": strategy.run.select_strategy,
         "epochs": epoch,
-        **dict(zip(strategy.surveys, survey, strict=True)),
+        **dict(zip(survey_names(strategy), survey, strict=True)),
     }
     shards = pa.array(list(shard_names), pa.string())
     partial = path.with_name(path.name + ".tmp")
@@ -67,7 +69,7 @@ def write_verdict(
                 "shard": pa.DictionaryArray.from_arrays(pa.array(locate(ids), pa.int32()), shards),
             }
             rows, places = memory[first : first + _PIECE], torch.from_numpy(ids).to(memory.device)
-            for name, values in strategy.verdict(rows, places, len(memory), epoch).items():
+            for name, values in strategy.sample_report(rows, places, len(memory), epoch).items():
                 if name.startswith(_TRUTH):
                     columns[name] = pa.array(values.cpu().numpy().astype(bool))
                     continue
@@ -90,6 +92,6 @@ def write_verdict(
             f"{path} cannot be written: {error.strerror or error}. Training is complete and saved; make room and start "
             "the run again with --resume latest, which writes the file alone"
         ) from None
-    if strategy.finding:
-        log.info("At the end: %s", strategy.finding)
+    if survey_summary(strategy):
+        log.info("At the end: %s", survey_summary(strategy))
     log.info("What is known of every sample: %s", path)

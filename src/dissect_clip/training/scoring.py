@@ -438,7 +438,7 @@ def build_scorer(
             scorer.try_out(tokenizer(["one", "another"]), open_clip.get_input_dtype(config.training.precision))
     except SetupError as error:
         named = f"--model {config.model.model}"
-        if reference and config.selection.select_reference is not None:
-            named = f"--select-reference {config.selection.select_reference}"
+        if reference and config.selection.options.get("select_reference") is not None:
+            named = f"--select-reference {config.selection.options['select_reference']}"
         raise SetupError(f"{named}: {error}") from error
     return scorer

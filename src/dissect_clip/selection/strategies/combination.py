@@ -13,8 +13,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.options import StrategyOptions
+from dissect_clip.config.run_plan import RunPlan
 from dissect_clip.errors import SetupError
+from dissect_clip.selection.mixins import (
+    LearnsFromTraining,
+    ReusesScores,
+    SurveysAll,
+    UsesDecoys,
+    UsesReference,
+    VariesNeeds,
+    WeightsSamples,
+    needs_in,
+)
 from dissect_clip.selection.strategy import Candidates, Needs, Strategy
 
 
@@ -31,7 +42,11 @@ def positions(rank: Tensor) -> Tensor:
     return (first + last) / (2 * max(1, len(rank) - 1))
 
 
-class Combination(Strategy):
+OWN_PLAN = (LearnsFromTraining, WeightsSamples, SurveysAll, UsesDecoys, ReusesScores)
+"""Mixins of strategies whose choice is a plan, which the sum of ranks would break."""
+
+
+class Combination(VariesNeeds):
     """the weighted sum of the ranks of several strategies, each from 0 to 1
 
     The rate is that of the first strategy.
@@ -40,17 +55,14 @@ class Combination(Strategy):
         members: the strategies by name, each with its weight above 0.
 
     Raises:
-        SetupError: if a strategy weights samples or learns from the training pass by itself: its choice is a plan of
-            its own.
+        SetupError: if a strategy's choice is a plan for the whole run, as it has one of the mixins ``OWN_PLAN``.
     """
 
-    def __init__(self, config: Config, members: Mapping[str, tuple[Strategy, float]]) -> None:
-        super().__init__(config)
+    def __init__(self, run: RunPlan, members: Mapping[str, tuple[Strategy, float]]) -> None:
+        super().__init__(StrategyOptions(), run)
         for name, (strategy, _) in members.items():
-            if strategy.learns or strategy.weighs or strategy.reuses:
-                raise SetupError(
-                    f"--select-strategy {config.selection.select_strategy}: {name} cannot be combined with others"
-                )
+            if isinstance(strategy, OWN_PLAN):
+                raise SetupError(f"--select-strategy {run.select_strategy}: {name} cannot be combined with others")
         self.members = [strategy for strategy, _ in members.values()]
         self.shares = [weight for _, weight in members.values()]
         self.needs = functools.reduce(operator.or_, (strategy.needs for strategy in self.members), Needs.NOTHING)
@@ -61,8 +73,8 @@ class Combination(Strategy):
     def rate(self, epoch: int) -> float:
         return self.members[0].rate(epoch)
 
-    def looks_at(self, epoch: int) -> Needs:
-        return functools.reduce(operator.or_, (strategy.looks_at(epoch) for strategy in self.members), Needs.NOTHING)
+    def needs_in(self, epoch: int) -> Needs:
+        return functools.reduce(operator.or_, (needs_in(strategy, epoch) for strategy in self.members), Needs.NOTHING)
 
     def _views(self, candidates: Candidates) -> list[Candidates]:
         """The candidates as each strategy is to see them, with its own columns."""
@@ -82,3 +94,9 @@ class Combination(Strategy):
         return torch.cat(
             [view.memory if value is None else value for value, view in zip(values, views, strict=True)], dim=1
         )
+
+
+def reference_user(strategy: Strategy) -> UsesReference | None:
+    """The strategy itself, or the first of a combination, that compares with a reference model; None without any."""
+    members = strategy.members if isinstance(strategy, Combination) else [strategy]
+    return next((member for member in members if isinstance(member, UsesReference)), None)

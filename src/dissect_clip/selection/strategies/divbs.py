@@ -20,12 +20,11 @@ _SPENT = 1e-10
 """Share of a vector's squared length below which what is left of it is rounding."""
 
 
-def greedy_span(vectors: Tensor, count: int, exact: bool) -> tuple[Tensor, Tensor]:
+def greedy_span(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The ``count`` of ``vectors`` [N, M] that are picked, [K] int64 in their order, and what a next one gives, [N].
 
-    Each pick has the largest dot product, as an absolute value, with what the picks before have left of the sum of all
-    vectors. With ``exact`` it is the pick that raises the objective most: the vector is first freed of what they span,
-    and scaled to unit norm. Of equals the first is taken. No device sync.
+    Each pick has the largest dot product, as an absolute value, with the part of the sum of all vectors that the picks
+    before it do not span (the paper's simplified rule). Ties go to the first. No device sync.
 
     Everything is computed from the dot products of the vectors: a Cholesky factorisation that picks its pivots by this
     rule, O(N K) a pick whatever M is. In float64, as what is left of a vector would drown in the rounding of TF32.
@@ -40,7 +39,7 @@ def greedy_span(vectors: Tensor, count: int, exact: bool) -> tuple[Tensor, Tenso
     picks = []
     for number in range(count):
         gain = along.square()
-        pick = (gain / left.maximum(floor) if exact else gain).add_(picked).argmax(dim=0, keepdim=True)
+        pick = (gain + picked).argmax(dim=0, keepdim=True)
         picks.append(pick)
         picked.index_fill_(0, pick, -torch.inf)
         before = basis[:number]
@@ -70,9 +69,5 @@ class DivBS(Strategy):
     needs = Needs.FEATURES
 
     def rank(self, candidates: Candidates) -> Tensor:
-        if self.config.selection.divbs_on == "features":
-            vectors = torch.cat([required(candidates.image_features), required(candidates.text_features)], dim=1)
-        else:
-            vectors = feature_gradients(candidates, self.config.model.siglip)
-        count = kept(self.rate(candidates.epoch), len(vectors))
-        return in_order(*greedy_span(vectors, count, self.config.selection.divbs_greedy == "exact"))
+        vectors = feature_gradients(candidates, self.run.siglip)
+        return in_order(*greedy_span(vectors, kept(self.rate(candidates.epoch), len(vectors))))

@@ -1,13 +1,14 @@
-"""Draw by the probability that a pair is clean, as far as earlier training passes tell it.
+"""Sample in proportion to the probability that a pair is clean, estimated from earlier training passes.
 
-The training pass says of each pair that it takes how well it fits (a z-score, see :mod:`dissect_clip.selection.reuse`).
-Before each epoch two parts are fitted to what is known of all samples, pairs that fit and pairs that do not, and each
-batch is drawn without replacement, by the probability of the first part. Nothing is scored for it, so the choice can be
-made before samples are decoded. docs/clean_posterior.md has what it gains.
+The training pass gives the z-score of each pair that it takes: how far its cosine lies above that of mismatched pairs.
+Before each epoch two Gaussians are fitted to the averages of all samples, one of clean and one of mismatched pairs, and
+each batch is sampled without replacement in proportion to a power of the probability of the clean one. No scoring pass
+is needed, so samples can be chosen before they are decoded. docs/clean_posterior.md has the results.
 
-In the warm-up a few samples are decoys, whose captions are wrong on purpose. What lies where they lie is likely wrong,
-what lies where they hardly do is clean: so they tell how many pairs are wrong, and how likely each is clean. The fit
-alone knows neither, since wrong pairs are memorised. Where hardly any pair is wrong all samples have the same weight.
+During the warm-up a few samples are decoys, which have a wrong caption on purpose. Their scores show what the scores of
+mismatched pairs look like, and so give the share of mismatched pairs and the probability that a pair is clean. The fit
+alone gives neither, because mismatched pairs are memorised. If hardly any pair is mismatched, all samples have the same
+weight.
 
 Shapes: N pairs of this rank, M samples, C columns of the store, P decoys.
 """
@@ -20,116 +21,101 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from dissect_clip.config.settings import Config
+from dissect_clip.config.run_plan import RunPlan
 from dissect_clip.seeding import Stream, derive_seed
+from dissect_clip.selection.mixins import ReportsSamples, ReusesScores, SurveysAll, UsesDecoys, WarmsUp
 from dissect_clip.selection.strategies.clean_posterior.decoys import decoy_ids
-from dissect_clip.selection.strategies.clean_posterior.mixture import CURVE, DECOYS, FIT_ROWS, Parts, fit_parts
-from dissect_clip.selection.strategy import Candidates, Needs, WarmingUp, required
+from dissect_clip.selection.strategies.clean_posterior.mixture import CURVE, FIT_ROWS, Parts, fit_decoys, fit_gaussians
+from dissect_clip.selection.strategies.clean_posterior.options import CleanPosteriorOptions
+from dissect_clip.selection.strategy import Candidates, Needs, required
 
 _AVERAGE, _VARIANCE, _VISITS, _EPOCH, _FIRST = range(5)
 """Places of the columns; the last is there with decoys."""
 
 _SCALARS = 7
-"""Numbers of the parts, but for the curve."""
+"""Numbers of the parts, except the curve."""
+
+_EMA = 0.5
+"""Weight of a new visit in the moving average of a sample."""
+
+_SMALLEST_GAP = 0.5
+"""Without decoys: the parts count as distinct if the mean of the lower one is below this share of the upper one's."""
 
 _LEAST = 1e-6
-"""The smallest weight: a batch is filled up with samples that are surely wrong rather than being short."""
+"""The smallest weight: a batch that lacks clean samples is filled with certainly mismatched ones."""
 
 
-class CleanPosterior(WarmingUp):
-    """drawn by the probability that the pair is clean, which training tells by itself; without a scoring pass"""
+class CleanPosterior(WarmsUp, SurveysAll, ReportsSamples, UsesDecoys, ReusesScores):
+    """samples pairs in proportion to an estimated probability of being clean, computed during training"""
 
+    Options = CleanPosteriorOptions
+    options: CleanPosteriorOptions
+    needs = Needs.SCORE
     remembers: tuple[str, ...] = ("average", "variance", "visits", "last_epoch")
-    surveys: tuple[str, ...] = (
+    survey_names: tuple[str, ...] = (
         "clean_share", "low_mean", "low_deviation", "high_mean", "high_deviation", "lowest", "highest",
         "known", "ratio", "noise",
     )  # fmt: skip
-    reports = ("p_clean",)
-    file = "clean.parquet"
-    reuses = True
+    survey_format = "--clean-model tied"  # as checkpoints have it from the time when there were other models
+    sample_columns = ("p_clean",)
+    report_file = "clean.parquet"
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.needs = Needs.SCORE
-        if config.selection.clean_statistic == "loss":
-            self.needs |= Needs.LOSS
-        if config.selection.clean_statistic == "clipscore":
-            self.needs |= Needs.CLIPSCORE
-        if self.decoys > 0:
+    def __init__(self, options: CleanPosteriorOptions, run: RunPlan) -> None:
+        super().__init__(options, run)
+        if self.decoy_share > 0:
             self.remembers += ("first_average",)
-            self.surveys += ("decoys", "decoy_share", *(f"decoy_{name}" for name in self.surveys[1:_SCALARS]))
-            self.surveys += tuple(f"curve_{place}" for place in range(CURVE))
+            self.survey_names += ("decoys", "decoy_share", *(f"decoy_{name}" for name in self.survey_names[1:_SCALARS]))
+            self.survey_names += tuple(f"curve_{place}" for place in range(CURVE))
         self.parts: Parts | None = None
         self.known = 0  # samples with a score, when the epoch began
-        self.by_decoys: Parts | None = None  # what the decoys say of the scores at the end of the warm-up
+        self.by_decoys: Parts | None = None  # the estimate from the decoys at the end of the warm-up
         self.known_decoys = 0
         self.ratio = 0.0  # mean z-score of the lower part over that of the upper one
-        self.noise = 0.0  # variance of a sample's statistic from visit to visit, over all samples
+        self.noise = 0.0  # mean variance of a sample's z-score between its visits
 
     @property
-    def decoys(self) -> float:
-        """See :attr:`Strategy.decoys`."""
-        return self.config.selection.clean_decoys
+    def decoy_share(self) -> float:
+        return self.options.clean_decoys
 
     @property
-    def depends_on(self) -> str:
-        """See :attr:`Strategy.depends_on`: which samples are decoys."""
-        return f"--clean-decoys {self.decoys:g} --seed {self.config.training.seed}" if self.decoys > 0 else ""
+    def decoy_settings(self) -> str:
+        return f"--clean-decoys {self.decoy_share:g} --seed {self.run.seed}" if self.decoy_share > 0 else ""
+
+    def has_decoys_in(self, epoch: int) -> bool:
+        return self.decoy_share > 0 and self.warms_up(epoch)
 
     @property
-    def survey_of(self) -> str:
-        """See :attr:`Strategy.survey_of`."""
-        return f"--clean-model {self.config.selection.clean_model}"
+    def distinguishes(self) -> bool:
+        """Whether clean and mismatched pairs can be distinguished.
 
-    def has_decoys(self, epoch: int) -> bool:
-        return self.decoys > 0 and self.warms_up(epoch)
-
-    @property
-    def told_apart(self) -> bool:
-        """Whether there are two parts: enough wrong pairs by the decoys.
-
-        Without those, whether the lower part is nearer to chance than to the upper one.
+        With decoys: whether they estimate enough mismatched pairs. Without: whether the mean of the lower part is
+        nearer to chance, a z-score of 0, than to the mean of the upper one.
         """
         if self.parts is None:
             return False
-        if self.decoys > 0:
-            return self.by_decoys is not None and 1 - self.by_decoys.share >= self.config.selection.clean_gate
-        return max(self.ratio, 0.0) < self.config.selection.clean_ratio  # the lower part may lie below chance
+        if self.decoy_share > 0:
+            return self.by_decoys is not None and 1 - self.by_decoys.share >= self.options.clean_gate
+        return max(self.ratio, 0.0) < _SMALLEST_GAP  # the lower part may lie below chance
 
     def _decoy_ids(self, num_samples: int) -> Tensor:
-        return (
-            decoy_ids(num_samples, self.decoys, self.config.training.seed) if self.decoy_ids is None else self.decoy_ids
-        )
+        if self.decoy_ids is None:
+            return decoy_ids(num_samples, self.decoy_share, self.run.seed)
+        return self.decoy_ids
 
-    # ---- what is known of a sample
+    # ---- what is remembered of a sample
 
-    def _statistic(self, candidates: Candidates) -> Tensor:
-        if self.config.selection.clean_statistic == "loss":
-            return -required(candidates.loss)
-        if self.config.selection.clean_statistic == "clipscore":
-            return required(candidates.last_clip_score)
-        return required(candidates.score)
-
-    def _trust(self, visits: Tensor) -> Tensor:
-        """Variance of the average [N] of so many ``visits`` [N], where that of one is 1."""
-        if self.config.selection.clean_ensemble == "mean":
-            return 1 / visits
-        if self.config.selection.clean_ensemble == "ema":
-            keep = (1 - self.config.selection.clean_ema) ** 2
-            left = keep ** (visits - 1)
-            return (
-                left + self.config.selection.clean_ema**2 * (1 - left) / (1 - keep)
-                if keep < 1
-                else torch.ones_like(visits)
-            )
-        return torch.ones_like(visits)
+    def _average_variance(self, visits: Tensor) -> Tensor:
+        """Variance [N] of the moving average after ``visits`` [N], in units of the variance of one visit."""
+        keep = (1 - _EMA) ** 2
+        left = keep ** (visits - 1)
+        return left + _EMA**2 * (1 - left) / (1 - keep)
 
     def _visits(self, memory: Tensor) -> Tensor:
         """Visits [N] with the sample's own caption; those of a decoy with its wrong one stand below 0."""
         return memory[:, _VISITS].nan_to_num(0).clamp(min=0)
 
     def remember(self, candidates: Candidates) -> Tensor:
-        memory, value = candidates.memory, self._statistic(candidates)
+        memory, value = candidates.memory, required(candidates.score)
         decoy = candidates.decoy
         visits = self._visits(memory)
         average, variance = memory[:, _AVERAGE], memory[:, _VARIANCE].nan_to_num(0)
@@ -137,19 +123,15 @@ class CleanPosterior(WarmingUp):
             average = memory[:, _FIRST]
             visits = memory[:, _VISITS].nan_to_num(0).abs()
         step = value - average
-        if self.config.selection.clean_drift == "removed" and not self.warms_up(candidates.epoch):
-            # What is trained on rises, what is not stays behind: only how they differ among each other counts.
+        if not self.warms_up(candidates.epoch):
+            # The scores of selected samples rise and the others stay behind, so only differences within a batch count.
             drift = step.nanmean().nan_to_num(0)
             value, step = value - drift, step - drift
         # How far a value is from the average before it has the variance of both.
-        jump = step.square() / (1 + self._trust(visits.clamp(min=1)))
+        jump = step.square() / (1 + self._average_variance(visits.clamp(min=1)))
         variance = variance + (jump - variance) / visits.clamp(min=1)
-        shares = {"last": torch.ones_like(visits), "mean": 1 / (visits + 1)}
-        share = shares.get(
-            self.config.selection.clean_ensemble, torch.full_like(visits, self.config.selection.clean_ema)
-        )
         first = visits == 0
-        average = torch.where(first, value, average + share * step)
+        average = torch.where(first, value, average + _EMA * step)
         columns = torch.stack(
             [
                 average,
@@ -159,7 +141,7 @@ class CleanPosterior(WarmingUp):
             ],
             dim=1,
         )
-        if self.decoys == 0:
+        if self.decoy_share == 0:
             return columns
         if decoy is not None:
             of_decoys = torch.full_like(columns, torch.nan)
@@ -167,22 +149,22 @@ class CleanPosterior(WarmingUp):
             columns = columns.where(~decoy[:, None], of_decoys)
         return torch.cat([columns, (average if self.warms_up(candidates.epoch) else memory[:, _FIRST])[:, None]], dim=1)
 
-    # ---- what is known of all samples
+    # ---- the survey of all samples
 
     def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
-        """See :meth:`Strategy.survey`; ``memory`` [M, C] has the scores behind this strategy's own columns."""
+        """See :meth:`SurveysAll.survey`; ``memory`` [M, C] has the last scores after this strategy's own columns."""
         found = self._survey_parts(memory, epoch)
-        if self.decoys > 0:
+        if self.decoy_share > 0:
             found += self._survey_decoys(memory) if any(found) else [0.0] * (1 + _SCALARS + CURVE)
         return found
 
     def _survey_parts(self, memory: Tensor, epoch: int) -> list[float]:
         rows = self._some(memory, self._visits(memory) > 0, epoch).double()
-        parts = fit_parts(self.config.selection.clean_model, rows[:, _AVERAGE], self.config.selection.clean_quantile)
+        z = rows[:, _AVERAGE]
+        parts = fit_gaussians(z)
         if parts is None:
             return [0.0] * (_SCALARS + 3)
-        clean = parts.clean(rows[:, _AVERAGE])
-        z = rows[:, len(self.remembers) if self.config.selection.clean_statistic == "clipscore" else _AVERAGE]
+        clean = parts.clean(z)
         low, high = (float((z * share).sum() / share.sum().clamp(min=_LEAST)) for share in (1 - clean, clean))
         ratio = low / high if high > 0 else 1.0
         noise = rows[:, _VARIANCE].nanmean().nan_to_num(0)
@@ -190,115 +172,112 @@ class CleanPosterior(WarmingUp):
         return [*parts.numbers(), float(known), ratio, float(noise)]
 
     def _survey_decoys(self, memory: Tensor) -> list[float]:
-        """How many decoys are known, and what they say of the averages of all others in the warm-up."""
+        """The number of decoys with a score, and their estimate from the averages of all samples in the warm-up."""
         first = memory[:, _FIRST]
         ids = self._decoy_ids(len(memory)).to(memory.device)
         known = first[ids].isfinite()
         others = self._some(memory, first.isfinite().index_fill(0, ids, False), 0)[:, _FIRST]
-        parts = fit_parts(DECOYS, others, decoys=first[ids[known]])
+        parts = fit_decoys(others, first[ids[known]])
         return [float(known.sum()), *([0.0] * (_SCALARS + CURVE) if parts is None else parts.numbers())]
 
     def _some(self, memory: Tensor, wanted: Tensor, epoch: int) -> Tensor:
-        """Rows of ``memory`` [M, C] that are ``wanted`` [M] bool; of too many a random part."""
+        """Rows of ``memory`` [M, C] where ``wanted`` [M] bool; a random part of them if there are too many."""
         places = wanted.nonzero()[:, 0]
         if len(places) > FIT_ROWS:
-            generator = torch.Generator().manual_seed(derive_seed(self.config.training.seed, Stream.SELECT, epoch))
+            generator = torch.Generator().manual_seed(derive_seed(self.run.seed, Stream.SELECT, epoch))
             places = places[torch.randint(len(places), (FIT_ROWS,), generator=generator).to(places.device)]
         return memory[places]
 
-    def informed(self, survey: Sequence[float]) -> CleanPosterior:
-        knowing = copy.copy(self)
-        parts, (known, knowing.ratio, knowing.noise, *more) = survey[:_SCALARS], survey[_SCALARS:]
-        knowing.known = int(known)
-        knowing.parts = Parts.of(self.config.selection.clean_model, parts) if known else None
-        knowing.by_decoys, knowing.known_decoys = None, 0
+    def with_survey(self, survey: Sequence[float]) -> CleanPosterior:
+        changed = copy.copy(self)
+        parts, (known, changed.ratio, changed.noise, *more) = survey[:_SCALARS], survey[_SCALARS:]
+        changed.known = int(known)
+        changed.parts = Parts.of(parts) if known else None
+        changed.by_decoys, changed.known_decoys = None, 0
         if more:
             count, *numbers = more
-            knowing.known_decoys = int(count)
-            knowing.by_decoys = Parts.of(DECOYS, numbers) if any(numbers) else None
-        return knowing
+            changed.known_decoys = int(count)
+            changed.by_decoys = Parts.of(numbers) if any(numbers) else None
+        return changed
 
     @property
-    def finding(self) -> str:
-        parts, known = self.parts, self.by_decoys
-        if parts is None or (self.decoys > 0 and known is None):
-            return "Clean posterior: too little is known yet to part clean pairs from others"
+    def summary(self) -> str:
+        parts, by_decoys = self.parts, self.by_decoys
+        if parts is None or (self.decoy_share > 0 and by_decoys is None):
+            return "Clean posterior: too few scores yet to distinguish clean from mismatched pairs"
         found = (
-            f"{self.config.selection.clean_statistic} {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
+            f"z-score {parts.high_mean:.2f} ± {parts.high_deviation:.2f} against "
             f"{parts.low_mean:.2f} ± {parts.low_deviation:.2f}"
         )
-        if known is not None:
-            wrong = f"{100 * (1 - known.share):.0f} % of the captions look wrong"
-            why = f"beside {self.known_decoys} decoys in the warm-up {wrong}"
-            if not self.told_apart:
-                return (
-                    f"Clean posterior: {why}, --clean-gate {self.config.selection.clean_gate:g}: all have the same "
-                    "weight"
-                )
-            return f"Clean posterior: {why}; {100 * parts.share:.0f} % of {self.known} samples are drawn from ({found})"
-        means = (
-            f"mean z-scores of the parts in a ratio of {self.ratio:.2f}, --clean-ratio "
-            f"{self.config.selection.clean_ratio:g}"
+        if by_decoys is not None:
+            wrong = f"{self.known_decoys} decoys estimate that {100 * (1 - by_decoys.share):.0f} % of the pairs are"
+            if not self.distinguishes:
+                gate = f"below --clean-gate {self.options.clean_gate:g}"
+                return f"Clean posterior: {wrong} mismatched, {gate}: all samples have the same weight"
+            return (
+                f"Clean posterior: {wrong} mismatched; {100 * parts.share:.0f} % of {self.known} samples lie in the "
+                f"upper part ({found})"
+            )
+        means = f"the mean z-scores of the two parts have a ratio of {self.ratio:.2f}, limit {_SMALLEST_GAP:g}"
+        if not self.distinguishes:
+            return f"Clean posterior: {means}, too close to distinguish: all samples have the same weight"
+        return (
+            f"Clean posterior: {100 * parts.share:.0f} % of {self.known} samples lie in the upper part ({found}; "
+            f"{means})"
         )
-        if not self.told_apart:
-            return f"Clean posterior: the two parts cannot be told apart ({means}): all samples have the same weight"
-        return f"Clean posterior: {100 * parts.share:.0f} % of {self.known} samples look clean ({found}; {means})"
 
-    # ---- what follows for a sample
+    # ---- the probability of a sample
 
-    def posterior(self, memory: Tensor, epoch: int) -> Tensor:
-        """P(clean) [N] by ``memory`` [N, C] before an epoch; NaN where the parts cannot be told apart.
+    def posterior(self, memory: Tensor) -> Tensor:
+        """P(clean) [N] by the rows ``memory`` [N, C]; NaN if the parts cannot be distinguished.
 
-        The share of the clean part for samples that were never seen, and ever nearer to it with ``--clean-forget``,
-        the longer ago the last visit was.
+        A sample that was never seen has the share of the clean part.
         """
-        if self.parts is None or not self.told_apart:
+        if self.parts is None or not self.distinguishes:
             return torch.full_like(memory[:, _AVERAGE], torch.nan)
         clean = self.parts.clean(memory[:, _AVERAGE])
-        share = self.parts.share
-        if self.config.selection.clean_forget > 0:
-            age = (epoch - 1 - memory[:, _EPOCH]).clamp(min=0)
-            clean = share + (clean - share) * (1 - self.config.selection.clean_forget) ** age
-        return clean.where(clean.isfinite(), share)
+        return clean.where(clean.isfinite(), self.parts.share)
 
     def rank(self, candidates: Candidates) -> Tensor:
-        """Log weight plus Gumbel noise: its largest are a draw without replacement (Kool et al., ICML 2019)."""
+        """Log weight plus Gumbel noise: the largest are a sample without replacement (Kool et al., ICML 2019)."""
         noise = -torch.empty_like(candidates.memory[:, 0]).exponential_(generator=candidates.generator).log()
-        if self.warms_up(candidates.epoch) or not self.told_apart:
+        if self.warms_up(candidates.epoch) or not self.distinguishes:
             return noise
-        floor = self.config.selection.clean_floor
-        clean = self.posterior(candidates.memory, candidates.epoch)
-        weight = floor + (1 - floor) * clean**self.config.selection.clean_exponent
+        floor = self.options.clean_floor
+        clean = self.posterior(candidates.memory)
+        weight = floor + (1 - floor) * clean**self.options.clean_exponent
         return weight.clamp(min=_LEAST).log() + noise
 
-    def certainty(self, memory: Tensor, epoch: int) -> Tensor:
-        """P(clean) [N] as it is told to the user: by the decoys; without them that which is drawn by."""
-        if self.decoys == 0:
-            return self.posterior(memory, epoch)
+    def reported_posterior(self, memory: Tensor) -> Tensor:
+        """P(clean) [N] for the record and the report: estimated from the decoys, without them as in ``posterior``."""
+        if self.decoy_share == 0:
+            return self.posterior(memory)
         if self.by_decoys is None:
             return torch.full_like(memory[:, _FIRST], torch.nan)
         clean = self.by_decoys.clean(memory[:, _FIRST])
         return clean.where(clean.isfinite(), self.by_decoys.share)
 
     def report(self, candidates: Candidates) -> Tensor:
-        return self.certainty(candidates.memory, candidates.epoch)[:, None]
+        return self.reported_posterior(candidates.memory)[:, None]
 
-    def verdict(self, memory: Tensor, ids: Tensor, num_samples: int, epoch: int) -> Mapping[str, Tensor]:
-        """P(clean) with the ends of what one standard error of the statistic leaves open, and what it comes from.
+    def sample_report(self, memory: Tensor, ids: Tensor, num_samples: int, epoch: int) -> Mapping[str, Tensor]:
+        """P(clean), the same at one standard error of the z-score below and above, and what they follow from.
 
-        A sample that was visited once has the variance of all. Of the caption of a decoy nothing is known, since it was
-        trained with another.
+        A sample with a single visit has the mean variance of all samples. A decoy has no estimate, because it was
+        trained with another caption.
         """
-        place = _AVERAGE if self.decoys == 0 else _FIRST
+        place = _AVERAGE if self.decoy_share == 0 else _FIRST
         average, visits = memory[:, place], self._visits(memory)
-        in_warmup = round(sum(self.rate(epoch) for epoch in range(self.first_epoch)))
-        counted = visits if self.decoys == 0 else visits.clamp(max=max(1, in_warmup))
+        in_warmup = round(sum(self.rate(epoch) for epoch in range(self.options.warmup_epochs)))
+        counted = visits if self.decoy_share == 0 else visits.clamp(max=max(1, in_warmup))
         variance = memory[:, _VARIANCE].where(visits > 1, self.noise)
-        error = (variance * self._trust(counted.clamp(min=1))).sqrt()
+        error = (variance * self._average_variance(counted.clamp(min=1))).sqrt()
         low, high = memory.clone(), memory.clone()
         low[:, place], high[:, place] = average - error, average + error
         decoy = torch.isin(ids, self._decoy_ids(num_samples).to(ids.device))
-        p_clean, p_low, p_high = (self.certainty(rows, epoch).where(~decoy, torch.nan) for rows in (memory, low, high))
+        p_clean, p_low, p_high = (
+            self.reported_posterior(rows).where(~decoy, torch.nan) for rows in (memory, low, high)
+        )
         return {
             "p_clean": p_clean,
             "p_clean_low": p_low,

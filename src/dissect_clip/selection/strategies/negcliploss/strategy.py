@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dissect_clip.selection.strategies.negcliploss.options import NegCLIPLossOptions
 from dissect_clip.selection.strategy import Candidates, Needs, Strategy, kept, required
 
 
@@ -27,21 +28,23 @@ def normaliser(cosine: Tensor, temperature: Tensor, part: Tensor) -> Tensor:
 class NegCLIPLoss(Strategy):
     """largest cosine minus its log-sum-exp over others, averaged over random sub-batches"""
 
+    Options = NegCLIPLossOptions
+    options: NegCLIPLossOptions
     needs = Needs.FEATURES
 
     def rank(self, candidates: Candidates) -> Tensor:
         cosine = required(candidates.image_features) @ required(candidates.text_features).T
-        fixed = self.config.selection.negcliploss_temperature
+        fixed = self.options.negcliploss_temperature
         temperature = required(candidates.logit_scale).reciprocal()
         if fixed is not None:
             temperature = torch.full_like(temperature, fixed)
-        parts = [self._parts(candidates, len(cosine)) for _ in range(self.config.selection.negcliploss_batches)]
+        parts = [self._parts(candidates, len(cosine)) for _ in range(self.options.negcliploss_batches)]
         normalisers = torch.stack([normaliser(cosine, temperature, part) for part in parts])
         return cosine.diagonal() - normalisers.mean(dim=0)
 
     def _parts(self, candidates: Candidates, size: int) -> Tensor:
         """[N] int64, a random partition into sub-batches as even as can be."""
-        wanted = self.config.selection.negcliploss_batch_size or kept(self.rate(candidates.epoch), size)
+        wanted = self.options.negcliploss_batch_size or kept(self.rate(candidates.epoch), size)
         count = max(1, round(size / wanted))
         shuffled = torch.randperm(size, generator=candidates.generator, device=candidates.memory.device)
         return shuffled % count

@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.strategy import Candidates, Needs, Strategy, WarmingUp, required
+from dissect_clip.selection.mixins import WarmsUp
+from dissect_clip.selection.strategies.differential.options import MomentumOptions
+from dissect_clip.selection.strategies.options import DifferentialOptions
+from dissect_clip.selection.strategy import Candidates, Needs, Strategy, required
 
 
 def differential(history: Tensor, current: Tensor) -> Tensor:
@@ -22,9 +25,10 @@ def differential(history: Tensor, current: Tensor) -> Tensor:
     return torch.where(delta.isnan(), delta.nanmean().nan_to_num(), delta)
 
 
-class WarmupDifferential(WarmingUp):
+class WarmupDifferential(WarmsUp):
     """DISSect-Warmup: uniform for --warmup-point epochs, then the largest differential from their last scores"""
 
+    Options = DifferentialOptions
     needs = Needs.SCORE
     remembers = ("clip_score",)
 
@@ -43,6 +47,8 @@ class WarmupDifferential(WarmingUp):
 class MomentumDifferential(Strategy):
     """DISSect-Momentum: the largest differential from a moving average of each sample's scores"""
 
+    Options = MomentumOptions
+    options: MomentumOptions
     needs = Needs.SCORE
     remembers = ("clip_score",)
 
@@ -51,5 +57,5 @@ class MomentumDifferential(Strategy):
 
     def remember(self, candidates: Candidates) -> Tensor:
         current, history = required(candidates.score), candidates.memory[:, 0]
-        average = torch.lerp(current, history, self.config.selection.select_momentum)
+        average = torch.lerp(current, history, self.options.select_momentum)
         return torch.where(history.isnan(), current, average)[:, None]

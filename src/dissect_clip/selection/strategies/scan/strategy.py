@@ -28,7 +28,10 @@ import math
 import torch
 from torch import Tensor
 
-from dissect_clip.selection.strategy import Candidates, Strategy, kept, required
+from dissect_clip.selection.mixins import LearnsFromTraining
+from dissect_clip.selection.schedule import select_rate
+from dissect_clip.selection.strategies.scan.options import ScanOptions
+from dissect_clip.selection.strategy import Candidates, kept, required
 
 
 def places(values: Tensor) -> Tensor:
@@ -36,38 +39,39 @@ def places(values: Tensor) -> Tensor:
     return values.argsort(stable=True).argsort().float() / max(1, len(values) - 1)
 
 
-class Scan(Strategy):
+class Scan(LearnsFromTraining):
     """SCAN: in cycles, ever less of what had the smallest or largest losses in its batch; without a scoring pass"""
 
+    Options = ScanOptions
+    options: ScanOptions
     remembers = ("loss_place",)
-    learns = True
 
-    @property
-    def first_epoch(self) -> int:
-        return self.config.selection.scan_warmup
+    def _scheduled_rate(self, epoch: int) -> float:
+        """The share of every batch that is kept when all candidates are left out."""
+        return select_rate(self.run, epoch, first=self.options.scan_warmup)
 
     def _share(self, epoch: int) -> float:
         """The share of the candidates that this epoch leaves out."""
-        if epoch < self.config.selection.scan_warmup:
+        if epoch < self.options.scan_warmup:
             return 0.0
-        period = self.config.selection.scan_period
-        place = (epoch - self.config.selection.scan_warmup) % (period + 1)
+        period = self.options.scan_period
+        place = (epoch - self.options.scan_warmup) % (period + 1)
         return (1 + math.cos(math.pi * (period - place) / period)) / 2 if place > 0 else 0.0
 
     def rate(self, epoch: int) -> float:
         share = self._share(epoch)
-        return 1 - share + share * super().rate(epoch)
+        return 1 - share + share * self._scheduled_rate(epoch)
 
     def learns_in(self, epoch: int) -> bool:
         """In preparations, while every sample is trained on."""
-        return epoch >= self.config.selection.scan_warmup and self._share(epoch) == 0
+        return epoch >= self.options.scan_warmup and self._share(epoch) == 0
 
     def rank(self, candidates: Candidates) -> Tensor:
         """0 for candidates, 1 for the others; so it is drawn among the candidates which of them are left out."""
         place = candidates.memory[:, 0]
         total = len(place)
-        count = total - kept(super().rate(candidates.epoch), total)
-        redundant = round(self.config.selection.scan_redundant * count)
+        count = total - kept(self._scheduled_rate(candidates.epoch), total)
+        redundant = round(self.options.scan_redundant * count)
         order = place.nan_to_num(0.5).argsort(stable=True)
         rank = torch.ones(total, device=place.device)
         rank.index_fill_(0, order[:redundant], 0)

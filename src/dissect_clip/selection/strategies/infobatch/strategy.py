@@ -22,9 +22,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dissect_clip.config.settings import Config, full_epochs
+from dissect_clip.config.run_plan import RunPlan
 from dissect_clip.seeding import Stream, derive_seed
-from dissect_clip.selection.strategy import Candidates, Strategy, kept, required
+from dissect_clip.selection.mixins import LearnsFromTraining, SurveysAll, WeightsSamples
+from dissect_clip.selection.schedule import select_rate
+from dissect_clip.selection.strategies.infobatch.options import FULL_LAST, InfoBatchOptions
+from dissect_clip.selection.strategy import Candidates, kept, required
 
 PRUNE_RATIO = 0.5
 """The paper's r: how much seldomer than another a sample below the mean is kept, at most."""
@@ -43,42 +46,41 @@ def share_below(above: Tensor, below: Tensor, k: int, ratio: float) -> Tensor:
     return torch.minimum(torch.maximum(wanted, k - above), below)
 
 
-class InfoBatch(Strategy):
+class InfoBatch(LearnsFromTraining, WeightsSamples, SurveysAll):
     """InfoBatch: a random part of what had a loss below the mean, weighted for the rest; without a scoring pass"""
 
+    Options = InfoBatchOptions
+    options: InfoBatchOptions
     remembers = ("loss",)
-    surveys = ("mean", "below")
-    learns = True
-    full_last = 0.125  # the paper prunes in the first 0.875 of the epochs
+    survey_names = ("mean", "below")
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, options: InfoBatchOptions, run: RunPlan) -> None:
+        super().__init__(options, run)
         self.mean = 0.0  # of all remembered losses, in nats, when the epoch began; no loss is below 0
         self.below = 0.0  # share of them that are below it
-        self.ratio = (
-            PRUNE_RATIO if config.selection.infobatch_prune_ratio is None else config.selection.infobatch_prune_ratio
-        )
+        ratio = options.infobatch_prune_ratio
+        self.ratio = PRUNE_RATIO if ratio is None else ratio
 
     @property
-    def weighs(self) -> bool:
-        return self.config.selection.select_rescale == "on"
+    def weights_losses(self) -> bool:
+        return self.options.select_rescale == "on"
 
     def _is_full(self, epoch: int) -> bool:
-        return epoch >= self.config.training.epochs - full_epochs(self.full_share, self.config.training.epochs)
+        return epoch >= self.run.epochs - self.run.full_epochs(FULL_LAST)
 
     def rate(self, epoch: int) -> float:
-        if self.config.selection.infobatch_prune_ratio is None:
-            return super().rate(epoch)
+        if self.options.infobatch_prune_ratio is None:
+            return select_rate(self.run, epoch, full_last=FULL_LAST)
         return 1.0 if self._is_full(epoch) else 1 - self.ratio * self.below
 
     @property
-    def keeping(self) -> str:
-        if self.config.selection.infobatch_prune_ratio is None:
-            return super().keeping
+    def rate_summary(self) -> str:
+        if self.options.infobatch_prune_ratio is None:
+            return super().rate_summary
         return f"all but {self.ratio:g} of what is below the mean loss"
 
     def may_select(self, epoch: int) -> bool:
-        return self.rate(epoch) < 1 if self.config.selection.infobatch_prune_ratio is None else not self._is_full(epoch)
+        return self.rate(epoch) < 1 if self.options.infobatch_prune_ratio is None else not self._is_full(epoch)
 
     def survey(self, memory: Tensor, epoch: int) -> Sequence[float]:
         loss = memory[:, 0]
@@ -87,10 +89,10 @@ class InfoBatch(Strategy):
         numbers: list[float] = torch.stack([mean, (loss < mean).sum() / (~loss.isnan()).sum().clamp(min=1)]).tolist()
         return numbers
 
-    def informed(self, survey: Sequence[float]) -> InfoBatch:
-        knowing = copy.copy(self)
-        knowing.mean, knowing.below = survey
-        return knowing
+    def with_survey(self, survey: Sequence[float]) -> InfoBatch:
+        changed = copy.copy(self)
+        changed.mean, changed.below = survey
+        return changed
 
     def _parts(self, candidates: Candidates, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """Whether each sample is below the mean, [N] bool; [2] how many are not and are, and how many of each stay."""
@@ -115,7 +117,7 @@ class InfoBatch(Strategy):
         return rank
 
     def weights(self, candidates: Candidates, index: Tensor) -> Tensor | None:
-        if not self.weighs:
+        if not self.weights_losses:
             return None
         below, size, stay = self._parts(candidates, len(index))
         part = below[index].long()

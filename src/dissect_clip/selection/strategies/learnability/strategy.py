@@ -15,39 +15,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dissect_clip.selection.mixins import UsesReference
 from dissect_clip.selection.pairs import learner_logits, reference_logits, sigmoid_losses
-from dissect_clip.selection.strategy import Candidates, Needs, WarmingUp, in_order, kept, required
+from dissect_clip.selection.strategies.learnability.options import JestOptions
+from dissect_clip.selection.strategy import Candidates, Needs, in_order, kept, required
 
 Among = Callable[[Tensor], Tensor]
 """Told the places [J] int64 of one more chunk; returns the learnability [N] among all chunks it was told of."""
 
 
-class AgainstReference(WarmingUp):
-    """Base of the strategies with a reference model; without ``--select-reference`` they warm up until there is one."""
-
-    @property
-    def first_epoch(self) -> int:
-        return self.config.selection.warmup_epochs if self.config.selection.select_reference is None else 0
-
-    def looks_at(self, epoch: int) -> Needs:
-        return Needs.NOTHING if self.warms_up(epoch) else self.needs
-
-    def rank(self, candidates: Candidates) -> Tensor:
-        if self.warms_up(candidates.epoch):
-            return candidates.memory.new_zeros(len(candidates.memory))
-        return self._rank(candidates)
-
-    def _rank(self, candidates: Candidates) -> Tensor:
-        """See :meth:`Strategy.rank`; after the warm-up."""
-        raise NotImplementedError
-
-
-class Learnability(AgainstReference):
+class Learnability(UsesReference):
     """largest loss minus the loss of a reference model (RHO-LOSS)"""
 
     needs = Needs.LOSS | Needs.REFERENCE
 
-    def _rank(self, candidates: Candidates) -> Tensor:
+    def rank_against_reference(self, candidates: Candidates) -> Tensor:
         return required(candidates.loss) - required(candidates.reference_loss)
 
 
@@ -110,20 +92,18 @@ def draw_chunks(alone: Tensor, among: Among, sizes: list[int], noise: Tensor | N
     return torch.cat(drawn), learnability
 
 
-class Jest(AgainstReference):
+class Jest(UsesReference):
     """JEST: a sub-batch that is learnable as a whole, drawn in chunks by loss minus the loss of a reference model"""
 
+    Options = JestOptions
+    options: JestOptions
     needs = Needs.FEATURES | Needs.REFERENCE
 
-    def _rank(self, candidates: Candidates) -> Tensor:
-        learnability = sigmoid_learnability if self.config.model.siglip else softmax_learnability
+    def rank_against_reference(self, candidates: Candidates) -> Tensor:
+        learnability = sigmoid_learnability if self.run.siglip else softmax_learnability
         alone, among = learnability(learner_logits(candidates), reference_logits(candidates))
-        sizes = chunk_sizes(kept(self.rate(candidates.epoch), len(alone)), self.config.selection.jest_chunks)
-        noise = (
-            None
-            if self.config.selection.jest_deterministic
-            else self._noise(candidates, len(sizes)) / self.config.selection.jest_gain
-        )
+        sizes = chunk_sizes(kept(self.rate(candidates.epoch), len(alone)), self.options.jest_chunks)
+        noise = self._noise(candidates, len(sizes)) / self.options.jest_gain
         return in_order(*draw_chunks(alone, among, sizes, noise))
 
     @staticmethod

@@ -1,0 +1,1 @@
+"""DISSect: rank by the differential of CLIPScore."""

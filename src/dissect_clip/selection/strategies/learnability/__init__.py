@@ -1,0 +1,1 @@
+"""Learnability and JEST: compare the model in training with a reference model."""

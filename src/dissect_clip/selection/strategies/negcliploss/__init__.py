@@ -1,0 +1,1 @@
+"""negCLIPLoss: CLIPScore minus a normaliser over random sub-batches."""
