@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from processes import Ranks, free_port, run_on_ranks
 
-from dissect_clip.distributed.world import World, init_world, is_loss_of_others, shutdown_world
+from dissect_clip.distributed.world import (
+    World,
+    _available,
+    init_world,
+    is_loss_of_others,
+    missing_device,
+    shutdown_world,
+)
 from dissect_clip.errors import SetupError
 
 
@@ -105,10 +112,20 @@ def test_a_process_that_finds_no_other_says_where_it_looked(monkeypatch: pytest.
 
 
 def test_the_cpu_stands_in_for_a_device_that_is_not_there():
-    with pytest.warns(UserWarning, match="falling back to CPU"):
-        world = init_world("cuda")
+    world = init_world("cuda")
     world.watchdog.close()
     assert (world.device, world.size) == (torch.device("cpu"), 1)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps", "xpu", "hpu"])
+def test_an_accelerator_that_is_not_there_is_named(device: str):
+    world = World(device=torch.device(_available(device)))
+    assert missing_device(device, world) == device.partition(":")[0].upper()
+
+
+def test_a_device_that_is_used_is_not_missing():
+    assert missing_device("cpu", World()) is None
+    assert missing_device("cuda", World(device=torch.device("cuda:1"))) is None
 
 
 def _peer_gone() -> int:

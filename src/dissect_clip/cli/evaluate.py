@@ -38,7 +38,7 @@ from dissect_clip.config.settings import Config, declared
 from dissect_clip.config.validation import wrong_lengths
 from dissect_clip.data import ClassificationData, RetrievalData, count_skips, describe_skips
 from dissect_clip.data.evaluation.benchmark import Found, Kind, Layout, find_split, locate
-from dissect_clip.distributed.world import World
+from dissect_clip.distributed.world import World, missing_device
 from dissect_clip.errors import SetupError, TrainingError, printable
 from dissect_clip.evaluation.common import Encoder, LabelledFeatures, eval_mode, gather_images
 from dissect_clip.evaluation.metrics import RECALL_AT
@@ -435,6 +435,9 @@ def run(settings: Settings, config: Config, world: World) -> int:
         SetupError: the flags, or the model, are wrong.
     """
     setup_logging(None, logging.DEBUG if config.run.debug else logging.INFO, world)
+    missing = missing_device(config.distributed.device, world)
+    if missing is not None and world.is_main:
+        log.warning("No %s device: running on the CPU", missing)
     jobs = world.on_main(lambda: list_jobs(settings, config.data.data_timeout))
     table = fill_output(
         settings.summary, dataset="", model=config.model.model, pretrained=config.model.pretrained, task=""

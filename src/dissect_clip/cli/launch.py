@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import traceback
-import warnings
 from collections.abc import Callable
 
 from dissect_clip.cli.exit_status import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING, is_first_rank
@@ -27,16 +26,13 @@ def launch(config: Config, work: Callable[[World], int], afterwards: str) -> int
     """
     first = is_first_rank()
     try:
-        with warnings.catch_warnings():
-            if not first:
-                warnings.simplefilter("ignore")  # one rank's word is enough on a device that is not there
-            world = init_world(
-                config.distributed.device,
-                config.distributed.dist_backend,
-                config.distributed.dist_url,
-                not config.distributed.no_set_device_rank,
-                config.distributed.rank_timeout,
-            )
+        world = init_world(
+            config.distributed.device,
+            config.distributed.dist_backend,
+            config.distributed.dist_url,
+            not config.distributed.no_set_device_rank,
+            config.distributed.rank_timeout,
+        )
     except SetupError as error:
         prefix = "error: " if first else f"error on rank {os.environ['RANK']}: "
         print(f"{prefix}{error}", file=sys.stderr, flush=True)

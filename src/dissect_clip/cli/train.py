@@ -34,7 +34,7 @@ from dissect_clip.data import (
 )
 from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.distributed.signals import Signals
-from dissect_clip.distributed.world import World
+from dissect_clip.distributed.world import World, missing_device
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.evaluation import Tokenizer, evaluate
 from dissect_clip.models.build import Model, build_model
@@ -139,6 +139,9 @@ def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
     )
     if config.training.precision == "fp16":
         log.warning("--precision fp16 trains without a gradient scaler: amp is the safer choice")
+    missing = missing_device(config.distributed.device, world)
+    if missing is not None and world.is_main:
+        log.warning("No %s device: %s on the CPU", missing, "training" if config.data.trains else "running")
     if config.model.siglip and (config.training.local_loss or config.training.gather_with_grad):
         log.warning("--siglip exchanges features in its own way: --local-loss and --gather-with-grad have no effect")
     for name, value in sorted(config.flat().items()):

@@ -6,7 +6,6 @@ Legend: N rows of this rank, W ranks.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from open_clip_train.distributed import is_device_available, is_using_distributed, set_device, world_info_from_env
+from open_clip_train.distributed import is_using_distributed, set_device, world_info_from_env
 from torch import Tensor
 
 from dissect_clip.distributed.torch_compat import PrefixStore, Store, all_gather_single, rendezvous
@@ -149,22 +148,23 @@ _BACKENDS = {"cuda": "nccl", "npu": "hccl", "hpu": "hccl", "xpu": "ccl"}  # as i
 
 
 def _available(device: str) -> str:
-    """The device asked for, or the CPU with a warning, as OpenCLIP does.
+    """The device asked for, or the CPU if this machine has none of its kind, as OpenCLIP does.
 
     Raises:
         SetupError: torch knows no such device.
     """
     try:
-        torch.device(device)
+        kind = torch.device(device).type
     except RuntimeError as error:
         raise SetupError(f"--device {device} is no device of torch: give cuda or cpu, for instance") from error
-    is_available, is_known = is_device_available(device)
-    if not is_known:
-        warnings.warn(f"Device {device} was not known and checked for availability, trying anyways.", stacklevel=2)
-    elif not is_available:
-        warnings.warn(f"Device {device} was not available, falling back to CPU.", stacklevel=2)
-        return "cpu"
-    return device
+    module = torch.backends.mps if kind == "mps" else getattr(torch, kind, None)  # absent if its extension is
+    return device if module is not None and module.is_available() else "cpu"
+
+
+def missing_device(device: str, world: World) -> str | None:
+    """The kind of accelerator asked for, in capitals, if the run is on the CPU in its place; else None."""
+    kind = torch.device(device).type
+    return kind.upper() if world.device.type == "cpu" != kind else None
 
 
 def init_world(
