@@ -39,7 +39,7 @@ from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync
-from dissect_clip.run.reporting import Reporters
+from dissect_clip.run.reporters import Reporters
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.store import ScoreStore
 from dissect_clip.training.epoch import TrainState, train_epoch

@@ -35,7 +35,7 @@ from dissect_clip.data import build_train
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
-from dissect_clip.run.reporting import Reporters
+from dissect_clip.run.reporters import Reporters
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.training.epoch import TrainState, train_epoch, train_step
 from dissect_clip.training.timer import PHASES, PhaseClock

@@ -74,7 +74,7 @@ ALLOWED = {
     ("cli/main.py", "importlib.import_module"),  # of the names in COMMANDS
     ("models/build.py", "torch.compile"),
     ("run/folder.py", "re.compile"),
-    ("run/reporting.py", "importlib.import_module"),  # of --report-to
+    ("run/reporters.py", "importlib.import_module"),  # of --report-to
     ("training/scoring.py", "torch.compile"),
     ("experiments/schema.py", "yaml.compose"),  # with the SafeLoader; makes nodes, no objects
 }

@@ -48,7 +48,7 @@ from dissect_clip.evaluation.zeroshot import build_classifier, classify, mean_av
 from dissect_clip.models.build import Model, build_model
 from dissect_clip.models.openclip_compat import has_own_weights
 from dissect_clip.models.precision import autocast_for
-from dissect_clip.run.reporting import setup_logging
+from dissect_clip.run.console import setup_logging
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dissect_clip.cli.exit_status import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETU
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World, init_world, is_loss_of_others, shutdown_world
 from dissect_clip.errors import SetupError, Stopped, TrainingError, printable
-from dissect_clip.run.reporting import close_logging
+from dissect_clip.run.console import close_logging
 
 log = logging.getLogger(__name__)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,9 +42,18 @@ from dissect_clip.models.build import Model, build_model
 from dissect_clip.models.loss import build_loss
 from dissect_clip.models.parallel import RunningBuffers, wrap_model
 from dissect_clip.models.precision import autocast_for
+from dissect_clip.run.console import (
+    NOT_ON_TERMINAL,
+    ONLY_ON_TERMINAL,
+    Progress,
+    aligned,
+    setup_logging,
+    short,
+    terminal_width,
+)
 from dissect_clip.run.folder import RunFolder, make_sync, open_run
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
-from dissect_clip.run.reporting import Reporter, evaluated_epochs, make_reporter, setup_logging
+from dissect_clip.run.reporters import Reporter, earlier_evaluations, make_reporter
 from dissect_clip.selection import STRATEGIES, build_preselector, build_selection
 from dissect_clip.selection.mixins import ReportsSamples, UsesDecoys, rate_summary, sample_columns
 from dissect_clip.selection.strategies.combination import reference_user
@@ -129,6 +139,9 @@ def _run_in(folder: RunFolder | None, config: Config, world: World, sync: Remote
 
 
 def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
+    missing = missing_device(config.distributed.device, world)
+    if missing is not None and world.is_main:
+        log.warning("No %s device: %s on the CPU", missing, "training" if config.data.trains else "running")
     log.info("Run %s in %s", config.run.name or "without a folder", folder.path if folder else "no folder")
     log.info(
         "%d process%s, device %s, precision %s",
@@ -139,9 +152,6 @@ def _introduce(config: Config, world: World, folder: RunFolder | None) -> None:
     )
     if config.training.precision == "fp16":
         log.warning("--precision fp16 trains without a gradient scaler: amp is the safer choice")
-    missing = missing_device(config.distributed.device, world)
-    if missing is not None and world.is_main:
-        log.warning("No %s device: %s on the CPU", missing, "training" if config.data.trains else "running")
     if config.model.siglip and (config.training.local_loss or config.training.gather_with_grad):
         log.warning("--siglip exchanges features in its own way: --local-loss and --gather-with-grad have no effect")
     for name, value in sorted(config.flat().items()):
@@ -173,18 +183,24 @@ def _train(
         restore(state, checkpoint, train_data, steps_per_epoch)
     train_data.stream.preselector = state.preselector
     _announce(state, train_data, steps_per_epoch)
+    due = {epoch for epoch in range(1, config.training.epochs + 1) if evaluator.is_due(epoch)}
     if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
         evaluator.after_epoch(state.module, state.counters)
     if state.counters.epoch >= config.training.epochs:
         log.info("All %d epochs are done already; give a larger --epochs to train on", config.training.epochs)
     trained = False
-    with Signals(world.watchdog, world.is_main), Saver(state, train_data, folder, sync) as saver:
+    progress = Progress(config.training.epochs, steps_per_epoch, due, _best_rsum(folder, world), shown=world.is_main)
+    with Signals(world.watchdog, world.is_main), Saver(state, train_data, folder, sync) as saver, progress:
+        state.progress = progress
         while state.counters.epoch < config.training.epochs:
             signal = train_epoch(state, train_data, evaluator.reporter, saver)
             saver.after_epoch(stopping=signal is not None)
             if signal is not None:
                 raise Stopped(signal)
-            evaluator.after_epoch(state.module, state.counters)
+            if state.counters.epoch in due:
+                with progress.evaluation():
+                    metrics = evaluator.after_epoch(state.module, state.counters)
+                progress.show_recall(metrics.get("rsum", -math.inf))
             trained = True
     _write_verdict(state, train_data, folder, trained)
 
@@ -224,7 +240,15 @@ def _was_killed_before_evaluation(
     if folder is None or checkpoint.loader is not None or not evaluator.is_due(checkpoint.epoch):
         return False
     own = Path(checkpoint.path).resolve().is_relative_to(folder.path.resolve())
-    return own and world.on_main(lambda: checkpoint.epoch not in evaluated_epochs(folder.results))
+    return own and world.on_main(lambda: checkpoint.epoch not in earlier_evaluations(folder.results))
+
+
+def _best_rsum(folder: RunFolder | None, world: World) -> float:
+    """The best sum of recalls of the evaluations so far on rank 0, which shows it; minus infinity without any."""
+    if folder is None or not world.is_main:
+        return -math.inf
+    found = [metrics.get("rsum") for metrics in earlier_evaluations(folder.results).values()]
+    return max((value for value in found if isinstance(value, (int, float))), default=-math.inf)
 
 
 def build_state(
@@ -351,8 +375,8 @@ class Evaluator:
         retrieval = self.retrieval is not None and self._due(self.config.evaluation.val_frequency, epoch)
         return retrieval or (bool(self.classification) and self._due(self.config.evaluation.zeroshot_frequency, epoch))
 
-    def after_epoch(self, module: torch.nn.Module, counters: Counters) -> None:
-        """Evaluate on what is due after so many complete epochs; after the last, on all."""
+    def after_epoch(self, module: torch.nn.Module, counters: Counters) -> dict[str, float]:
+        """Evaluate on what is due after so many complete epochs; after the last, on all. Returns the metrics."""
         retrieval = self.retrieval if self._due(self.config.evaluation.val_frequency, counters.epoch) else None
         classification = (
             self.classification if self._due(self.config.evaluation.zeroshot_frequency, counters.epoch) else []
@@ -360,7 +384,7 @@ class Evaluator:
         spent = {f"{phase}_seconds": seconds for phase, seconds in counters.seconds.items()}
         samples = {"seen": counters.seen, "trained": counters.trained, "scored": counters.scored}
         progress = {**samples, **spent}
-        self._run(module, retrieval, classification, counters.epoch, counters.step, progress)
+        return self._run(module, retrieval, classification, counters.epoch, counters.step, progress)
 
     def alone(self, module: torch.nn.Module, epoch: int, step: int) -> None:
         """Evaluate a checkpoint on everything."""
@@ -374,7 +398,7 @@ class Evaluator:
         epoch: int,
         step: int,
         progress: dict[str, float],
-    ) -> None:
+    ) -> dict[str, float]:
         self.world.watchdog.begin_phase("evaluate", step)
         metrics = evaluate(
             module,
@@ -394,14 +418,12 @@ class Evaluator:
             if counts and self.world.is_main:
                 log.warning("evaluation on %s left samples out: %s", data.name, describe_skips(counts))
         if metrics:
-            log.info(
-                "Eval Epoch: %d %s", epoch, "\t".join(f"{name}: {_short(value)}" for name, value in metrics.items())
-            )
+            line = "\t".join(f"{name}: {short(value)}" for name, value in metrics.items())
+            log.info("Eval Epoch: %d %s", epoch, line, extra=NOT_ON_TERMINAL)
+            table = aligned(metrics, terminal_width())
+            log.info("Evaluation after epoch %d\n%s", epoch, table, extra=ONLY_ON_TERMINAL)
             self.reporter.evaluation(epoch, step, {**metrics, **progress})
-
-
-def _short(value: float) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+        return metrics
 
 
 def _evaluate_only(config: Config, model: Model, evaluator: Evaluator, checkpoint: Checkpoint | None) -> None:

@@ -35,7 +35,8 @@ from dissect_clip.models.loss import loss_against_all, weighted_loss
 from dissect_clip.models.openclip_compat import uncompiled
 from dissect_clip.models.parallel import RunningBuffers
 from dissect_clip.models.precision import Autocast
-from dissect_clip.run.reporting import Progress, Reporter
+from dissect_clip.run.console import NOT_ON_TERMINAL, Progress
+from dissect_clip.run.reporters import Reporter
 from dissect_clip.seeding import Stream, derive_seed, seed_everything
 from dissect_clip.selection import Choice, Preselector, Selection
 from dissect_clip.training.optimizer import optimizer_step, set_learning_rate
@@ -123,6 +124,7 @@ class TrainState:
     reference: Reference | None  # only with strategies that need one
     folder: Path | None  # of the run
     counters: Counters = field(default_factory=Counters)
+    progress: Progress = field(default_factory=lambda: Progress(shown=False))
 
 
 def train_step(state: TrainState, batches: Sequence[Batch], clock: PhaseClock) -> dict[str, Tensor]:
@@ -380,7 +382,7 @@ def train_epoch(
         state.reference.begin(counters.epoch, state.module)
     window = Window(state, data, steps, clock)
     signal = None
-    with Progress(state.world, steps, f"Epoch {counters.epoch}", initial=first) as progress:
+    with state.progress.epoch(counters.epoch, first) as progress:
         for batches in _batches(state, data, clock):
             outputs = train_step(state, batches, clock)
             progress.advance()
@@ -507,7 +509,8 @@ class Window:
             f"Load {metrics['data_time']:.3f} Score {metrics['score_time']:.3f} Train {metrics['train_time']:.3f} "
             f"Batch (t): {metrics['batch_time']:.3f}, {metrics['samples_per_second']:#g}/s, "
             f"{metrics['samples_per_second_per_gpu']:#g}/s/gpu Seen: {counters.seen} Trained: {counters.trained} "
-            f"LR: {metrics['lr']:5g} Logit Scale: {metrics['scale']:.3f} {named}"
+            f"LR: {metrics['lr']:5g} Logit Scale: {metrics['scale']:.3f} {named}",
+            extra=NOT_ON_TERMINAL,
         )
 
     def _check_skipped(self, skipped: int) -> None:

@@ -1,8 +1,4 @@
-"""What a run says: log lines, a progress bar, and metrics to JSON lines, TensorBoard and wandb.
-
-The console shows this project's lines and everybody's warnings; the log file holds what other libraries say, too.
-Messages quote names and captions of the data, so nothing in them may move a cursor or look like another line.
-"""
+"""The metrics of a run to JSON lines, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,131 +9,18 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from types import ModuleType, TracebackType
-from typing import Protocol
-
-from tqdm import tqdm
+from types import ModuleType
+from typing import Any, Protocol
 
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
-from dissect_clip.errors import SetupError, TrainingError, printable
+from dissect_clip.errors import SetupError, TrainingError
 from dissect_clip.run.folder import RunFolder, automatic_name
 
 log = logging.getLogger(__name__)
-
-_FORMAT = "%(asctime)s | %(levelname)s | %(message)s"
-_TIME = "%Y-%m-%d,%H:%M:%S"
-_HANDLERS = ("dissect_clip.console", "dissect_clip.file")
-
-
-class _Formatter(logging.Formatter):
-    """Lines of printable characters; those that continue a message are indented, so that none can be forged."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record)).replace("\n", "\n    ")
-
-
-class _Console(logging.Handler):
-    """Lines on stderr that leave a progress bar whole."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            tqdm.write(self.format(record), file=sys.stderr)
-        except Exception:
-            self.handleError(record)
-
-
-class _File(logging.FileHandler):
-    """Lines in a file. Those that cannot be written, as to a full disk, are lost there; the console says so once."""
-
-    _failed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            super().handleError(record)
-        elif not self._failed:
-            self._failed = True
-            tqdm.write(f"cannot write {self.baseFilename}: {error}; lines are lost there", file=sys.stderr)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # of lines that were lost
-            super().close()
-
-
-def _is_for_the_console(record: logging.LogRecord) -> bool:
-    # open_clip describes each model it builds on the root logger, and other libraries are as talkative.
-    return record.levelno >= logging.WARNING or record.name.startswith("dissect_clip")
-
-
-def close_logging() -> None:
-    """Take away what :func:`setup_logging` added."""
-    for handler in [handler for handler in logging.root.handlers if handler.get_name() in _HANDLERS]:
-        logging.root.removeHandler(handler)
-        handler.close()
-
-
-def _add(handler: logging.Handler, name: str, line_format: str, level: int) -> None:
-    handler.set_name(name)
-    handler.setFormatter(_Formatter(line_format, datefmt=_TIME))
-    handler.setLevel(level)
-    logging.root.addHandler(handler)
-
-
-def setup_logging(path: Path | None, level: int, world: World) -> None:
-    """Log to stderr, and to ``path`` where it is given; a second call replaces the first. Not collective.
-
-    Rank 0 shows lines from ``level`` on, other ranks only warnings, with their rank before them. At DEBUG the console
-    shows the lines of all libraries.
-    """
-    close_logging()
-    console = _Console()
-    if world.is_main and level > logging.DEBUG:
-        console.addFilter(_is_for_the_console)
-    prefix = "" if world.is_main else f"[rank {world.rank}] "
-    _add(console, _HANDLERS[0], prefix + _FORMAT, level if world.is_main else logging.WARNING)
-    if path is not None:
-        _add(_File(path, encoding="utf-8"), _HANDLERS[1], _FORMAT, level)
-    logging.root.setLevel(level if world.is_main or path is not None else logging.WARNING)
-
-
-class Progress:
-    """A bar over the steps of an epoch on the terminal of rank 0; nothing elsewhere. A context manager.
-
-    ``initial`` steps were done before.
-    """
-
-    def __init__(self, world: World, total: int, description: str, initial: int = 0) -> None:
-        # tqdm takes None for "only on a terminal".
-        self._bar = tqdm(
-            total=total,
-            initial=initial,
-            desc=description,
-            unit="step",
-            leave=False,
-            dynamic_ncols=True,
-            disable=None if world.is_main else True,
-        )
-
-    def advance(self) -> None:
-        """One step is done."""
-        self._bar.update()
-
-    def show(self, **values: float | str) -> None:
-        """Show these values beside the bar. Called when something is logged, not in every step."""
-        self._bar.set_postfix(values, refresh=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()
 
 
 class Reporter(Protocol):
@@ -168,15 +51,16 @@ def _cut_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
-def evaluated_epochs(results: Path) -> set[int]:
-    """The epochs whose evaluation is in a ``results.jsonl``; lines that cannot be read are passed over."""
-    epochs = set()
+def earlier_evaluations(results: Path) -> dict[int, dict[str, Any]]:
+    """The evaluations in a ``results.jsonl`` by epoch, the last of each; lines that cannot be read are left out."""
+    evaluations = {}
     for line in results.read_bytes().splitlines() if results.exists() else ():
         try:
-            epochs.add(int(json.loads(line)["epoch"]))
+            metrics = json.loads(line)
+            evaluations[int(metrics["epoch"])] = metrics
         except (ValueError, TypeError, KeyError):
             continue
-    return epochs
+    return evaluations
 
 
 class JsonLines:

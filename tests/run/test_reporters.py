@@ -1,14 +1,10 @@
-"""Logs, progress bar and reporters: readable lines on the console, whole files, and nothing where nothing is asked."""
+"""Reporters: complete files, and nothing where nothing is asked for."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import logging
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +13,9 @@ import pytest
 
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
-from dissect_clip.errors import SetupError, TrainingError, printable
+from dissect_clip.errors import SetupError, TrainingError
 from dissect_clip.run.folder import RunFolder
-from dissect_clip.run.reporting import (
-    JsonLines,
-    Progress,
-    close_logging,
-    evaluated_epochs,
-    make_reporter,
-    setup_logging,
-)
-
-log = logging.getLogger("dissect_clip.training.epoch")
-SECOND = World(rank=1, local_rank=1, size=2)
-
-
-@pytest.fixture(autouse=True)
-def _restored_logging() -> Iterator[None]:
-    level = logging.root.level
-    yield
-    close_logging()
-    logging.root.setLevel(level)
+from dissect_clip.run.reporters import JsonLines, earlier_evaluations, make_reporter
 
 
 @pytest.fixture
@@ -49,177 +27,6 @@ def run(tmp_path: Path) -> RunFolder:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-# ---- log lines
-
-
-def test_rank_0_logs_the_same_plain_line_to_console_and_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    setup_logging(tmp_path / "out.log", logging.INFO, World())
-    log.info("epoch %d", 3)
-    text = (tmp_path / "out.log").read_text()
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d \| INFO \| epoch 3\n", text)
-    captured = capsys.readouterr()
-    assert (captured.err, captured.out) == (text, "")
-
-
-def test_other_libraries_lines_are_for_the_file_but_for_warnings(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    setup_logging(tmp_path / "out.log", logging.INFO, World())
-    logging.info("built a model")
-    logging.warning("no weights")
-    text = (tmp_path / "out.log").read_text()
-    assert "built a model" in text
-    assert "no weights" in text
-    console = capsys.readouterr().err
-    assert "built a model" not in console
-    assert "no weights" in console
-
-
-def test_at_debug_the_console_shows_everything(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging(None, logging.DEBUG, World())
-    log.debug("ours")
-    logging.debug("theirs")
-    console = capsys.readouterr().err
-    assert "| DEBUG | ours" in console
-    assert "| DEBUG | theirs" in console
-
-
-def test_other_ranks_warn_only_and_say_who_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging(None, logging.INFO, SECOND)
-    log.info("hidden")
-    log.warning("shown")
-    console = capsys.readouterr().err
-    assert "hidden" not in console
-    assert re.match(r"\[rank 1\] .* \| WARNING \| shown\n", console)
-
-
-def test_another_node_with_a_log_file_writes_everything_there(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    setup_logging(tmp_path / "out-1.log", logging.INFO, SECOND)
-    log.info("in the file")
-    assert "in the file" in (tmp_path / "out-1.log").read_text()
-    assert capsys.readouterr().err == ""
-
-
-def test_setting_up_twice_does_not_double_the_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("first.log", "second.log"):
-        setup_logging(tmp_path / name, logging.INFO, World())
-    log.info("once")
-    assert capsys.readouterr().err.count("once") == 1
-    assert (tmp_path / "first.log").read_text() == ""
-    assert (tmp_path / "second.log").read_text().count("once") == 1
-
-
-def test_a_log_file_is_appended_to(tmp_path: Path) -> None:
-    (tmp_path / "out.log").write_text("before\n")
-    setup_logging(tmp_path / "out.log", logging.INFO, World())
-    log.info("after")
-    assert (tmp_path / "out.log").read_text().startswith("before\n")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has this file, of a disk that is full")
-def test_a_log_file_that_cannot_be_written_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging(Path("/dev/full"), logging.INFO, World())
-    for text in ("first", "second"):
-        log.info(text)
-    close_logging()
-    told = [line.rpartition(" | ")[2] for line in capsys.readouterr().err.splitlines()]
-    assert told == [
-        "first",
-        "cannot write /dev/full: [Errno 28] No space left on device; lines are lost there",
-        "second",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("plain, Zürich, 猫, 🐈\t|", "plain, Zürich, 猫, 🐈\t|"),
-        ("two\nlines", "two\nlines"),
-        ("\x1b[2J\x07\r\x7f", "\\x1b[2J\\x07\\r\\x7f"),
-        ("\x9b31m \u202egnp.exe \u2028", "\\x9b31m \\u202egnp.exe \\u2028"),
-        ("\udcff", "\\udcff"),
-    ],
-)
-def test_what_a_terminal_would_obey_is_escaped(text: str, expected: str) -> None:
-    assert printable(text) == expected
-    assert str(SetupError(text)) == str(TrainingError(text)) == expected
-
-
-def test_names_from_the_data_can_neither_forge_a_line_nor_move_the_cursor(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's own cannot pass such a name on to its other process
-    setup_logging(tmp_path / "out.log", logging.INFO, World())
-    log.warning("skipping %s", "\udcff\x1b[2J\n2025-01-01,00:00:00 | INFO | all is well\r.jpg")
-    try:
-        raise ValueError("\x1b]0;title\x07")
-    except ValueError:
-        log.exception("failed")
-    close_logging()
-    text = (tmp_path / "out.log").read_text()
-    assert capsys.readouterr().err == text
-    assert all(line.startswith(("    ", "2")) for line in text.splitlines())
-    assert text.splitlines()[0].endswith("| WARNING | skipping \\udcff\\x1b[2J")
-    assert text.splitlines()[1] == r"    2025-01-01,00:00:00 | INFO | all is well\r.jpg"
-    assert all(character.isprintable() or character == "\n" for character in text)
-
-
-# ---- progress bar
-
-
-def test_the_bar_shows_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress(World(), 4, "epoch 0") as progress:
-        progress.show(loss=1.5)
-        for _ in range(4):
-            progress.advance()
-    assert "epoch 0" in terminal.getvalue()
-
-
-def test_the_bar_goes_on_where_a_resumed_epoch_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with Progress(World(), 4, "epoch 0", initial=3):
-        pass
-    assert "3/4" in terminal.getvalue()
-
-
-def test_a_log_line_does_not_break_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    setup_logging(None, logging.INFO, World())
-    with Progress(World(), 4, "epoch 0") as progress:
-        progress.advance()
-        before = len(terminal.getvalue())
-        log.info("a line")
-        written = terminal.getvalue()[before:]
-    # the bar is wiped, the line stands at the start of its own line, and the bar is drawn anew below
-    assert re.match(r"\r *\r[^\r\n]* \| INFO \| a line\n\repoch 0", written)
-
-
-@pytest.mark.parametrize(("world", "stream"), [(World(), io.StringIO), (SECOND, Terminal)])
-def test_there_is_no_bar_elsewhere(world: World, stream: type[io.StringIO], monkeypatch: pytest.MonkeyPatch) -> None:
-    stderr = stream()
-    monkeypatch.setattr(sys, "stderr", stderr)
-    with Progress(world, 2, "epoch 0") as progress:
-        progress.show(loss=1.0)
-        progress.advance()
-    assert stderr.getvalue() == ""
-
-
-# ---- reporters
 
 
 def test_json_lines_hold_steps_and_epochs(run: RunFolder) -> None:
@@ -270,11 +77,11 @@ def test_a_torn_line_does_not_spoil_the_next(run: RunFolder, torn: bytes) -> Non
     assert lines(run.results) == [{"step": 1, "epoch": 1}, {"epoch": 2}]
 
 
-def test_evaluated_epochs(tmp_path: Path) -> None:
+def test_earlier_evaluations_are_read_by_epoch(tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
-    assert evaluated_epochs(results) == set()
-    results.write_bytes(b'{"R": 1, "epoch": 1}\n{"epoch": 3}\n[]\n{"R": 2}\n\xff\n{"epoch": 1}\n{"epoch": 4')
-    assert evaluated_epochs(results) == {1, 3}
+    assert earlier_evaluations(results) == {}
+    results.write_bytes(b'{"R": 1, "epoch": 1}\n{"epoch": 3}\n[]\n{"R": 2}\n\xff\n{"R": 4, "epoch": 1}\n{"epoch": 4')
+    assert earlier_evaluations(results) == {1: {"R": 4, "epoch": 1}, 3: {"epoch": 3}}
 
 
 def test_what_is_not_finite_is_null(run: RunFolder) -> None:
@@ -390,7 +197,7 @@ def test_wandb_is_used_as_openclip_does(
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)  # type: ignore[arg-type]
     config = Config.of(report_to="all", wandb_notes="why", resume=resume)
-    monkeypatch.setattr("dissect_clip.run.reporting.TensorBoard", lambda folder, _: JsonLines(folder, folder))
+    monkeypatch.setattr("dissect_clip.run.reporters.TensorBoard", lambda folder, _: JsonLines(folder, folder))
     reporter = make_reporter(config, run, World())
     reporter.train(5, {"loss": 2.0})
     reporter.evaluation(1, 10, {"R": 0.5})
