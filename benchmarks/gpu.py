@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dissect_clip.data.batch import Batch
 from dissect_clip.data.transfer import Transfer
-from dissect_clip.training.epoch import TrainState, train_step
+from dissect_clip.training.step import TrainState, train_step
 from dissect_clip.training.timer import PHASES, PhaseClock
 
 COUNTED = 20

@@ -42,7 +42,8 @@ from dissect_clip.run.remote_sync import NoSync
 from dissect_clip.run.reporters import Reporters
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.store import ScoreStore
-from dissect_clip.training.epoch import TrainState, train_epoch
+from dissect_clip.training.epoch import train_epoch
+from dissect_clip.training.step import TrainState
 
 
 def make_config(options: argparse.Namespace) -> Config:

@@ -37,7 +37,8 @@ from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
 from dissect_clip.run.reporters import Reporters
 from dissect_clip.selection import STRATEGIES
-from dissect_clip.training.epoch import TrainState, train_epoch, train_step
+from dissect_clip.training.epoch import train_epoch
+from dissect_clip.training.step import TrainState, train_step
 from dissect_clip.training.timer import PHASES, PhaseClock
 
 DISSECT = ("--select", "--select-strategy", "warmup_base_sampling", "--warmup-point", "1")

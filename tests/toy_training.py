@@ -15,7 +15,8 @@ from dissect_clip.data.batch import Batch
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.distributed.world import World
 from dissect_clip.models.build import build_model
-from dissect_clip.training.epoch import TrainState, train_epoch
+from dissect_clip.training.epoch import train_epoch
+from dissect_clip.training.step import TrainState
 
 N, SAMPLES, STEPS = 8, 24, 3
 

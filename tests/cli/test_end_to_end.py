@@ -24,8 +24,9 @@ from dissect_clip.models.build import build_model
 from dissect_clip.models.precision import autocast_for
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.strategy import kept
-from dissect_clip.training.epoch import TrainState, train_epoch
+from dissect_clip.training.epoch import train_epoch
 from dissect_clip.training.scoring import Scorer
+from dissect_clip.training.step import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL = [None, *STRATEGIES]

@@ -20,7 +20,8 @@ from dissect_clip.data.sampling.plan import count_batches
 from dissect_clip.distributed.world import World
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.strategy import kept
-from dissect_clip.training.epoch import TrainState, train_epoch
+from dissect_clip.training.epoch import train_epoch
+from dissect_clip.training.step import TrainState
 
 SHARDS = {
     "one": [23],

@@ -18,7 +18,7 @@ from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.selection import STRATEGIES, Choice, Needs, Selection, build_selection
 from dissect_clip.selection.options import library_settings
-from dissect_clip.training.epoch import score_and_choose
+from dissect_clip.training.step import score_and_choose
 
 SAMPLES, N, EPOCHS, RATE = 40, 10, 3, 0.3
 NAMES = [*STRATEGIES, "small_loss:1+clipscore:2"]

@@ -16,8 +16,8 @@ from dissect_clip.distributed.world import World
 from dissect_clip.selection import STRATEGIES, Candidates, Choice, Needs, Selection, Strategy, build_selection
 from dissect_clip.selection.strategy import kept
 from dissect_clip.selection.top_k import replace_unusable, top_k
-from dissect_clip.training.epoch import Scoring, score_and_choose, unselected_features
 from dissect_clip.training.scoring import Encoded
+from dissect_clip.training.step import Scoring, score_and_choose, unselected_features
 
 SAMPLES, N = 40, 10
 SCORING = [name for name in STRATEGIES if STRATEGIES[name].scores and not STRATEGIES[name].reuses]

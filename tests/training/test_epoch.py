@@ -20,7 +20,8 @@ from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.run.remote_sync import NoSync
 from dissect_clip.selection import STRATEGIES
-from dissect_clip.training.epoch import TrainState, train_epoch, train_step
+from dissect_clip.training.epoch import train_epoch
+from dissect_clip.training.step import TrainState, train_step
 from dissect_clip.training.timer import PhaseClock
 
 

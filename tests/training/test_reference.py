@@ -19,8 +19,9 @@ from dissect_clip.errors import SetupError
 from dissect_clip.models.build import build_model, build_reference_model
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.training import epoch as training
-from dissect_clip.training.epoch import TrainState, train_epoch
+from dissect_clip.training.epoch import train_epoch
 from dissect_clip.training.reference import digest
+from dissect_clip.training.step import TrainState
 
 FLAGS = {"select": True, "select_strategy": "learnability", "select_rate": 0.5, "warmup_point": 1}
 

@@ -29,7 +29,7 @@ from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
 from dissect_clip.selection.mixins import memory_settings, survey_format
-from dissect_clip.training.epoch import TrainState
+from dissect_clip.training.step import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -57,13 +57,14 @@ from dissect_clip.run.reporters import Reporter, earlier_evaluations, make_repor
 from dissect_clip.selection import STRATEGIES, build_preselector, build_selection
 from dissect_clip.selection.mixins import ReportsSamples, UsesDecoys, rate_summary, sample_columns
 from dissect_clip.selection.strategies.combination import reference_user
-from dissect_clip.training.epoch import Counters, Tally, TrainState, train_epoch
+from dissect_clip.training.epoch import train_epoch
 from dissect_clip.training.optimizer import build_optimizer, build_scaler
 from dissect_clip.training.record import NullRecorder, Recorder
 from dissect_clip.training.reference import Reference, build_reference
 from dissect_clip.training.sample_report import write_verdict
 from dissect_clip.training.schedule import learning_rate
 from dissect_clip.training.scoring import build_scorer
+from dissect_clip.training.step import Counters, NonFiniteCounts, TrainState
 
 _USABLE_DECOYS = 64
 """With fewer decoys than these their density is a guess."""
@@ -311,7 +312,7 @@ def build_state(
         buffers=RunningBuffers(module, world),
         recorder=recorder,
         skip_log=SkipLog(folder.skipped if folder else None, world, config.checkpoint.on_save_error == "continue"),
-        tally=Tally(world.device),
+        nonfinite=NonFiniteCounts(world.device),
         preselector=preselector,
         reference=reference,
         folder=folder.path if folder else None,
