@@ -114,7 +114,7 @@ def test_with_the_sigmoid_loss(tmp_path: Path, strategy: str):
             ["--select-reference-model toy-vti is unk"],
         ),
         ({"select_reference": "FILE", "select_reference_model": "toy-rn"}, ["--select-reference-model toy-rn", "FILE"]),
-        ({"select_reference": "FILE", "select_reference_model": "hf-hub:a/b"}, ["hf-hub:a/b brings weights"]),
+        ({"select_reference": "FILE", "select_reference_model": "hf-hub:a/b"}, ["hf-hub:a/b brings its own weights"]),
     ],
 )
 def test_what_cannot_be_a_reference_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: list[str]):
@@ -128,7 +128,9 @@ def test_what_cannot_be_a_reference_is_refused_by_name(tmp_path: Path, changes: 
 
 def test_a_reference_that_reads_other_tokens_is_refused(tmp_path: Path):
     path = save_weights(tmp_path, model="ViT-tiny", force_image_size=(16,))
-    with pytest.raises(SetupError, match="ViT-tiny has another tokenizer than --model toy-vit, or another context"):
+    with pytest.raises(
+        SetupError, match=r"--select-reference-model ViT-tiny has another tokenizer, .* than --model toy-vit"
+    ):
         make_state(tmp_path, **FLAGS | {"select_reference": str(path), "select_reference_model": "ViT-tiny"})
 
 
