@@ -20,6 +20,7 @@ from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.models.loss import SampleLoss
 from dissect_clip.seeding import Stream, derive_seed
+from dissect_clip.selection.current_scores import PairScores, current_candidates
 from dissect_clip.selection.earlier_scores import EarlierScores, pair_z
 from dissect_clip.selection.mixins import (
     LearnsFromTraining,
@@ -42,9 +43,6 @@ from dissect_clip.selection.strategies.build import build_strategy
 from dissect_clip.selection.strategies.clean_posterior.decoys import Decoys, decoy_ids
 from dissect_clip.selection.strategy import Candidates, Needs, Strategy, kept
 from dissect_clip.selection.top_k import replace_unusable, top_k
-
-_NORM_TOLERANCE = 0.02
-"""How far the norm of a feature may be from 1: bfloat16 rounds by 0.004."""
 
 log = logging.getLogger(__name__)
 
@@ -87,31 +85,6 @@ class _Waiting:
     index: Tensor  # [K]
     candidates: Candidates
     memory: Tensor  # [N, C], with the scores of this step
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    """What the caller computed of the F rows that were asked for; None for what was not computed."""
-
-    image_features: Tensor | None = None  # [F, D]
-    text_features: Tensor | None = None  # [F, D]
-    logit_scale: Tensor | None = None
-    logit_bias: Tensor | None = None
-    similarity: Tensor | None = None  # [F]
-    loss: Tensor | None = None  # [F]
-
-    @classmethod
-    def of(cls, *parts: Tensor | None) -> _Scores:
-        """These, in the order of the fields, without their gradients."""
-        return cls(*(None if part is None else part.detach() for part in parts))
-
-    def at(self, rows: Tensor, size: int) -> _Scores:
-        """The same of the rows that were asked for, if these are of all ``size`` rows of the batch."""
-        if len(rows) == size:
-            return self
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        whole = {name: part[rows] for name, part in parts.items() if part is not None and part.shape[:1] == (size,)}
-        return dataclasses.replace(self, **whole)
 
 
 class Selection:
@@ -370,8 +343,8 @@ class Selection:
         assert plan is not None
         self._check_learned(self._accumulate)
         self._check_swapped()
-        scores = _Scores.of(image_features, text_features, logit_scale, logit_bias, similarity, loss)
-        reference = _Scores.of(
+        scores = PairScores.of(image_features, text_features, logit_scale, logit_bias, similarity, loss)
+        reference = PairScores.of(
             reference_image_features,
             reference_text_features,
             reference_logit_scale,
@@ -385,11 +358,17 @@ class Selection:
                 self._check_given(scores, reference, plan)
                 scores, reference = (part.at(plan.rows, len(sample_id)) for part in (scores, reference))
                 if counted and self.step == 0:
-                    _check_unit_norm(scores)
+                    scores.check_unit_norm()
             if self.earlier is not None:
                 candidates, memory, usable = self._rank_by_earlier(self.earlier, plan, scores)
             elif len(plan.rows) > 0:
-                candidates, usable = self._rank_by_current(plan, scores, reference)
+                candidates, usable = current_candidates(
+                    Candidates(epoch=self.epoch, generator=plan.generator, memory=memory),
+                    scores,
+                    reference,
+                    needs_in(self.strategy, self.epoch),
+                    SampleLoss(self.world, self._siglip),
+                )
             else:
                 candidates = Candidates(epoch=self.epoch, generator=plan.generator, memory=memory)
             index = self._best(candidates, plan, usable)
@@ -419,68 +398,8 @@ class Selection:
         rank = self.strategy.rank(candidates) if self.earlier is None else self.earlier.rank(candidates)
         return top_k(rank if usable is None else rank.where(usable, torch.nan), plan.k, plan.generator)
 
-    def _rank_by_current(self, plan: _Plan, scores: _Scores, reference: _Scores) -> tuple[Candidates, Tensor]:
-        """What the strategy needs of the scores of this step, and which of them are finite [N]."""
-        needs = needs_in(self.strategy, self.epoch)
-        similarity = scores.similarity
-        if scores.image_features is not None and scores.text_features is not None:
-            similarity = (scores.image_features.float() * scores.text_features.float()).sum(dim=1)
-        finite = torch.ones(len(plan.sample_id), dtype=torch.bool, device=plan.sample_id.device)
-        if similarity is not None:
-            if reference.image_features is not None and reference.text_features is not None:
-                own = (reference.image_features * reference.text_features).sum(dim=1)
-                similarity = similarity.where(own.isfinite(), torch.nan)
-            similarity = similarity.float()
-            finite = similarity.isfinite()
-        image, text, loss = self._parts(scores, finite, needs)
-        candidates = Candidates(
-            epoch=self.epoch,
-            generator=plan.generator,
-            memory=plan.memory,
-            similarity=similarity,
-            loss=loss,
-            image_features=image,
-            text_features=text,
-            logit_scale=scores.logit_scale,
-            logit_bias=scores.logit_bias,
-        )
-        if Needs.REFERENCE in needs:
-            image, text, loss = self._parts(reference, finite, needs)
-            candidates = dataclasses.replace(
-                candidates,
-                reference_loss=loss,
-                reference_image_features=image,
-                reference_text_features=text,
-                reference_logit_scale=reference.logit_scale,
-                reference_logit_bias=reference.logit_bias,
-            )
-        for part in (candidates.loss, candidates.reference_loss):
-            finite = finite if part is None else finite & part.isfinite()
-        return candidates, finite
-
-    def _parts(
-        self, scores: _Scores, finite: Tensor, needs: Needs
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Features of images and texts, and losses, as far as they are needed; of pairs that are ``finite`` [N].
-
-        The features of the others are 0: they would make the losses of all others NaN.
-        """
-        image, text = (
-            None if part is None else part.float().where(finite[:, None], 0)
-            for part in (scores.image_features, scores.text_features)
-        )
-        loss = None
-        if Needs.LOSS in needs:
-            loss = None if scores.loss is None else scores.loss.float()
-            if loss is None:
-                assert image is not None
-                assert text is not None
-                assert scores.logit_scale is not None
-                loss = SampleLoss(self.world, self._siglip)(image, text, scores.logit_scale, scores.logit_bias)
-        return (image, text, loss) if Needs.FEATURES in needs else (None, None, loss)
-
     def _rank_by_earlier(
-        self, earlier: EarlierScores, plan: _Plan, scores: _Scores
+        self, earlier: EarlierScores, plan: _Plan, scores: PairScores
     ) -> tuple[Candidates, Tensor, Tensor | None]:
         """Candidates by the last scores of each sample, the rows [N, C] with the new ones, and which are finite."""
         memory, usable = plan.memory, None
@@ -748,33 +667,19 @@ class Selection:
     def _missing(self, method: str, part: str) -> str:
         return f"Selection.{method}: {self.name} needs {part}"
 
-    def _check_given(self, scores: _Scores, reference: _Scores, plan: _Plan) -> None:
+    def _check_given(self, scores: PairScores, reference: PairScores, plan: _Plan) -> None:
         """See that all that the strategy looks at is there, with a row for each of the batch or of those asked for."""
-        needs = self.strategy.needs if self.earlier is not None else needs_in(self.strategy, self.epoch)
+        if self.earlier is not None:
+            needs = Needs.FEATURES  # z-scores are against the other pairs of the batch
+        else:
+            needs = needs_in(self.strategy, self.epoch)
         sides = [("", scores)]
         if Needs.REFERENCE in needs:
             sides.append(("reference_", reference))
         for prefix, given in sides:
-            both = f"{prefix}image_features and {prefix}text_features"
-            has_features = given.image_features is not None and given.text_features is not None
-            if (Needs.FEATURES in needs or self.earlier is not None) and not has_features:
-                raise ValueError(self._missing("choose", both))
-            has_similarity = has_features or given.similarity is not None
-            if needs & (Needs.SCORE | Needs.SIMILARITY | Needs.CLIPSCORE) and not prefix and not has_similarity:
-                raise ValueError(self._missing("choose", f"{both}, or similarity"))
-            if self.earlier is None and Needs.LOSS in needs and given.loss is None and not has_features:
-                raise ValueError(self._missing("choose", f"{prefix}loss, or {both} and {prefix}logit_scale"))
-            by_logits = Needs.FEATURES in needs or (Needs.LOSS in needs and given.loss is None)
-            if self.earlier is None and by_logits and given.logit_scale is None:
-                raise ValueError(self._missing("choose", f"{prefix}logit_scale"))
-            if self.earlier is None and by_logits and self._siglip and given.logit_bias is None:
-                raise ValueError(self._missing("choose", f"{prefix}logit_bias, with siglip=True"))
-            for field, dimensions in (("image_features", 2), ("text_features", 2), ("similarity", 1), ("loss", 1)):
-                value = getattr(given, field)
-                allowed = {len(plan.sample_id), len(plan.rows)}
-                if value is not None and (value.dim() != dimensions or len(value) not in allowed):
-                    rows = " or ".join(map(str, sorted(allowed)))
-                    raise ValueError(f"Selection.choose: {prefix}{field} is {list(value.shape)}, expected {rows} rows")
+            for part in given.missing(needs, prefix, with_logits=self.earlier is None, siglip=self._siglip):
+                raise ValueError(self._missing("choose", part))
+            given.check_shapes(prefix, {len(plan.sample_id), len(plan.rows)})
 
     # ---- placement
 
@@ -800,20 +705,3 @@ class Selection:
         if Needs.REFERENCE in self.strategy.needs:
             return "every sample is scored by two models in every step after the warm-up, if there is one"
         return "nothing is scored" if self.strategy.needs is Needs.NOTHING else "every sample is scored in every step"
-
-
-def _check_unit_norm(scores: _Scores) -> None:
-    """See in the first batch of a run that features have unit norm. A device sync.
-
-    Raises:
-        ValueError: they have not; rows of zeros, and rows that are not finite, do not count.
-    """
-    for name in ("image_features", "text_features"):
-        part = getattr(scores, name)
-        if part is not None:
-            norm = part.float().norm(dim=1)
-            if bool((((norm - 1).abs() > _NORM_TOLERANCE) & (norm > 0)).any()):
-                raise ValueError(
-                    f"Selection.choose: {name} must have unit norm, and have up to {norm.nan_to_num().max():.3g}: "
-                    "give torch.nn.functional.normalize(features, dim=-1)"
-                )
