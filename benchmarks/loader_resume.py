@@ -30,11 +30,13 @@ from PIL import Image
 from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData
 from dissect_clip.data.formats.urls import expand
-from dissect_clip.data.formats.webdataset import train_data
-from dissect_clip.data.sampling.plan import RemainderPlan, SpanPlan, WorkerInfo, count_batches
-from dissect_clip.data.sampling.progress import WorkerProgress, empty_bitmap, pack_all, set_bits
+from dissect_clip.data.sampling.bitmap import empty_bitmap, set_bits
+from dissect_clip.data.sampling.plan import RemainderPlan, SpanPlan
+from dissect_clip.data.sampling.progress import WorkerProgress, pack_all
 from dissect_clip.data.sampling.shard_ids import ShardIndex
+from dissect_clip.data.sampling.workers import WorkerInfo, count_batches
 from dissect_clip.data.skips import silent_counter
+from dissect_clip.data.train_shards import train_data
 from dissect_clip.distributed.world import World
 
 SHARD, BATCH, BEFORE_END = 10_000, 1_000, 20_000
@@ -99,7 +101,7 @@ def visited_seconds(samples: int) -> dict[str, float]:
     sizes = np.full(samples // SHARD, SHARD)
     whole = SpanPlan(sizes, count_batches(samples, batch, world_size), batch, 0)
     rest = RemainderPlan(whole, bits, count_batches(samples // 2, batch, world_size))
-    laid_out, _ = timed(lambda: rest.parts(WorkerInfo(7, world_size, 3, 8), 0, 0))
+    laid_out, _ = timed(lambda: rest.slices(WorkerInfo(7, world_size, 3, 8), 0, 0))
     return {
         "visited_bytes": bits.nbytes,
         "note_batch_seconds": noted / len(batches),

@@ -30,19 +30,12 @@ from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, RunState, ch
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
-from dissect_clip.data.sampling.plan import RemainderPlan, ShardSubset, SpanPlan, SubsetPlan, WorkerInfo, count_batches
-from dissect_clip.data.sampling.progress import (
-    Bitmap,
-    WorkerProgress,
-    count_set,
-    empty_bitmap,
-    inverted,
-    pack_all,
-    set_bits,
-    unpack_all,
-)
+from dissect_clip.data.sampling.bitmap import Bitmap, count_set, empty_bitmap, inverted, set_bits
+from dissect_clip.data.sampling.plan import RemainderPlan, ShardSubset, SpanPlan, SubsetPlan
+from dissect_clip.data.sampling.progress import WorkerProgress, pack_all, unpack_all
 from dissect_clip.data.sampling.shard_ids import ShardIndex
-from dissect_clip.data.sampling.subset import Names, read_list
+from dissect_clip.data.sampling.subset import SampleNames, read_list
+from dissect_clip.data.sampling.workers import WorkerInfo, count_batches
 from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.distributed.world import World
@@ -209,8 +202,8 @@ def loader(options: argparse.Namespace) -> None:
             count_seconds=round(seconds(count_set, bits), 3),
             union_repack_seconds=round(seconds(repack, bits), 3),
             union_reduced_bytes_computed=8 * bits.nbytes,
-            plan_seconds=round(seconds(whole.parts, place, 0, 0), 4),
-            plan_of_the_rest_seconds=round(once(rest.parts, place, 0, 0), 3),
+            plan_seconds=round(seconds(whole.slices, place, 0, 0), 4),
+            plan_of_the_rest_seconds=round(once(rest.slices, place, 0, 0), 3),
             workers=len(stands),
             workers_bytes=progress.nbytes,
             workers_unpack_seconds=round(seconds(unpack_all, progress), 3),
@@ -293,7 +286,7 @@ def lists(options: argparse.Namespace) -> None:
     size = max(options.batch_sizes)
     for samples in options.samples:
         sizes = np.full(samples // SHARD, SHARD, np.int64)
-        names = Names([f"{number:05d}.tar" for number in range(len(sizes))], sizes, lambda place: iter(()))
+        names = SampleNames([f"{number:05d}.tar" for number in range(len(sizes))], sizes, lambda place: iter(()))
         ids = np.flatnonzero(random.random(samples, np.float32) < 0.25)
         for order in ("sorted", "random"):
             if order == "random":
@@ -308,7 +301,7 @@ def lists(options: argparse.Namespace) -> None:
             kept = ShardSubset.of(sizes, left_out)
             plan = SubsetPlan(kept, count_batches(len(ids), size, options.ranks), size, seed=0)
             alone = SubsetPlan(kept, count_batches(len(ids), size, 1), size, seed=0)
-            part = plan.parts(WorkerInfo(0, options.ranks, 0, 8), 0, 0)[0]
+            part = plan.slices(WorkerInfo(0, options.ranks, 0, 8), 0, 0)[0]
             report(
                 "scale_lists",
                 samples=samples,

@@ -17,14 +17,14 @@ from shards_util import jittered, tokenize
 
 from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData
-from dissect_clip.data import loaders as stream
+from dissect_clip.data import train_stream as stream
 from dissect_clip.data.batch import Batch
 from dissect_clip.data.formats import csv, synthetic
 from dissect_clip.data.formats.urls import expand
-from dissect_clip.data.formats.webdataset import train_data
-from dissect_clip.data.sampling.plan import WorkerInfo
-from dissect_clip.data.sampling.progress import Bitmap
+from dissect_clip.data.sampling.bitmap import Bitmap
 from dissect_clip.data.sampling.shard_ids import ShardIndex
+from dissect_clip.data.sampling.workers import WorkerInfo
+from dissect_clip.data.train_shards import train_data
 from dissect_clip.distributed.world import World
 
 

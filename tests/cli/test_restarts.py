@@ -235,7 +235,7 @@ def test_other_batches_after_a_stop_see_what_is_left_once(
     assert sum(row["samples"] for row in skipped) == 8  # those met before the stop are met again, and told once
     said = capsys.readouterr().err
     assert "batch_size is 25, was 40" in said
-    assert "the 240 samples not yet seen are spread anew" in said
+    assert "the 240 samples not yet seen are distributed again" in said
 
 
 def test_with_larger_batches_the_oldest_scores_are_still_the_first_to_be_renewed(tmp_path: Path, pairs: Path):

@@ -5,7 +5,7 @@ import os
 import pytest
 from benchmark_sets import labelled_set, retrieval_set
 
-from dissect_clip.data.evaluation.benchmark import Kind, Layout, find_split, locate
+from dissect_clip.data.evaluation.benchmark import BenchmarkFolder, DatasetKind, find_split, locate_dataset
 from dissect_clip.errors import SetupError
 
 PAGE = "https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10/tree/main"
@@ -27,25 +27,25 @@ FILES = "https://huggingface.co/datasets/clip-benchmark/wds_vtab-cifar10/resolve
     ],
 )
 def test_name_and_place(entry, root, name, location):
-    assert locate(entry, root, 1) == (name, Layout(location, 1))
+    assert locate_dataset(entry, root, 1) == (name, BenchmarkFolder(location, 1))
 
 
 @pytest.mark.parametrize(("entry", "root"), [("pipe:touch x://", None), ("pipe:touch x", "{dataset}")])
 def test_a_line_of_a_list_is_no_command(entry, root):
     with pytest.raises(SetupError, match="and no command"):
-        locate(entry, root, 1)
+        locate_dataset(entry, root, 1)
 
 
 def test_a_set_without_a_type_is_one_of_classes(tmp_path):
-    found = find_split("pets", Layout(str(labelled_set(tmp_path)), 1), "test", templates=True)
-    assert found.kind is Kind.CLASSIFICATION
+    found = find_split("pets", BenchmarkFolder(str(labelled_set(tmp_path)), 1), "test", templates=True)
+    assert found.kind is DatasetKind.CLASSIFICATION
     assert found.templates == ["a photo of a {c}.", "the {c}!"]
     assert found.classnames[0] == "red ant"
 
 
 def test_a_retrieval_set_needs_no_classes(tmp_path):
-    found = find_split("pairs", Layout(str(retrieval_set(tmp_path)), 1), "test", templates=True)
-    assert (found.kind, found.classnames, found.templates) == (Kind.RETRIEVAL, [], [])
+    found = find_split("pairs", BenchmarkFolder(str(retrieval_set(tmp_path)), 1), "test", templates=True)
+    assert (found.kind, found.classnames, found.templates) == (DatasetKind.RETRIEVAL, [], [])
 
 
 @pytest.mark.parametrize(
@@ -67,9 +67,9 @@ def test_files_that_are_wrong_are_named(tmp_path, name, content, message):
     else:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SetupError, match=message):
-        find_split("pets", Layout(str(tmp_path), 1), "test", templates=True)
+        find_split("pets", BenchmarkFolder(str(tmp_path), 1), "test", templates=True)
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path):
     with pytest.raises(SetupError, match=r"it has no train/nshards\.txt"):
-        find_split("pets", Layout(str(labelled_set(tmp_path)), 1), "train", templates=False)
+        find_split("pets", BenchmarkFolder(str(labelled_set(tmp_path)), 1), "train", templates=False)

@@ -8,8 +8,9 @@ from loading import ids_of, load, passing, reload, same, states, take, within, w
 from shards_util import data_config, image_bytes, make_shards
 from torch import Tensor
 
-from dissect_clip.data.formats import csv, pixels, webdataset
-from dissect_clip.data.sampling.progress import count_set
+from dissect_clip.data.formats import csv, pixels
+from dissect_clip.data.sampling import shuffle
+from dissect_clip.data.sampling.bitmap import count_set
 
 SIZES = [9, 5, 1, 8, 7]
 SAMPLES = sum(SIZES)
@@ -38,8 +39,8 @@ class Best:
 @pytest.fixture(autouse=True)
 def _bounded(monkeypatch):
     """A shuffle buffer that small sets fill and leave; and no test that hangs."""
-    monkeypatch.setattr(webdataset, "_SHUFFLE_BUFFER", 7)
-    monkeypatch.setattr(webdataset, "_SHUFFLE_INITIAL", 3)
+    monkeypatch.setattr(shuffle, "BUFFER_SIZE", 7)
+    monkeypatch.setattr(shuffle, "_INITIAL", 3)
     with within(120):
         yield
 
@@ -135,7 +136,7 @@ def test_after_every_batch_the_rest_comes_as_it_would_have(tmp_path, workers, wo
 def test_what_was_passed_over_counts_as_seen(tmp_path):
     data = choosing(tmp_path)
     for number, _ in enumerate(passing(data, 0), 1):
-        assert count_set(data._visited) == N * number
+        assert count_set(data._visits) == N * number
     stopped = choosing(tmp_path)
     take(stopped, 0, 4)
     other = choosing(tmp_path, workers=2)

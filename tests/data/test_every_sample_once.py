@@ -16,7 +16,7 @@ from shards_util import data_config, make_shards, write_json
 
 from dissect_clip.cli import train as cli
 from dissect_clip.config.parser import parse_args
-from dissect_clip.data.sampling.plan import count_batches
+from dissect_clip.data.sampling.workers import count_batches
 from dissect_clip.distributed.world import World
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.selection.strategy import kept

@@ -18,12 +18,11 @@ from runs import arguments, selection
 from shards_util import data_config, image_bytes, jittered, make_shard, make_shards, sample, tokenize, write_json
 
 from dissect_clip.cli import train as cli
-from dissect_clip.data import build_train
-from dissect_clip.data.formats import csv, pixels, webdataset
+from dissect_clip.data import build_train, train_shards
+from dissect_clip.data.formats import csv, pixels
 from dissect_clip.data.formats.tar import ShardReader
-from dissect_clip.data.sampling import progress as position
-from dissect_clip.data.sampling.plan import Coverage, ShardSubset, SubsetPlan, WorkerInfo, count_batches
-from dissect_clip.data.sampling.progress import (
+from dissect_clip.data.sampling import bitmap, shuffle
+from dissect_clip.data.sampling.bitmap import (
     UnsetPositions,
     count_set,
     empty_bitmap,
@@ -32,7 +31,9 @@ from dissect_clip.data.sampling.progress import (
     set_bits,
     unset_positions,
 )
-from dissect_clip.data.sampling.subset import Names, as_recorded, list_digest, read_list
+from dissect_clip.data.sampling.plan import Coverage, ShardSubset, SubsetPlan
+from dissect_clip.data.sampling.subset import SampleNames, as_recorded, list_digest, read_list
+from dissect_clip.data.sampling.workers import WorkerInfo, count_batches
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.selection import build_selection
@@ -47,8 +48,8 @@ BAD = {3: {"png": b"no"}, 7: {"txt": None}, 12: {"png": None}, 22: {"txt": b"\xf
 @pytest.fixture(autouse=True)
 def _bounded(monkeypatch):
     """A shuffle buffer that small sets fill and leave; and no test that hangs."""
-    monkeypatch.setattr(webdataset, "_SHUFFLE_BUFFER", 7)
-    monkeypatch.setattr(webdataset, "_SHUFFLE_INITIAL", 3)
+    monkeypatch.setattr(shuffle, "BUFFER_SIZE", 7)
+    monkeypatch.setattr(shuffle, "_INITIAL", 3)
     with within(120):
         yield
 
@@ -66,7 +67,7 @@ def ids_in(bits, num_samples=SAMPLES):
 # ---- lists
 
 
-NAMES = Names(
+NAMES = SampleNames(
     ("a.tar", "b.tar", "c.tar"),
     np.array([3, 2, 2]),
     lambda place: iter([["x", "y", "k\udcffé"], ["x", "y"], ["twin", "twin"]][place]),
@@ -109,8 +110,8 @@ def test_a_list_says_the_same_in_every_form(tmp_path, write):
     ("write", "message"),
     [
         (lambda f: parquet(f, {"sample_id": [7, 1, -1]}), "of its 3 rows 2 sample_ids are not of .* 0 to 6, as 7"),
-        (lambda f: parquet(f, {"sample_id": [5, 1, 5, 5]}), "of its 4 rows 2 samples are there more than once, as 5"),
-        (lambda f: text(f, "7\n8\n1\n1\n", "l.txt"), "2 sample_ids are not .*; 1 samples are there more than once"),
+        (lambda f: parquet(f, {"sample_id": [5, 1, 5, 5]}), "of its 4 rows 2 samples are listed more than once, as 5"),
+        (lambda f: text(f, "7\n8\n1\n1\n", "l.txt"), "2 sample_ids are not .*; 1 samples are listed more than once"),
         (lambda f: parquet(f, {"sample_id": pa.array([], pa.int64())}), "lists no sample"),
         (lambda f: text(f, "sample_id\n", "l.csv"), "lists no sample"),
         (lambda f: text(f, "\n \n", "l.txt"), "lists no sample"),
@@ -134,11 +135,11 @@ def test_a_list_says_the_same_in_every_form(tmp_path, write):
         (lambda f: str(f / "absent.csv"), "there is no such file"),
         (lambda f: str(f), "may be .parquet"),
         (lambda f: text(f, "d.tar x\na.tar q\nb.tar x\n", "l.txt"),
-         "of its 3 rows 1 are of shards that the data set does not have, as d.tar x; 1 are not in .*, as a.tar q"),
+         "of its 3 rows 1 are of shards that the dataset does not have, as d.tar x; 1 are not in .*, as a.tar q"),
         (lambda f: text(f, "c.tar twin\n", "l.txt"), r"1 stand for several samples .* \(list these by sample_id\)"),
-        (lambda f: text(f, "a.tar x\na.tar x\n", "l.txt"), "1 samples are there more than once, as 0"),
+        (lambda f: text(f, "a.tar x\na.tar x\n", "l.txt"), "1 samples are listed more than once, as 0"),
         (lambda f: parquet(f, {"sample_id": [0, 4], "shard": ["a.tar", "a.tar"]}),
-         "1 samples have other numbers in this data set .*, as 4, which is not of 'a.tar' but of 'b.tar'"),
+         "1 samples have other numbers in this dataset .*, as 4, which is not of 'a.tar' but of 'b.tar'"),
     ],
 )  # fmt: skip
 def test_a_bad_list_is_refused_with_a_count_and_an_example(tmp_path, write, message):
@@ -148,16 +149,16 @@ def test_a_bad_list_is_refused_with_a_count_and_an_example(tmp_path, write, mess
 
 
 def test_shards_that_are_given_twice_are_known_by_number_only(tmp_path):
-    names = Names(("/a.tar", "/a.tar"), np.array([1, 1]), lambda place: iter(["x"]))
+    names = SampleNames(("/a.tar", "/a.tar"), np.array([1, 1]), lambda place: iter(["x"]))
     both = parquet(tmp_path, {"sample_id": [0, 1], "shard": ["/a.tar"] * 2})
     assert ids_in(read_list(both, names, "--keep"), 2) == [0, 1]
-    with pytest.raises(SetupError, match=r"whose name the data set has more than once, as /a\.tar x"):
+    with pytest.raises(SetupError, match=r"whose name the dataset has more than once, as /a\.tar x"):
         read_list(text(tmp_path, "/a.tar x\n", "l.txt"), names, "--keep")
 
 
 def test_problems_are_found_across_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr("dissect_clip.data.sampling.subset._PIECE", 2)
-    with pytest.raises(SetupError, match="2 samples are there more than once, as 1"):
+    monkeypatch.setattr("dissect_clip.data.sampling.sample_list._ROWS", 2)
+    with pytest.raises(SetupError, match="2 samples are listed more than once, as 1"):
         read_list(parquet(tmp_path, {"sample_id": [0, 1, 2, 1, 3, 2]}), NAMES, "--train-keep")
 
 
@@ -245,11 +246,11 @@ def test_a_plan_lays_each_sample_of_the_list_out_once(sizes, data, world_size, w
     plan = SubsetPlan(ShardSubset.of(np.array(sizes), left_out), num_batches, batch_size, 0)
     offsets = np.cumsum(sizes) - sizes
     places = [WorkerInfo(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
-    parts = list(chain(*(plan.parts(place, 3, 0) for place in places)))
-    once = [int(offsets[part.shard]) + ordinal for part in parts if not part.again for ordinal in part.ordinals]
+    parts = list(chain(*(plan.slices(place, 3, 0) for place in places)))
+    once = [int(offsets[part.shard]) + ordinal for part in parts if not part.is_repeat for ordinal in part.ordinals]
     assert sorted(once) == sorted(kept)
     assert sum(len(part.ordinals) for part in parts) == num_batches * batch_size * world_size
-    again = [sorted((p.shard, tuple(p.ordinals), p.again) for p in plan.parts(places[0], 3, n)) for n in (0, 1)]
+    again = [sorted((p.shard, tuple(p.ordinals), p.is_repeat) for p in plan.slices(places[0], 3, n)) for n in (0, 1)]
     assert again[0] == again[1]
 
 
@@ -414,7 +415,7 @@ def test_another_layout_gives_what_is_left_of_the_list(shards, kept, done, world
     after = [take(data, 0) for data in again]
     if left:
         check_once(after, left, batch_size * world_size)
-    assert {count_set(data._visited) for data in again} <= set(range(SAMPLES + 1))
+    assert {count_set(data._visits) for data in again} <= set(range(SAMPLES + 1))
     check_once([take(data, 1) for data in again], kept, batch_size * world_size)
 
 
@@ -422,7 +423,7 @@ def test_what_is_left_out_counts_as_visited(tmp_path):
     (data,) = kept_ranks("shards", tmp_path)
     for number, batch in enumerate(passing(data, 0), 1):
         good = len(set(LIST) - set(BAD))
-        assert count_set(data._visited) == SAMPLES - len(LIST) + min(number, good)
+        assert count_set(data._visits) == SAMPLES - len(LIST) + min(number, good)
         assert int(batch.sample_id[0]) in LIST
     assert not np.any(
         unset_positions(reload(data.state_dict())["visited"].numpy(), 23, SAMPLES)
@@ -466,16 +467,16 @@ def test_a_run_on_a_list_goes_on_with_the_same_list_only(tmp_path, capsys):
 def test_a_bad_list_stops_the_run_before_training(tmp_path, capsys):
     listed = text(tmp_path, "5\n99\n", "l.txt")
     assert cli.main(arguments(tmp_path, run_data(tmp_path, [12]), train_keep=listed)) == 2
-    assert "of its 2 rows 1 sample_ids are not of the data set, whose ids are 0 to 11, as 99" in capsys.readouterr().err
+    assert "of its 2 rows 1 sample_ids are not of the dataset, whose ids are 0 to 11, as 99" in capsys.readouterr().err
 
 
 def _on_ranks(world, pattern, listed, bad):
     """What two real ranks read of a list, and what each says of a bad one."""
     config = data_config(train_data=pattern, train_keep=listed, batch_size=2, workers=1)
-    data = webdataset.build_train(config, world, jittered, tokenize, None)
+    data = train_shards.build_train(config, world, jittered, tokenize, None)
     ids = ids_of(take(data, 0, real=True))
     with pytest.raises(SetupError) as refused:
-        webdataset.build_train(data_config(train_data=pattern, train_keep=bad), world, jittered, tokenize, None)
+        train_shards.build_train(data_config(train_data=pattern, train_keep=bad), world, jittered, tokenize, None)
     return ids, data.fingerprint, str(refused.value)
 
 
@@ -487,7 +488,7 @@ def test_rank_0_reads_the_list_for_all(tmp_path):
     assert set(chain(*ids)) == set(LIST)
     assert [len(own) for own in ids] == [6, 6]
     assert len(set(prints)) == 1
-    assert all("1 sample_ids are not of the data set" in message for message in messages)
+    assert all("1 sample_ids are not of the dataset" in message for message in messages)
 
 
 # ---- parts
@@ -513,7 +514,7 @@ def test_unmarked_samples_have_numbers(ids, data):
     others = [i for i in range(77) if i not in ids]
     numbers = sorted(data.draw(st.sets(st.sampled_from(range(len(others)))))) if others else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(position, "_PIECE", 3)
+        patch.setattr(bitmap, "_CHUNK", 3)
         found = nth_unset(bits_of(ids, 77), np.array(numbers, np.int64))
     assert found.tolist() == [others[number] for number in numbers]
 
@@ -521,7 +522,7 @@ def test_unmarked_samples_have_numbers(ids, data):
 def test_decoys_are_drawn_among_the_samples_on_the_list(tmp_path, caplog):
     listed = parquet(tmp_path, {"sample_id": LIST})
     config = data_config(train_data=make_shards(tmp_path, SIZES), train_keep=listed, batch_size=2, **CLEAN)
-    data = webdataset.build_train(config, World(), jittered, tokenize, None)
+    data = train_shards.build_train(config, World(), jittered, tokenize, None)
     selector = build_selection(config, data.num_samples, World())
     assert selector is not None
     selector.draw_decoys(data.subset_size, data.subset_ids)

@@ -14,18 +14,13 @@ from loading import ids_of, load, passing, reload, same, states, take, within, w
 from processes import run_on_ranks
 from shards_util import data_config, image_bytes, make_shards
 
-from dissect_clip.data.formats import pixels, webdataset
+from dissect_clip.data.formats import pixels
 from dissect_clip.data.formats.tar import ShardReader
-from dissect_clip.data.sampling.plan import RemainderPlan, SpanPlan, WorkerInfo, count_batches
-from dissect_clip.data.sampling.progress import (
-    WorkerProgress,
-    count_set,
-    empty_bitmap,
-    pack_all,
-    set_bits,
-    unpack_all,
-    unset_positions,
-)
+from dissect_clip.data.sampling import shuffle
+from dissect_clip.data.sampling.bitmap import count_set, empty_bitmap, set_bits, unset_positions
+from dissect_clip.data.sampling.plan import RemainderPlan, SpanPlan
+from dissect_clip.data.sampling.progress import WorkerProgress, pack_all, unpack_all
+from dissect_clip.data.sampling.workers import WorkerInfo, count_batches
 from dissect_clip.data.skips import unpack_rows
 
 BAD = {3: {"png": b"no"}, 7: {"txt": None}, 12: {"png": None}, 13: {"png": b"no"}, 20: {"txt": b"\xff"}}
@@ -35,8 +30,8 @@ SIZES = [9, 5, 1, 8, 7]
 @pytest.fixture(autouse=True)
 def _bounded(monkeypatch, request):
     """A shuffle buffer that small sets fill and leave; and no test that hangs."""
-    monkeypatch.setattr(webdataset, "_SHUFFLE_BUFFER", 7)
-    monkeypatch.setattr(webdataset, "_SHUFFLE_INITIAL", 3)
+    monkeypatch.setattr(shuffle, "BUFFER_SIZE", 7)
+    monkeypatch.setattr(shuffle, "_INITIAL", 3)
     with within(0 if request.node.get_closest_marker("dist") else 120):
         yield
 
@@ -395,8 +390,8 @@ def test_augmentation_is_drawn_anew_in_another_layout(tmp_path):
     """The seeds are of batches that no worker has made."""
     (data,), _, _ = resumed(tmp_path, "spans", 3)
     assert data.state_dict()["first"] == 3
-    assert data.stream.epoch_pass(0).first == 3
-    assert data.stream.epoch_pass(1).first == 0
+    assert data.stream.epoch_pass(0).first_batch == 3
+    assert data.stream.epoch_pass(1).first_batch == 0
 
 
 def test_draws_go_on_with_other_draws(tmp_path):
@@ -405,7 +400,7 @@ def test_draws_go_on_with_other_draws(tmp_path):
     assert "--batch-size is 3, was 2" in told
     assert [len(take(data, 0)) for data in ranks] == [4, 4]
     rows = unpack_all(states(ranks)[0]["workers"])
-    begun = {data.stream.epoch_pass(0).rows[0].attempt for data in ranks}
+    begun = {data.stream.epoch_pass(0).start[0].attempt for data in ranks}
     assert len(begun) == 1
     assert min(row.attempt for row in rows) >= begun.pop() > 0
 
@@ -432,7 +427,7 @@ def test_counts_of_bad_samples_go_on_with_other_draws(tmp_path):
 
 def test_an_epoch_of_unknown_sizes_begins_again(tmp_path):
     (data,), told, seen = resumed(tmp_path, "unknown sizes", 4)
-    assert f"begins again and repeats {len(seen)} samples" in told
+    assert f"restarts and repeats {len(seen)} samples" in told
     assert "world size is 1, was 2" in told
     assert data.remaining_batches == data.num_batches == len(take(data, 0))
     assert data.recounts_skips  # else skipped.parquet would name those twice that were met before
@@ -447,7 +442,7 @@ def test_samples_that_were_drawn_are_not_told_apart_later(tmp_path):
     data = load(data_config(train_data=flags["train_data"], batch_size=2), sizes=sizes)
     told = data.resume(stopped.state_dict(), 0)
     assert "an epoch is every sample once, was shards drawn with replacement" in told
-    assert "begins again" in told
+    assert "restarts" in told
     assert set(ids_of(take(data, 0))) >= set(range(30)) - set(BAD)
 
 
@@ -515,9 +510,9 @@ def test_a_rest_is_laid_out_once(sizes, visited, world_size, workers, batch_size
     rest = RemainderPlan(whole, bits, num_batches)
     offsets = np.cumsum(sizes) - sizes
     places = [WorkerInfo(rank, world_size, worker, workers) for rank in range(world_size) for worker in range(workers)]
-    parts = chain(*(rest.parts(place, 3, 0) for place in places))
+    parts = chain(*(rest.slices(place, 3, 0) for place in places))
     read = Counter(int(offsets[part.shard]) + ordinal for part in parts for ordinal in part.ordinals)
     assert set(read) == set(range(sizes.sum())) - set(ids.tolist())
     assert sum(read.values()) == num_batches * batch_size * world_size
     assert max(read.values()) - min(read.values()) <= 1
-    assert rest.parts(places[0], 3, 1) == whole.parts(places[0], 3, 1)
+    assert rest.slices(places[0], 3, 1) == whole.slices(places[0], 3, 1)

@@ -11,15 +11,12 @@ from dissect_clip.data.sampling.plan import (
     CyclePlan,
     ResamplingPlan,
     SpanPlan,
-    WorkerInfo,
-    count_batches,
     cut_shards,
     draw_shards,
     share_shards,
     span_rows,
-    worker_batches,
-    worker_span,
 )
+from dissect_clip.data.sampling.workers import WorkerInfo, count_batches, worker_batches, worker_span
 
 GRIDS = [(1, 1), (1, 2), (2, 1), (3, 2), (4, 5)]
 
@@ -77,11 +74,11 @@ def test_an_epoch_reads_every_sample_once_and_few_twice(case, epoch):
     num_samples = int(sizes.sum())
     num_batches = count_batches(num_samples, batch_size, world_size)
     plan = SpanPlan(sizes, num_batches, batch_size, seed=3)
-    parts = [plan.parts(place, epoch, 0) for place in places(world_size, workers)]
+    parts = [plan.slices(place, epoch, 0) for place in places(world_size, workers)]
     total = num_batches * batch_size * world_size
     counts = Counter(samples_of(chain(*parts)))
     assert len(counts) == num_samples
-    assert sorted(samples_of(part for part in chain(*parts) if not part.again)) == sorted(counts)
+    assert sorted(samples_of(part for part in chain(*parts) if not part.is_repeat)) == sorted(counts)
     assert sum(counts.values()) == total
     assert total - num_samples < batch_size * world_size
     assert max(counts.values()) == -(-total // num_samples)
@@ -91,7 +88,7 @@ def test_epochs_and_seeds_differ_and_repeat():
     sizes = np.full(20, 10)
 
     def parts(seed, epoch):
-        return SpanPlan(sizes, 25, 8, seed).parts(WorkerInfo(0, 1, 0, 1), epoch, 0)
+        return SpanPlan(sizes, 25, 8, seed).slices(WorkerInfo(0, 1, 0, 1), epoch, 0)
 
     assert parts(0, 0) == parts(0, 0)
     assert parts(0, 0) != parts(0, 1)
@@ -100,15 +97,15 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 def test_a_later_attempt_reads_the_same_samples():
     plan, place = SpanPlan(np.array([5, 9, 4, 7]), 4, 3, seed=0), WorkerInfo(1, 2, 0, 1)
-    assert sorted(samples_of(plan.parts(place, 0, 1))) == sorted(samples_of(plan.parts(place, 0, 0)))
+    assert sorted(samples_of(plan.slices(place, 0, 1))) == sorted(samples_of(plan.slices(place, 0, 0)))
 
 
 @pytest.mark.parametrize(("world_size", "workers"), GRIDS)
 def test_shards_of_unknown_size_have_one_owner_each(world_size, workers):
     plan = CyclePlan(23, seed=0)
-    owned = [part.shard for place in places(world_size, workers) for part in plan.parts(place, 4, 0)]
+    owned = [part.shard for place in places(world_size, workers) for part in plan.slices(place, 4, 0)]
     assert sorted(owned) == list(range(23))
-    assert all(plan.parts(place, 4, 0) for place in places(world_size, workers))
+    assert all(plan.slices(place, 4, 0) for place in places(world_size, workers))
 
 
 def test_draws_follow_the_factors_of_the_sources():
@@ -122,21 +119,21 @@ def test_draws_follow_the_factors_of_the_sources():
 def test_a_shard_without_samples_is_never_drawn():
     plan = ResamplingPlan([1.0, 1.0, 1.0], np.array([3, 0, 2]), seed=0)
     place = WorkerInfo(0, 1, 0, 1)
-    drawn = {(part.shard, len(part.ordinals)) for epoch in range(30) for part in plan.parts(place, epoch, 0)}
+    drawn = {(part.shard, len(part.ordinals)) for epoch in range(30) for part in plan.slices(place, epoch, 0)}
     assert drawn == {(0, 3), (2, 2)}  # else an attempt of nothing but such shards would end the run
 
 
 def test_draws_differ_by_place_epoch_and_attempt():
     plan = ResamplingPlan([1.0] * 50, None, seed=0)
     drawn = [
-        tuple(part.shard for part in plan.parts(WorkerInfo(rank, 2, worker, 2), epoch, attempt))
+        tuple(part.shard for part in plan.slices(WorkerInfo(rank, 2, worker, 2), epoch, attempt))
         for rank in (0, 1)
         for worker in (0, 1)
         for epoch in (0, 1)
         for attempt in (0, 1)
     ]
     assert len(set(drawn)) == 16
-    assert plan.parts(WorkerInfo(1, 2, 1, 2), 1, 1) == plan.parts(WorkerInfo(1, 2, 1, 2), 1, 1)
+    assert plan.slices(WorkerInfo(1, 2, 1, 2), 1, 1) == plan.slices(WorkerInfo(1, 2, 1, 2), 1, 1)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5, 64, 100])

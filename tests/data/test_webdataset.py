@@ -28,10 +28,10 @@ from shards_util import (
 )
 
 from dissect_clip.data import build_train
-from dissect_clip.data import loaders as stream
+from dissect_clip.data import train_stream as stream
 from dissect_clip.data.formats.urls import expand
-from dissect_clip.data.formats.webdataset import parse_factors, train_data
 from dissect_clip.data.sampling.shard_ids import ShardIndex
+from dissect_clip.data.train_shards import parse_factors, train_data
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, TrainingError
 
@@ -416,8 +416,10 @@ def test_a_finished_epoch_leaves_nothing_behind(tmp_path, monkeypatch):
     config = data_config(train_data=make_shards(tmp_path, [8, 8]), batch_size=4, workers=0)
     data = load(config)
     readers = []
-    real = stream._Pairs
-    monkeypatch.setattr(stream, "_Pairs", lambda *args: (made := real(*args), readers.append(weakref.ref(made)))[0])
+    real = stream._PairReader
+    monkeypatch.setattr(
+        stream, "_PairReader", lambda *args: (made := real(*args), readers.append(weakref.ref(made)))[0]
+    )
     gc.collect()
     gc.disable()
     try:

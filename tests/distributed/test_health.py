@@ -33,7 +33,7 @@ def test_a_healthy_run_goes_on():
 
 
 def test_beats_and_verdicts_travel_as_text():
-    said = beat(state="failed", words="a “quoted”\nword", status=2)
+    said = beat(state="failed", message="a “quoted”\nword", status=2)
     assert Heartbeat.from_json(said.to_json().encode()) == said
     verdict = RunFailure("why", 2, (1, 3), "failed")
     assert RunFailure.from_json(verdict.to_json()) == verdict
@@ -43,19 +43,19 @@ def test_beats_and_verdicts_travel_as_text():
 
 
 def test_a_failure_names_rank_phase_and_cause():
-    beats = {0: beat(), 1: beat(), 3: beat(phase="load", step=120, state="failed", words="no pair", status=1)}
+    beats = {0: beat(), 1: beat(), 3: beat(phase="load", step=120, state="failed", message="no pair", status=1)}
     verdict = find_failed(beats, 4)
     assert verdict == RunFailure("rank 3 failed while it was in phase load at step 120: no pair", 1, (3,), "failed")
 
 
 def test_what_all_ranks_say_is_said_once_and_plainly():
-    beats = {rank: beat(phase="setup", state="failed", words="no such file", status=2) for rank in range(3)}
+    beats = {rank: beat(phase="setup", state="failed", message="no such file", status=2) for rank in range(3)}
     assert find_failed(beats, 3) == RunFailure("no such file", 2, (0, 1, 2), "failed")
 
 
 def test_the_lowest_rank_speaks_for_those_that_failed_of_the_same():
-    failed = beat(phase="setup", state="failed", words="disk", status=2)
-    verdict = find_failed({0: beat(), 1: failed, 2: dataclasses.replace(failed, words="other"), 3: failed}, 4)
+    failed = beat(phase="setup", state="failed", message="disk", status=2)
+    verdict = find_failed({0: beat(), 1: failed, 2: dataclasses.replace(failed, message="other"), 3: failed}, 4)
     assert verdict == RunFailure("ranks 1, 3 failed while rank 1 was in phase setup: disk", 2, (1, 3), "failed")
 
 

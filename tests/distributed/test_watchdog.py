@@ -12,7 +12,8 @@ import pytest
 from processes import Ranks
 from torch.distributed import TCPStore
 
-from dissect_clip.distributed.watchdog import StepDecision, Watchdog
+from dissect_clip.distributed.agreement import StepDecision
+from dissect_clip.distributed.watchdog import Watchdog
 from dissect_clip.errors import SetupError
 
 TIMEOUT = 3.0  # a rank is dead after 5 s all the same

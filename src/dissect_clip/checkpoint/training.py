@@ -24,7 +24,7 @@ from dissect_clip.checkpoint import (
     goes_on_with_reference,
 )
 from dissect_clip.data import TrainData
-from dissect_clip.distributed.watchdog import StepDecision
+from dissect_clip.distributed.agreement import StepDecision
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync, RemoteSync

@@ -37,7 +37,13 @@ from dissect_clip.config.parser import Parser, add_argument, parse_values
 from dissect_clip.config.settings import Config, declared
 from dissect_clip.config.validation import wrong_lengths
 from dissect_clip.data import ClassificationData, RetrievalData, count_skips, describe_skips
-from dissect_clip.data.evaluation.benchmark import Found, Kind, Layout, find_split, locate
+from dissect_clip.data.evaluation.benchmark import (
+    BenchmarkFolder,
+    BenchmarkSplit,
+    DatasetKind,
+    find_split,
+    locate_dataset,
+)
 from dissect_clip.distributed.world import World, missing_device
 from dissect_clip.errors import SetupError, TrainingError, printable
 from dissect_clip.evaluation.common import Encoder, LabelledFeatures, eval_mode, gather_images
@@ -169,7 +175,7 @@ class Job:
     """A data set to be evaluated on."""
 
     name: str
-    layout: Layout
+    layout: BenchmarkFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +185,9 @@ class Plan:
     task: str
     output: Path
     finished: Result | None  # of an earlier run; then there is nothing to read
-    test: Found | None
-    train: Found | None = None  # linear probe only
-    validation: Found | None = None
+    test: BenchmarkSplit | None
+    train: BenchmarkSplit | None = None  # linear probe only
+    validation: BenchmarkSplit | None = None
 
 
 def list_jobs(settings: Settings, timeout: float) -> list[Job]:
@@ -193,7 +199,7 @@ def list_jobs(settings: Settings, timeout: float) -> list[Job]:
     entries: list[str] = []
     for entry in settings.dataset or ():
         entries += _listed(Path(entry)) if os.path.isfile(entry) else [entry]
-    jobs = [Job(*locate(entry, settings.dataset_root, timeout)) for entry in dict.fromkeys(entries)]
+    jobs = [Job(*locate_dataset(entry, settings.dataset_root, timeout)) for entry in dict.fromkeys(entries)]
     names = [job.name for job in jobs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -246,9 +252,9 @@ def _check_own_file(plan: Plan, others: Mapping[str, Plan]) -> None:
 
 
 _TASKS = {
-    Kind.RETRIEVAL: ("zeroshot_retrieval",),
-    Kind.CLASSIFICATION: ("zeroshot_classification", "linear_probe"),
-    Kind.MULTILABEL: ("zeroshot_classification",),
+    DatasetKind.RETRIEVAL: ("zeroshot_retrieval",),
+    DatasetKind.CLASSIFICATION: ("zeroshot_classification", "linear_probe"),
+    DatasetKind.MULTILABEL: ("zeroshot_classification",),
 }
 """What is possible on a kind of data set; the first is its own task."""
 
@@ -333,16 +339,16 @@ class Evaluation:
             return self._probe(plan.test, plan.train, plan.validation)
         return self._classification(plan.test)
 
-    def _retrieval(self, found: Found) -> dict[str, float]:
+    def _retrieval(self, found: BenchmarkSplit) -> dict[str, float]:
         data = found.retrieval(self.config, self.world, self.model.preprocess_eval, self.model.tokenizer)
         metrics = evaluate_retrieval(self.encoder, data, world=self.world, batch_size=self.config.training.batch_size)
         self._check_skipped(data, int(metrics["num_samples"]))
         return {f"{name}_retrieval_recall@{k}": metrics[f"{way}_R@{k}"] for k in RECALL_AT for name, way in _WAYS}
 
-    def _classification(self, found: Found) -> dict[str, float]:
+    def _classification(self, found: BenchmarkSplit) -> dict[str, float]:
         data = self._labelled(found)
         classifier = build_classifier(self.encoder, data.classnames, data.templates, self.model.tokenizer, self.world)
-        if found.kind is Kind.MULTILABEL:
+        if found.kind is DatasetKind.MULTILABEL:
             precision, num_images = mean_average_precision(self.encoder, classifier, data, self.world)
             self._check_skipped(data, num_images)
             return {"mean_average_precision": precision}
@@ -354,7 +360,9 @@ class Evaluation:
             "mean_per_class_recall": accuracy.mean_per_class_recall,
         }
 
-    def _probe(self, test: Found, train: Found, validation: Found | None) -> dict[str, float]:
+    def _probe(
+        self, test: BenchmarkSplit, train: BenchmarkSplit, validation: BenchmarkSplit | None
+    ) -> dict[str, float]:
         train_features = self._features(train)
         if validation is None:
             train_features, chosen_on = split_off(
@@ -374,10 +382,10 @@ class Evaluation:
             "normalized": True,
         }
 
-    def _labelled(self, found: Found) -> ClassificationData:
+    def _labelled(self, found: BenchmarkSplit) -> ClassificationData:
         return found.classification(self.config, self.world, self.model.preprocess_eval)
 
-    def _features(self, found: Found) -> LabelledFeatures:
+    def _features(self, found: BenchmarkSplit) -> LabelledFeatures:
         data = self._labelled(found)
         features = gather_images(self.encoder, data, self.world)
         self._check_skipped(data, len(features.label))

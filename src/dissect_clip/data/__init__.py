@@ -6,11 +6,15 @@ import os
 from pathlib import Path
 
 from dissect_clip.config.settings import Config
+from dissect_clip.data import train_shards
+from dissect_clip.data.evaluation import shards
 from dissect_clip.data.evaluation.classification import build_classification
+from dissect_clip.data.evaluation.shards import benchmark_shards
 from dissect_clip.data.evaluation.stream import ClassificationData, RetrievalData, count_skips, describe_skips
-from dissect_clip.data.formats import csv, synthetic, webdataset
+from dissect_clip.data.formats import csv, synthetic
 from dissect_clip.data.formats.urls import expand, is_local, is_shard, local_path
-from dissect_clip.data.loaders import Tokenizer, TrainData, Transform
+from dissect_clip.data.loaders import Tokenizer, Transform
+from dissect_clip.data.train_data import TrainData
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 
@@ -36,7 +40,7 @@ def dataset_type(configured: str, pattern: str | None, flag: str) -> str:
     if configured != "auto":
         return configured
     assert pattern is not None
-    if os.path.isdir(pattern) and webdataset.benchmark_shards(pattern, flag) is not None:
+    if os.path.isdir(pattern) and benchmark_shards(pattern, flag) is not None:
         return "webdataset"
     first = expand(pattern, flag)[0][0]
     if is_shard(first):
@@ -61,7 +65,7 @@ def build_train(
     """
     kind = world.on_main(lambda: dataset_type(config.data.dataset_type, config.data.train_data, "--train-data"))
     if kind == "webdataset":
-        return webdataset.build_train(config, world, transform, tokenizer, run_folder)
+        return train_shards.build_train(config, world, transform, tokenizer, run_folder)
     if kind == "csv":
         return csv.build_train(config, world, transform, tokenizer)
     return synthetic.build_train(config, world, transform, tokenizer)
@@ -77,7 +81,7 @@ def build_retrieval(config: Config, world: World, transform: Transform, tokenize
         return None
     kind = dataset_type(config.data.dataset_type, config.evaluation.val_data, "--val-data")
     if kind == "webdataset":
-        return webdataset.build_retrieval(config, world, transform, tokenizer)
+        return shards.build_retrieval(config, world, transform, tokenizer)
     if kind == "csv":
         return csv.build_retrieval(config, world, transform, tokenizer)
     return synthetic.build_retrieval(config, world, transform, tokenizer)

@@ -38,7 +38,7 @@ class Batch:
     sample_id: Tensor  # [N] int64, 0 <= id < num_samples
     key: Tensor | None = None  # [N, W] uint8, the samples' names in UTF-8, padded with 0; only where asked for
     progress: Tensor | None = None  # [P] int64 on the CPU, where its loader worker stands after it; for checkpoints
-    skipped: Tensor | None = None  # [B] uint8 on the CPU, what its worker left out since its last batch; packed rows
+    skips: Tensor | None = None  # [B] uint8 on the CPU, packed rows of what its worker skipped since its last batch
     normalization: Tensor | None = None  # [2, 3] float32, what to subtract from levels of 0 to 1, and divide them by
     num_read: int | None = None  # how many samples the loader chose these from; None where it took all
     undecoded_ids: Tensor | None = None  # [P] int64 on the CPU, the ids of those that it did not choose

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from dissect_clip.data.formats.tar import DamagedTarError, ShardReader, split_name
 from dissect_clip.data.formats.urls import check_present, expand
-from dissect_clip.data.formats.webdataset import OrdinalSet, shard_names
+from dissect_clip.data.formats.webdataset import OrdinalSet
+from dissect_clip.data.sampling.bitmap import Bitmap, inverted
 from dissect_clip.data.sampling.plan import ShardSubset
-from dissect_clip.data.sampling.progress import Bitmap, inverted
 from dissect_clip.data.sampling.shard_ids import ShardIndex, count_samples, index_shards
 from dissect_clip.data.sampling.shard_sizes import SIZES_FILE, recorded_sizes, write_sizes
 from dissect_clip.data.sampling.subset import list_digest, read_list
+from dissect_clip.data.train_shards import sample_names
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.run.atomic import put_in_place, sync_folder
@@ -264,7 +265,7 @@ def export(options: Export) -> None:
     check_present(urls, "PATTERN")
     recorded = recorded_sizes(urls, None, ask_remote=True, timeout=options.data_timeout)
     index = index_shards(urls, recorded, World(), None, options.data_timeout)
-    keep = read_list(options.keep, shard_names(index, options.data_timeout), "--keep")
+    keep = read_list(options.keep, sample_names(index, options.data_timeout), "--keep")
     state, wanted = write_shards(index, keep, options)
     written = sum(state.sizes.values())
     print(f"wrote {written} of {wanted} samples to {len(state.sizes)} shards in {options.output}")

@@ -16,7 +16,7 @@ Phase = Literal["setup", "save", "evaluate", "load", "score", "train", "optimize
 """What a rank is doing, in the order in which it happens at one number of steps done."""
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
-State = Literal["runs", "lost", "failed", "done", "gone"]
+RankState = Literal["runs", "lost", "failed", "done", "gone"]
 """Lost: a collective failed, the cause is elsewhere. Done: waits for the others to be so. Gone: knows that all are."""
 
 SILENCE = 60.0
@@ -51,8 +51,8 @@ class Heartbeat:
     waits: bool  # for other ranks, and so does not hold them up
     host: str
     pid: int
-    state: State = "runs"
-    words: str = ""  # why it failed
+    state: RankState = "runs"
+    message: str = ""  # why it failed
     status: int = 0  # the exit status that the failure has
     stop: str | None = None  # the signal that asked for the end of the run
 
@@ -66,7 +66,7 @@ class Heartbeat:
         return Heartbeat(**json.loads(line))
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """Where the rank is, in words."""
         return f"phase {self.phase}" if self.phase == "setup" else f"phase {self.phase} at step {self.step}"
 
@@ -83,7 +83,7 @@ class RunFailure:
     message: str
     status: int  # exit status of all ranks
     ranks: tuple[int, ...]  # whose fault it is
-    how: Literal["failed", "died", "stalled"]
+    kind: Literal["failed", "died", "stalled"]
 
     def to_json(self) -> str:
         """As one line."""
@@ -111,13 +111,13 @@ def find_failed(beats: Mapping[int, Heartbeat], world_size: int) -> RunFailure |
     if not failed:
         return None
     first = beats[failed[0]]
-    same = tuple(rank for rank in failed if beats[rank].words == first.words)
+    same = tuple(rank for rank in failed if beats[rank].message == first.message)
     if len(same) == world_size:
-        message = first.words
+        message = first.message
     elif len(same) == 1:
-        message = f"rank {same[0]} failed while it was in {first.place}: {first.words}"
+        message = f"rank {same[0]} failed while it was in {first.where}: {first.message}"
     else:
-        message = f"ranks {', '.join(map(str, same))} failed while rank {same[0]} was in {first.place}: {first.words}"
+        message = f"ranks {', '.join(map(str, same))} failed while rank {same[0]} was in {first.where}: {first.message}"
     return RunFailure(message, first.status, same, "failed")
 
 
@@ -142,7 +142,7 @@ def find_dead(beats: Mapping[int, Heartbeat], silent: Mapping[int, float], timeo
     first = beats[dead[0]]
     message = (
         f"{name_ranks(dead, beats)} died or lost the network: no sign of life for {silent[dead[0]]:.0f} s, last in "
-        f"{first.place}. {_LOOK_AT_KILLS}"
+        f"{first.where}. {_LOOK_AT_KILLS}"
     )
     return RunFailure(message, 1, dead, "died")
 
@@ -153,12 +153,11 @@ def find_stalled(beats: Mapping[int, Heartbeat], timeout: float) -> RunFailure |
     if not running or min(beat.idle for beat in running.values()) <= timeout:
         return None
     behind = min(beat.progress for beat in running.values())
-    guilty = tuple(rank for rank, beat in running.items() if beat.progress == behind)
-    first = running[guilty[0]]
-    who = f"all {len(guilty)} ranks" if len(guilty) == len(running) > 1 else name_ranks(guilty, running)
+    stalled = tuple(rank for rank, beat in running.items() if beat.progress == behind)
+    first = running[stalled[0]]
+    who = f"all {len(stalled)} ranks" if len(stalled) == len(running) > 1 else name_ranks(stalled, running)
     message = (
-        f"{who} {'have' if len(guilty) > 1 else 'has'} not got on for {first.idle:.0f} s (--rank-timeout {timeout:g}) "
-        f"in {first.place}. "
-        f"{_LOOK_AT.get(first.phase, _LOOK_AT_GPU)}"
+        f"{who} {'have' if len(stalled) > 1 else 'has'} not got on for {first.idle:.0f} s "
+        f"(--rank-timeout {timeout:g}) in {first.where}. {_LOOK_AT.get(first.phase, _LOOK_AT_GPU)}"
     )
-    return RunFailure(message, 1, guilty, "stalled")
+    return RunFailure(message, 1, stalled, "stalled")

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dissect_clip.data.formats.urls import check_present, expand
-from dissect_clip.data.formats.webdataset import shard_names
 from dissect_clip.data.sampling.shard_ids import index_shards
 from dissect_clip.data.sampling.shard_sizes import recorded_sizes
-from dissect_clip.data.sampling.subset import Names, as_recorded
+from dissect_clip.data.sampling.subset import SampleNames, as_recorded
+from dissect_clip.data.train_shards import sample_names
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.run.atomic import put_in_place
@@ -45,7 +45,7 @@ def read_clean(path: Path) -> pa.Table:
     return table
 
 
-def read_keys(names: Names, table: pa.Table) -> list[str | None]:
+def read_keys(names: SampleNames, table: pa.Table) -> list[str | None]:
     """The key of each row, None where the shard's headers end before it.
 
     Raises:
@@ -197,7 +197,7 @@ def report_file(
         check_present(urls, "--train-data")
         recorded = recorded_sizes(urls, None, ask_remote=True, timeout=timeout)
         index = index_shards(urls, recorded, World(), None, timeout)
-        keys = pa.array(read_keys(shard_names(index, timeout), table), pa.string())
+        keys = pa.array(read_keys(sample_names(index, timeout), table), pa.string())
         if wrong_file is not None:
             wrong = read_wrong(wrong_file)
             matched = pc.is_in(keys, value_set=pa.array(sorted(wrong), pa.string())).to_numpy(zero_copy_only=False)

@@ -12,7 +12,7 @@ import torch
 from dissect_clip.data import TrainData
 from dissect_clip.data.batch import Batch
 from dissect_clip.data.transfer import Transfer
-from dissect_clip.distributed.watchdog import StepDecision
+from dissect_clip.distributed.agreement import StepDecision
 from dissect_clip.errors import Stopped, TrainingError
 from dissect_clip.run.reporters import Reporter
 from dissect_clip.training.metrics import LogInterval

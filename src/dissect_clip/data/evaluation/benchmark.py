@@ -20,11 +20,11 @@ from pathlib import Path
 
 from dissect_clip.config.settings import Config
 from dissect_clip.data.evaluation.classification import fill_template
+from dissect_clip.data.evaluation.shards import EvaluationShards, evaluation_shards, numbered_shards
 from dissect_clip.data.evaluation.stream import ClassificationData, RetrievalData, classification_data, retrieval_data
 from dissect_clip.data.formats.decode import IMAGE_SUFFIXES, MAX_TEXT_SIZE, caption_suffixes
 from dissect_clip.data.formats.download import open_stream
 from dissect_clip.data.formats.urls import is_local, local_path
-from dissect_clip.data.formats.webdataset import EvaluationShards, evaluation_shards, numbered_shards
 from dissect_clip.data.loaders import Tokenizer, Transform
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -36,7 +36,7 @@ _TEMPLATES = "zeroshot_classification_templates.txt"
 _TYPE = "dataset_type.txt"
 
 
-class Kind(Enum):
+class DatasetKind(Enum):
     """What belongs to an image, as dataset_type.txt says it."""
 
     RETRIEVAL = "retrieval"
@@ -45,13 +45,13 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True)
-class Layout:
+class BenchmarkFolder:
     """Where a data set is. Nothing is read before it is asked for."""
 
     location: str  # folder or URL, without a slash at its end
     timeout: float  # seconds to wait for a server that sends nothing
 
-    def kind(self) -> Kind:
+    def kind(self) -> DatasetKind:
         """What belongs to an image. To be asked after :meth:`shards`, which tells whether the set is there at all.
 
         Raises:
@@ -59,9 +59,9 @@ class Layout:
         """
         text = (self._text(_TYPE) or "").strip().lower()
         try:
-            return Kind(text or "classification")
+            return DatasetKind(text or "classification")
         except ValueError:
-            known = ", ".join(kind.value for kind in Kind)
+            known = ", ".join(kind.value for kind in DatasetKind)
             raise SetupError(f"{FLAG} {self.location}: {_TYPE} says {text[:40]!r}; known are {known}") from None
 
     def shards(self, split: str) -> list[str]:
@@ -133,7 +133,7 @@ _PAGE = re.compile(r"(https://huggingface\.co/datasets/.*)/(?:tree|resolve)/([^/
 """A data set's page on Hugging Face, or where its files are: repository and revision."""
 
 
-def _layout(place: str, timeout: float) -> Layout:
+def _layout(place: str, timeout: float) -> BenchmarkFolder:
     """The data set at a folder or URL; of a page on Hugging Face, where its files are.
 
     Raises:
@@ -142,10 +142,10 @@ def _layout(place: str, timeout: float) -> Layout:
     if place.startswith("pipe:"):
         raise SetupError(f"{FLAG} {place}: a data set is a folder or URL, and no command")
     page = _PAGE.fullmatch(place)
-    return Layout(place if page is None else f"{page[1]}/resolve/{page[2]}", timeout)
+    return BenchmarkFolder(place if page is None else f"{page[1]}/resolve/{page[2]}", timeout)
 
 
-def locate(entry: str, root: str | None, timeout: float) -> tuple[str, Layout]:
+def locate_dataset(entry: str, root: str | None, timeout: float) -> tuple[str, BenchmarkFolder]:
     """The name and place of a data set, as CLIP_benchmark's --dataset and --dataset_root have it.
 
     Without a root an entry is a folder or URL, and its last part the name. ``wds/`` before a name is no part of its
@@ -167,11 +167,11 @@ def locate(entry: str, root: str | None, timeout: float) -> tuple[str, Layout]:
 
 
 @dataclass(frozen=True)
-class Found:
+class BenchmarkSplit:
     """A split of a data set, with what is needed to read it. Picklable: found by one rank for all."""
 
     name: str
-    kind: Kind
+    kind: DatasetKind
     source: EvaluationShards
     classnames: list[str]  # none for retrieval
     templates: list[str]  # none where they are not needed
@@ -183,16 +183,16 @@ class Found:
     def classification(self, config: Config, world: World, transform: Transform) -> ClassificationData:
         """This rank's share of images with labels."""
         templates = [partial(fill_template, template) for template in self.templates]
-        multilabel = self.kind is Kind.MULTILABEL
+        multilabel = self.kind is DatasetKind.MULTILABEL
         return classification_data(
             self.name, self.source, self.classnames, templates, config, world, transform, multilabel
         )
 
 
-_LABELS = {Kind.CLASSIFICATION: "cls", Kind.MULTILABEL: "npy"}
+_LABELS = {DatasetKind.CLASSIFICATION: "cls", DatasetKind.MULTILABEL: "npy"}
 
 
-def find_split(name: str, layout: Layout, split: str, *, templates: bool) -> Found:
+def find_split(name: str, layout: BenchmarkFolder, split: str, *, templates: bool) -> BenchmarkSplit:
     """A split of a data set, with its prompts if they are asked for. Not collective.
 
     Raises:
@@ -200,10 +200,12 @@ def find_split(name: str, layout: Layout, split: str, *, templates: bool) -> Fou
     """
     shards = layout.shards(split)
     kind = layout.kind()
-    if kind is Kind.RETRIEVAL:
-        return Found(name, kind, evaluation_shards(shards, caption_suffixes(None), FLAG, layout.timeout), [], [])
+    if kind is DatasetKind.RETRIEVAL:
+        return BenchmarkSplit(
+            name, kind, evaluation_shards(shards, caption_suffixes(None), FLAG, layout.timeout), [], []
+        )
     suffixes = frozenset((*IMAGE_SUFFIXES, _LABELS[kind]))
-    return Found(
+    return BenchmarkSplit(
         name=name,
         kind=kind,
         source=evaluation_shards(shards, suffixes, FLAG, layout.timeout),

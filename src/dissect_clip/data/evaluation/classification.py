@@ -16,11 +16,11 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
 from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
 from dissect_clip.config.settings import Config
-from dissect_clip.data.evaluation.stream import ClassificationData, EvalSource, classification_data
+from dissect_clip.data.evaluation.shards import benchmark_shards, evaluation_shards
+from dissect_clip.data.evaluation.stream import ClassificationData, EvaluationSource, classification_data
 from dissect_clip.data.formats.decode import IMAGE_SUFFIXES, RawSample, read_file
-from dissect_clip.data.formats.webdataset import benchmark_shards, evaluation_shards
 from dissect_clip.data.loaders import Transform
-from dissect_clip.data.sampling.plan import WorkerInfo
+from dissect_clip.data.sampling.workers import WorkerInfo
 from dissect_clip.data.skips import BadSampleError, SkipCounter
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -38,9 +38,9 @@ class FolderSource:
     root: str
     files: tuple[tuple[str, int], ...]  # path and class
 
-    def samples(self, place: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
-        """See :class:`dissect_clip.data.evaluation.stream.EvalSource`."""
-        for number in range(place.number, len(self.files), place.total):
+    def samples(self, worker: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
+        """See :class:`dissect_clip.data.evaluation.stream.EvaluationSource`."""
+        for number in range(worker.global_id, len(self.files), worker.total_workers):
             path, label = self.files[number]
             try:
                 image = read_file(path)
@@ -51,12 +51,12 @@ class FolderSource:
 
 
 @dataclass(frozen=True)
-class Found:
+class LabelledSet:
     """A set on disk, with what its folder tells."""
 
     flag: str
     path: str
-    source: EvalSource
+    source: EvaluationSource
     folders: list[str] | None  # class folders, in the order of the labels; None in shards
 
     def lines(self, name: str) -> list[str] | None:
@@ -101,7 +101,7 @@ def _sorted_folders(path: str) -> list[str]:
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
 
 
-def _find(path: str, flag: str, timeout: float) -> Found:
+def _find(path: str, flag: str, timeout: float) -> LabelledSet:
     if not os.path.isdir(path):
         raise SetupError(f"{flag} {path}: there is no such folder")
     shards = benchmark_shards(path, flag)
@@ -110,7 +110,7 @@ def _find(path: str, flag: str, timeout: float) -> Found:
         if kind.is_file() and kind.read_text().strip().lower() not in ("", "classification"):
             raise SetupError(f"{flag} {path}: a set of type {kind.read_text().strip()!r} has no single class an image")
         source = evaluation_shards(shards, frozenset((*IMAGE_SUFFIXES, "cls")), flag, timeout)
-        return Found(flag, path, source, None)
+        return LabelledSet(flag, path, source, None)
     folders = _sorted_folders(path)
     labels = {name: label for label, name in enumerate(folders)}
     files = make_dataset(path, labels, extensions=IMG_EXTENSIONS, allow_empty=True) if folders else []
@@ -119,37 +119,39 @@ def _find(path: str, flag: str, timeout: float) -> Found:
             f"{flag} {path}: neither a folder with a folder of images for each class, nor a CLIP_benchmark webdataset "
             "with test/nshards.txt"
         )
-    return Found(flag, path, FolderSource(path, tuple(files)), folders)
+    return LabelledSet(flag, path, FolderSource(path, tuple(files)), folders)
 
 
-def _check_count(found: Found, classnames: list[str]) -> list[str]:
-    if found.folders is not None and len(found.folders) != len(classnames):
+def _check_count(labelled: LabelledSet, classnames: list[str]) -> list[str]:
+    if labelled.folders is not None and len(labelled.folders) != len(classnames):
         raise SetupError(
-            f"{found.flag} {found.path}: {len(found.folders)} class folders, but {len(classnames)} class names; there "
-            "must be one folder for each class, in the same order"
+            f"{labelled.flag} {labelled.path}: {len(labelled.folders)} class folders, but "
+            f"{len(classnames)} class names; there must be one folder for each class, in the same order"
         )
     return classnames
 
 
-def _imagenet(name: str, found: Found, config: Config, world: World, transform: Transform) -> ClassificationData:
-    own = found.lines(_CLASSNAMES) if found.folders is None else None
-    classnames = _check_count(found, own or list(IMAGENET_CLASSNAMES))
-    templates = found.templates() or OPENAI_IMAGENET_TEMPLATES
-    return classification_data(name, found.source, classnames, templates, config, world, transform)
+def _imagenet(
+    name: str, labelled: LabelledSet, config: Config, world: World, transform: Transform
+) -> ClassificationData:
+    own = labelled.lines(_CLASSNAMES) if labelled.folders is None else None
+    classnames = _check_count(labelled, own or list(IMAGENET_CLASSNAMES))
+    templates = labelled.templates() or OPENAI_IMAGENET_TEMPLATES
+    return classification_data(name, labelled.source, classnames, templates, config, world, transform)
 
 
-def _any_set(found: Found, config: Config, world: World, transform: Transform) -> ClassificationData:
-    classnames = found.lines(_CLASSNAMES)
-    if classnames is None and found.folders is None:
+def _any_set(labelled: LabelledSet, config: Config, world: World, transform: Transform) -> ClassificationData:
+    classnames = labelled.lines(_CLASSNAMES)
+    if classnames is None and labelled.folders is None:
         raise SetupError(
-            f"{found.flag} {found.path}: shards need a {_CLASSNAMES} in this folder, with a name on each line"
+            f"{labelled.flag} {labelled.path}: shards need a {_CLASSNAMES} in this folder, with a name on each line"
         )
     if classnames is None:
-        classnames = [name.replace("_", " ") for name in found.folders or ()]
-    templates = found.templates() or [partial(fill_template, "a photo of a {c}.")]
-    name = os.path.basename(os.path.normpath(found.path))
-    classnames = _check_count(found, classnames)
-    return classification_data(name, found.source, classnames, templates, config, world, transform)
+        classnames = [name.replace("_", " ") for name in labelled.folders or ()]
+    templates = labelled.templates() or [partial(fill_template, "a photo of a {c}.")]
+    name = os.path.basename(os.path.normpath(labelled.path))
+    classnames = _check_count(labelled, classnames)
+    return classification_data(name, labelled.source, classnames, templates, config, world, transform)
 
 
 def build_classification(config: Config, world: World, transform: Transform) -> list[ClassificationData]:
@@ -167,8 +169,8 @@ def build_classification(config: Config, world: World, transform: Transform) -> 
             sets.append(_imagenet(name, _find(path, flag, config.data.data_timeout), config, world, transform))
     for path in (config.evaluation.zeroshot_data or "").split("::"):
         if path:
-            found = _find(path, "--zeroshot-data", config.data.data_timeout)
-            sets.append(_any_set(found, config, world, transform))
+            labelled = _find(path, "--zeroshot-data", config.data.data_timeout)
+            sets.append(_any_set(labelled, config, world, transform))
     _check_names(sets)
     return sets
 

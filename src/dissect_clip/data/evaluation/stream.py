@@ -28,7 +28,7 @@ from dissect_clip.data.formats.decode import (
     transform_image,
 )
 from dissect_clip.data.loaders import Tokenizer, Transform, make_loader
-from dissect_clip.data.sampling.plan import WorkerInfo, current_worker
+from dissect_clip.data.sampling.workers import WorkerInfo, current_worker
 from dissect_clip.data.skips import BadSampleError, SharedSkipCounts, SkipCounter
 from dissect_clip.distributed.world import World
 from dissect_clip.seeding import Stream, derive_seed, seeded
@@ -38,10 +38,10 @@ B = TypeVar("B")
 _MAX_RATIO = 100
 
 
-class EvalSource(Protocol):
+class EvaluationSource(Protocol):
     """Where a worker's share of the raw samples comes from. Picklable."""
 
-    def samples(self, place: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
+    def samples(self, worker: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
         """This worker's share; ``sample_id`` is the sample's place in the set, the same for any number of workers."""
         ...
 
@@ -51,16 +51,16 @@ class EvaluationSample(NamedTuple):
 
     image: Tensor  # [3, H, W]
     captions: list[str]
-    place: int  # in the set
+    position: int  # in the set
     label: int | list[int]  # its class, or 0 or 1 for each class; -1 where images have captions
 
 
-class EvalStream(IterableDataset[B]):
+class EvaluationStream(IterableDataset[B]):
     """Batches of a worker's share. ``decode`` makes an image of a sample, ``collate`` a batch of images."""
 
     def __init__(
         self,
-        source: EvalSource,
+        source: EvaluationSource,
         decode: Callable[[RawSample], EvaluationSample],
         collate: Callable[[list[EvaluationSample]], B],
         config: Config,
@@ -72,21 +72,21 @@ class EvalStream(IterableDataset[B]):
         self._batch_size, self._seed = config.training.batch_size, config.training.seed
 
     def __iter__(self) -> Iterator[B]:
-        place = current_worker(self._rank, self._world_size)
-        self.skips.clear(place.worker)
-        images = self._images(place)
+        worker = current_worker(self._rank, self._world_size)
+        self.skips.clear(worker.id)
+        images = self._images(worker)
         for number in itertools.count():
             # Some tokenizers and transforms draw random numbers even here.
-            with seeded(derive_seed(self._seed, Stream.AUGMENT, place.number, number)):
+            with seeded(derive_seed(self._seed, Stream.AUGMENT, worker.global_id, number)):
                 chosen = list(itertools.islice(images, self._batch_size))
                 batch = self._collate(chosen) if chosen else None
             if batch is None:
                 return
             yield batch
 
-    def _images(self, place: WorkerInfo) -> Iterator[EvaluationSample]:
-        skips = self.skips.counter(place.worker)
-        for sample in self._source.samples(place, skips):
+    def _images(self, worker: WorkerInfo) -> Iterator[EvaluationSample]:
+        skips = self.skips.counter(worker.id)
+        for sample in self._source.samples(worker, skips):
             try:
                 image = self._decode(sample)
             except BadSampleError as bad:
@@ -146,7 +146,7 @@ class CollateRetrieval:
             image=torch.stack([image.image for image in images]),
             text=self.tokenizer([caption for image in images for caption in image.captions]),
             captions=torch.tensor([len(image.captions) for image in images]),
-            order=torch.tensor([image.place for image in images]),
+            order=torch.tensor([image.position for image in images]),
         )
 
 
@@ -170,7 +170,7 @@ def collate_labelled(images: list[EvaluationSample]) -> LabelledBatch:
     return LabelledBatch(
         image=torch.stack([image.image for image in images]),
         label=torch.tensor([image.label for image in images]),
-        order=torch.tensor([image.place for image in images]),
+        order=torch.tensor([image.position for image in images]),
     )
 
 
@@ -180,7 +180,7 @@ class RetrievalData:
 
     name: str
     loader: DataLoader[RetrievalBatch]
-    stream: EvalStream[RetrievalBatch]
+    stream: EvaluationStream[RetrievalBatch]
 
     def skip_counts(self) -> dict[str, int]:
         """Samples of this rank left out in the last pass, by reason. Not collective."""
@@ -193,7 +193,7 @@ class ClassificationData:
 
     name: str
     loader: DataLoader[LabelledBatch]
-    stream: EvalStream[LabelledBatch]
+    stream: EvaluationStream[LabelledBatch]
     classnames: list[str]
     templates: Sequence[Callable[[str], str]]
     """Each makes a prompt of a class name; as open_clip.build_zero_shot_classifier takes them."""
@@ -216,17 +216,22 @@ def describe_skips(counts: Mapping[str, int]) -> str:
 
 
 def retrieval_data(
-    source: EvalSource, config: Config, world: World, transform: Transform, tokenizer: Tokenizer, name: str = "val"
+    source: EvaluationSource,
+    config: Config,
+    world: World,
+    transform: Transform,
+    tokenizer: Tokenizer,
+    name: str = "val",
 ) -> RetrievalData:
     """Image-caption pairs of a source as a validation set."""
     decode = DecodeRetrieval(transform, config.data.json_caption_key, config.evaluation.val_captions == "lines")
-    stream = EvalStream(source, decode, CollateRetrieval(tokenizer), config, world)
+    stream = EvaluationStream(source, decode, CollateRetrieval(tokenizer), config, world)
     return RetrievalData(name, make_loader(stream, config.data.workers, world), stream)
 
 
 def classification_data(
     name: str,
-    source: EvalSource,
+    source: EvaluationSource,
     classnames: list[str],
     templates: Sequence[Callable[[str], str]],
     config: Config,
@@ -236,5 +241,5 @@ def classification_data(
 ) -> ClassificationData:
     """Labelled images of a source as a set for zero-shot classification."""
     decode = DecodeLabelled(transform, len(classnames), multilabel)
-    stream = EvalStream(source, decode, collate_labelled, config, world)
+    stream = EvaluationStream(source, decode, collate_labelled, config, world)
     return ClassificationData(name, make_loader(stream, config.data.workers, world), stream, classnames, templates)

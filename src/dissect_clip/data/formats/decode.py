@@ -41,8 +41,8 @@ class RawSample(NamedTuple):
     key: str
     files: Mapping[str, bytes]  # by suffix, in lower case
     problem: BadSampleError | None = None  # found before decoding: the sample cannot be used
-    again: bool = False  # whether it comes a second time in the epoch, to fill it up, and so is not counted
-    twice: bool = False  # whether it is the first of two times, which need not be read before the second
+    is_repeat: bool = False  # whether it comes a second time in the epoch, to fill it up, and so is not counted
+    has_repeat: bool = False  # whether it is the first of two visits, and need not be read before the second
 
 
 def read_file(path: str | bytes) -> bytes:

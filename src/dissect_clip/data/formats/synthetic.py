@@ -12,7 +12,8 @@ from dissect_clip.config.settings import Config
 from dissect_clip.data.evaluation.stream import RetrievalData
 from dissect_clip.data.formats.decode import RawSample
 from dissect_clip.data.formats.table import table_retrieval, table_train
-from dissect_clip.data.loaders import Tokenizer, TrainData, Transform
+from dissect_clip.data.loaders import Tokenizer, Transform
+from dissect_clip.data.train_data import TrainData
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.seeding import seeded

@@ -13,17 +13,20 @@ from numpy.typing import NDArray
 from dissect_clip.config.settings import Config
 from dissect_clip.data.evaluation.stream import RetrievalData, retrieval_data
 from dissect_clip.data.formats.decode import RawSample
-from dissect_clip.data.loaders import Tokenizer, TrainData, TrainStream, Transform, make_loader
-from dissect_clip.data.sampling.plan import Coverage, WorkerInfo, count_batches, span_rows
-from dissect_clip.data.sampling.progress import Bitmap, count_set, inverted
-from dissect_clip.data.sampling.subset import Names, list_digest, read_list
+from dissect_clip.data.loaders import Tokenizer, Transform, make_loader
+from dissect_clip.data.sampling.bitmap import Bitmap, count_set, inverted
+from dissect_clip.data.sampling.plan import Coverage, span_rows
+from dissect_clip.data.sampling.subset import SampleNames, list_digest, read_list
+from dissect_clip.data.sampling.workers import WorkerInfo, count_batches
 from dissect_clip.data.skips import SkipCounter
+from dissect_clip.data.train_data import TrainData
+from dissect_clip.data.train_stream import TrainStream
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.seeding import Stream, derive_seed
 
 
-class Table(Protocol):
+class SampleTable(Protocol):
     """Rows that can be read in any order. Picklable."""
 
     name: str
@@ -39,21 +42,21 @@ class Table(Protocol):
         ...
 
 
-class Rows:
-    """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.loaders.Samples`.
+class TableSamples:
+    """Rows of a table, in a given order, from some place on; see :class:`dissect_clip.data.source.Samples`.
 
     Those at the places ``once`` come once in the epoch; before them are the first of two times, behind them the second.
     """
 
-    def __init__(self, table: Table, rows: NDArray[np.int64], once: range, done: int) -> None:
+    def __init__(self, table: SampleTable, rows: NDArray[np.int64], once: range, done: int) -> None:
         self._table, self._rows, self._once, self._done = table, rows, once, done
 
     def __iter__(self) -> Iterator[RawSample]:
         """All of them."""
         for row in self._rows[self._done :].tolist():
-            twice, again = self._done < self._once.start, self._done >= self._once.stop
+            has_repeat, is_repeat = self._done < self._once.start, self._done >= self._once.stop
             self._done += 1
-            yield self._table.read(row)._replace(twice=twice, again=again)
+            yield self._table.read(row)._replace(has_repeat=has_repeat, is_repeat=is_repeat)
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -65,40 +68,40 @@ class Rows:
 class TableSource:
     """Every row of a table that is not left out once an epoch, in an order drawn from (seed, epoch)."""
 
-    table: Table
+    table: SampleTable
     num_batches: int
     batch_size: int
     seed: int
-    left_out: Bitmap | None = None  # rows that no attempt gives
-    visited: Bitmap | None = None  # rows that the first attempt leaves out, with those
+    exclusions: Bitmap | None = None  # rows that no attempt gives
+    visits: Bitmap | None = None  # rows that the first attempt leaves out, with those
     rest_batches: int = 0  # of a rank, for those that it does not
     coverage = Coverage.ONCE
     shuffle_buffer = 0
 
     def samples(
-        self, place: WorkerInfo, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]
-    ) -> Rows:
-        """See :class:`dissect_clip.data.loaders.Source`."""
+        self, worker: WorkerInfo, epoch: int, attempt: int, skips: SkipCounter, position: tuple[int, ...]
+    ) -> TableSamples:
+        """See :class:`dissect_clip.data.source.Source`."""
         (done,) = position or (0,)
-        if attempt == 0 and self.visited is not None:
-            rows, once = self._span(self.rest_batches, epoch, place, self.visited)
-            return Rows(self.table, rows, once, done)
-        rows, once = self._span(self.num_batches, epoch, place, self.left_out)
+        if attempt == 0 and self.visits is not None:
+            rows, once = self._span(self.rest_batches, epoch, worker, self.visits)
+            return TableSamples(self.table, rows, once, done)
+        rows, once = self._span(self.num_batches, epoch, worker, self.exclusions)
         if attempt > 0:
-            seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, place.rank, place.worker, attempt)
+            seed = derive_seed(self.seed, Stream.SHUFFLE, epoch, worker.rank, worker.id, attempt)
             np.random.Generator(np.random.PCG64(seed)).shuffle(rows)
-        return Rows(self.table, rows, once, done)
+        return TableSamples(self.table, rows, once, done)
 
     def _span(
-        self, num_batches: int, epoch: int, place: WorkerInfo, left_out: Bitmap | None
+        self, num_batches: int, epoch: int, worker: WorkerInfo, exclusions: Bitmap | None
     ) -> tuple[NDArray[np.int64], range]:
-        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, place, left_out)
+        return span_rows(len(self.table), num_batches, self.batch_size, self.seed, epoch, worker, exclusions)
 
-    def rest(self, visited: Bitmap, num_batches: int) -> TableSource:
-        """See :class:`dissect_clip.data.loaders.Source`."""
-        return dataclasses.replace(self, visited=visited, rest_batches=num_batches)
+    def rest(self, visits: Bitmap, num_batches: int) -> TableSource:
+        """See :class:`dissect_clip.data.source.Source`."""
+        return dataclasses.replace(self, visits=visits, rest_batches=num_batches)
 
-    def describe(self, place: WorkerInfo, epoch: int) -> str:
+    def describe(self, worker: WorkerInfo, epoch: int) -> str:
         """The table's name."""
         return self.table.name
 
@@ -107,11 +110,11 @@ class TableSource:
 class EvaluationTable:
     """Rows that all workers read once, together."""
 
-    table: Table
+    table: SampleTable
 
-    def samples(self, place: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
-        """See :class:`dissect_clip.data.evaluation.stream.EvalSource`."""
-        for row in range(place.number, len(self.table), place.total):
+    def samples(self, worker: WorkerInfo, skips: SkipCounter) -> Iterator[RawSample]:
+        """See :class:`dissect_clip.data.evaluation.stream.EvaluationSource`."""
+        for row in range(worker.global_id, len(self.table), worker.total_workers):
             yield self.table.read(row)
 
 
@@ -121,7 +124,7 @@ def _for_tables(config: Config) -> Config:
 
 
 def table_train(
-    table: Table, fingerprint: str, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+    table: SampleTable, fingerprint: str, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
 ) -> TrainData:
     """The loader of a table's rows; not collective.
 
@@ -130,14 +133,16 @@ def table_train(
     """
     if config.data.dataset_resampled:
         raise SetupError("--dataset-resampled draws shards, which only --dataset-type webdataset has: remove it")
-    left_out, subset_size, sizes = None, len(table), np.array([len(table)])
+    exclusions, subset_size, sizes = None, len(table), np.array([len(table)])
     if config.data.train_keep is not None:
-        keep = read_list(config.data.train_keep, Names((table.name,), sizes, lambda _: table.keys()), "--train-keep")
-        left_out, subset_size = inverted(keep, len(table)), count_set(keep)
+        keep = read_list(
+            config.data.train_keep, SampleNames((table.name,), sizes, lambda _: table.keys()), "--train-keep"
+        )
+        exclusions, subset_size = inverted(keep, len(table)), count_set(keep)
         fingerprint = f"{fingerprint}+{list_digest(keep)}"
     num_batches = count_batches(subset_size, config.training.batch_size, world.size, config.training.accum_freq)
-    source = TableSource(table, num_batches, config.training.batch_size, config.training.seed, left_out)
-    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer, left_out)
+    source = TableSource(table, num_batches, config.training.batch_size, config.training.seed, exclusions)
+    stream = TrainStream(source, _for_tables(config), world, num_batches, len(table), transform, tokenizer, exclusions)
     return TrainData(
         world=world,
         loader=make_loader(stream, config.data.workers, world),
@@ -148,12 +153,12 @@ def table_train(
         shard_sizes=sizes,
         find_shard=all_in_first,
         subset_size=subset_size,
-        left_out=left_out,
+        exclusions=exclusions,
     )
 
 
 def table_retrieval(
-    table: Table, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
+    table: SampleTable, config: Config, world: World, transform: Transform, tokenizer: Tokenizer
 ) -> RetrievalData:
     """A table's rows as validation data; not collective."""
     return retrieval_data(EvaluationTable(table), _for_tables(config), world, transform, tokenizer)
