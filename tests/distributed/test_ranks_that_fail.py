@@ -213,7 +213,7 @@ def test_ctrl_c_twice_does_not_wait_for_the_step(tmp_path: Path, words: list[str
         time.sleep(2.5)
         ranks.signal(0, signal.SIGINT)
         assert ranks.ends([0], SOON) == [EXIT_INTERRUPT]
-    assert complaints(ranks, 0) == ["interrupted; --resume latest goes on from the last checkpoint"]
+    assert complaints(ranks, 0) == ["interrupted; --resume latest continues from the last checkpoint"]
     assert checkpoints(tmp_path) == []
 
 
