@@ -138,7 +138,7 @@ def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path, end):
     with pytest.raises(SetupError, match=r"a\.csv: the quote before open.* is never closed"):
         load(data_config(train_data=str(path)))
     path.write_text('filepath\ttitle\nx\t"open\n' + "y\tz\n" * 600_000)
-    with pytest.raises(SetupError, match="more than 1 MiB, as where a quote is not closed"):
+    with pytest.raises(SetupError, match="more than 1 MiB, as if a quote is not closed"):
         load(data_config(train_data=str(path)))
 
 

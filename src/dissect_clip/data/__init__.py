@@ -32,10 +32,10 @@ __all__ = [
 
 
 def dataset_type(configured: str, pattern: str | None, flag: str) -> str:
-    """The type of the data: as configured, or by the name of its first file where that is ``auto``.
+    """The type of the data: as configured or, for ``auto``, by the name of its first file.
 
     Raises:
-        SetupError: the name does not tell.
+        SetupError: the name is of no known type.
     """
     if configured != "auto":
         return configured
@@ -50,7 +50,7 @@ def dataset_type(configured: str, pattern: str | None, flag: str) -> str:
     if is_local(first) and not os.path.exists(local_path(first)):
         raise SetupError(f"{flag} {pattern}: there is no such file or folder (searched from {os.getcwd()})")
     raise SetupError(
-        f"{flag} {pattern}: the name does not tell the type of the data (known are .tar, .tar.gz, .tgz, .csv, .tsv); "
+        f"{flag} {pattern}: its name is of no known type (known are .tar, .tar.gz, .tgz, .csv, .tsv); "
         "give --dataset-type webdataset, csv or synthetic"
     )
 
@@ -72,7 +72,7 @@ def build_train(
 
 
 def build_retrieval(config: Config, world: World, transform: Transform, tokenizer: Tokenizer) -> RetrievalData | None:
-    """The validation data of --val-data, or None where there is none; not collective.
+    """The validation data of --val-data, or None if there is none; not collective.
 
     Raises:
         SetupError: the data is missing or broken.

@@ -29,8 +29,8 @@ def _normalise(levels: Tensor, normalization: Tensor) -> Tensor:
 class Batch:
     """Image-caption pairs to train on.
 
-    ``sample_id`` is the pair's number in the data set, the same in every epoch and on every rank. It is -1 where
-    no numbering was asked for (neither selection nor record reads it).
+    ``sample_id`` is the pair's number in the dataset, the same in every epoch and on every rank. It is -1
+    without numbering, which only selection and record need.
     """
 
     image: Tensor  # [N, 3, H, W] float, or uint8 with ``normalization``
@@ -89,7 +89,7 @@ class RetrievalBatch:
     image: Tensor  # [M, 3, H, W] float
     text: Tensor  # [T, L] int64, T >= M; captions of one image stand together, in the order of the images
     captions: Tensor  # [M] int64, how many captions each image has, at least 1; sums to T
-    order: Tensor  # [M] int64, the images' place in the data set; unique, rising within a shard
+    order: Tensor  # [M] int64, the images' positions in the dataset; unique, rising within a shard
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> RetrievalBatch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""
@@ -106,7 +106,7 @@ class LabelledBatch:
 
     image: Tensor  # [M, 3, H, W] float
     label: Tensor  # [M] int64, a place in the set's class names; of a multi-label set [M, C] int64, 0 or 1
-    order: Tensor  # [M] int64, the images' place in the data set; unique
+    order: Tensor  # [M] int64, the images' positions in the dataset; unique
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> LabelledBatch:
         """The batch on a device, without waiting for the copy; ``dtype`` is the image's."""

@@ -1,10 +1,10 @@
-"""What training left out, over all ranks: one by one in ``RUN/skipped.parquet``, and a limit on how much it may be.
+"""Samples that training skipped, over all ranks: a row each in ``RUN/skipped.parquet``, and a limit on their share.
 
 Shapes: B bytes of packed rows (:mod:`dissect_clip.data.skips`).
 
-Memory: up to ``WAITING`` bytes of packed rows wait on each rank; those that come then are only counted, and the file
-says so. A gather moves pieces of ``PIECE`` bytes of the rows of all ranks together, so that it costs what there is to
-tell and not (ranks) x (the rank with the most).
+Memory: up to ``WAITING`` bytes of packed rows wait on each rank; later rows are only counted, and the file says so. A
+gather moves pieces of ``PIECE`` bytes of the rows of all ranks together, so that its cost is the sum over the ranks,
+not (ranks) x (the largest of them).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PIECE = 16 << 20
 _WORST = 5
 _UNTOLD = "more of this kind, only counted"
 _SENT = 1000
-"""Shards that a rank tells the others about when the limit is passed: those where it left out most."""
+"""Shards that a rank names when the limit is passed: those with the most skipped samples."""
 
 _SCHEMA = pa.schema(
     [
@@ -53,7 +53,7 @@ class SkipLog:
     """Writes the left-out samples of all ranks to ``folder/epoch_00007.parquet`` for epoch 7; columns: docs/logs.md.
 
     Args:
-        folder: which Parquet readers take as one data set; None writes nothing.
+        folder: which Parquet readers take as one dataset; None writes nothing.
         keep_going: where a file cannot be written, log an error in place of raising one.
     """
 
@@ -72,7 +72,7 @@ class SkipLog:
         self._samples: Counter[tuple[int, str]] = Counter()  # of this rank, by kind and shard
 
     def begin(self, epoch: int, step: int = 0) -> None:
-        """Start an epoch, or go on in it after ``step`` of its optimizer steps: later rows are gone. Not collective.
+        """Start an epoch, or resume it after ``step`` of its optimizer steps: later rows are dropped. Not collective.
 
         Raises:
             TrainingError: if the file cannot be made.
@@ -131,7 +131,7 @@ class SkipLog:
         self.world.on_main(complete)
 
     def check(self, skipped: int, samples: int, limit: float) -> None:
-        """See that no larger share of an epoch's samples was left out than ``limit``. Collective where it was.
+        """Check that at most the share ``limit`` of an epoch's samples was skipped. Collective if it was more.
 
         Args:
             skipped: left-out samples of the epoch so far, over all ranks.
@@ -179,13 +179,13 @@ def _as_tensor(data: bytes | bytearray) -> Tensor:
 def gather_rows(rows: Tensor, world: World, piece: int = PIECE) -> Iterator[list[tuple[int, Tensor]]]:
     """Packed rows [B] of every rank, B of any size -> those of all ranks in pieces: (rank, packed rows) in its order.
 
-    Collective, on every rank until it is exhausted: a sum over the ranks for each piece of so many bytes, into which
+    Collective, on every rank until it is exhausted: a sum over the ranks for each ``piece`` of bytes, into which
     every rank puts its own where the others have zeros.
     """
     sizes = world.all_gather(torch.tensor([len(rows)], device=world.device)).tolist()
     stops = list(accumulate(sizes))
     begin = stops[world.rank] - len(rows)
-    rest = b""  # of a row that goes on in the next piece
+    rest = b""  # of a row that continues in the next piece
     for start in range(0, stops[-1], piece):
         stop = min(start + piece, stops[-1])
         part = torch.zeros(stop - start, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What is left out of the stream: counted by kind, and told one by one with shard and key.
+"""Samples that are skipped: counted by kind, and listed with shard and key.
 
 Shapes: B bytes.
 """
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class Skip(IntEnum):
-    """Why samples were left out."""
+    """Why samples were skipped."""
 
     NO_IMAGE = 0
     NO_CAPTION = 1
@@ -57,11 +57,11 @@ class BadSampleError(Exception):
 
 
 class SkipRow(NamedTuple):
-    """What was left out at one place."""
+    """Samples skipped at one place."""
 
     kind: int  # a Skip
     shard: str
-    key: str | None  # None where it is not a single sample
+    key: str | None  # None if it is not a single sample
     reason: str
     samples: int
 
@@ -78,17 +78,17 @@ def unpack_rows(packed: Tensor) -> list[SkipRow]:
 
 
 class SkipCounter:
-    """Counts what a worker leaves out, and logs the first of each kind.
+    """Counts what a worker skips, and logs the first of each kind.
 
     ``counts`` [kinds] int64 may be shared with other processes. ``warned`` holds the kinds already logged. ``rows``
-    collects what was left out, where it is given.
+    collects the skipped samples, if it is given.
     """
 
     def __init__(self, counts: Tensor, warned: set[Skip], rows: list[SkipRow] | None = None) -> None:
         self._counts, self._warned, self._rows = counts, warned, rows
 
     def add(self, kind: Skip, shard: str, key: str | None, reason: str, count: int = 1) -> None:
-        """Count ``count`` samples of ``kind`` in a shard; ``key`` names the sample where it is a single one."""
+        """Count ``count`` samples of ``kind`` in a shard; ``key`` names the sample if it is a single one."""
         self._counts[kind] += count
         if self._rows is not None:
             self._rows.append(SkipRow(int(kind), shard, key, reason[:_MAX_REASON], count))
@@ -102,7 +102,7 @@ class SkipCounter:
 
 
 class SharedSkipCounts:
-    """Counts of left-out samples, a row for each loader worker, in memory that they share with the training process."""
+    """Counts of skipped samples, a row for each loader worker, in memory that they share with the training process."""
 
     def __init__(self, workers: int) -> None:
         self._counts = torch.zeros(max(1, workers), len(Skip), dtype=torch.int64)
@@ -118,7 +118,7 @@ class SharedSkipCounts:
         self._counts[slice(None) if worker is None else worker] = 0
 
     def totals(self) -> dict[str, int]:
-        """Left-out samples of this rank by reason; every reason is there, so that ranks can add their counts up."""
+        """Skipped samples of this rank by reason; every reason is there, so that ranks can add their counts up."""
         totals = self._counts.sum(0).tolist()
         return {kind.label: totals[kind] for kind in Skip}
 

@@ -10,7 +10,7 @@ from dissect_clip.data.batch import Batch
 class Transfer:
     """Copies batches to a device, and makes floats of their pixels there.
 
-    On a GPU this happens on a stream of its own, beside the computation of the step before: the host is ahead of the
+    On a GPU this happens on a separate stream, beside the computation of the step before: the host is ahead of the
     device by a step or more, so that the copy is done when its own step begins. Nothing waits on the host.
     """
 
@@ -27,5 +27,5 @@ class Transfer:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for tensor in (moved.image, moved.text, moved.sample_id):
-            tensor.record_stream(current)  # else its memory could be given away while the step still reads it
+            tensor.record_stream(current)  # else its memory could be reused while the step still reads it
         return moved

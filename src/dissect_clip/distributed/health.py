@@ -1,7 +1,7 @@
-"""Whether a run can go on, from what its ranks say of themselves about once a second. Pure functions.
+"""Whether a run can continue, from the heartbeats that its ranks send about once a second. Pure functions.
 
-A rank that is killed says nothing any more; one that stalls (a loader that hangs, a GPU that does not answer) goes on
-speaking, since it speaks from a thread of its own, but of no progress.
+A rank that is killed sends none. One that stalls (a loader that hangs, a GPU that does not answer) still sends them,
+from a separate thread, but they show no progress.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _LOOK_AT_KILLS = (
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """What a rank says of itself."""
+    """A rank's report on itself."""
 
     number: int  # counts up with every beat
     phase: Phase
     step: int  # optimizer steps done
-    idle: float  # seconds since it last got on
+    idle: float  # seconds since its last progress
     waits: bool  # for other ranks, and so does not hold them up
     host: str
     pid: int
@@ -78,11 +78,11 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class RunFailure:
-    """Why a run cannot go on."""
+    """Why a run cannot continue."""
 
     message: str
     status: int  # exit status of all ranks
-    ranks: tuple[int, ...]  # whose fault it is
+    ranks: tuple[int, ...]  # that caused it
     kind: Literal["failed", "died", "stalled"]
 
     def to_json(self) -> str:
@@ -106,7 +106,7 @@ def name_ranks(ranks: Sequence[int], beats: Mapping[int, Heartbeat]) -> str:
 
 
 def find_failed(beats: Mapping[int, Heartbeat], world_size: int) -> RunFailure | None:
-    """The last words of the ranks that failed: the lowest, with those that said the same."""
+    """The message of the lowest rank that failed, with the ranks that failed of the same."""
     failed = [rank for rank, beat in sorted(beats.items()) if beat.state == "failed"]
     if not failed:
         return None
@@ -148,7 +148,7 @@ def find_dead(beats: Mapping[int, Heartbeat], silent: Mapping[int, float], timeo
 
 
 def find_stalled(beats: Mapping[int, Heartbeat], timeout: float) -> RunFailure | None:
-    """Where no rank has got on for ``timeout`` seconds: those that are furthest behind hold up the others."""
+    """The ranks furthest behind, which hold up the others, if no rank has progressed for ``timeout`` seconds."""
     running = {rank: beat for rank, beat in sorted(beats.items()) if beat.state == "runs"}
     if not running or min(beat.idle for beat in running.values()) <= timeout:
         return None

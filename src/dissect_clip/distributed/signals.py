@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: taken note of at once, followed after the current step."""
+"""Signals that ask a run to end: noted at once, followed after the current step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Signals:
 
 
 def leave_to_the_parent(worker: int) -> None:
-    """For a loader worker, as ``worker_init_fn``: it goes on, and the training process decides when to end.
+    """For a loader worker, as ``worker_init_fn``: it continues, and the training process decides when to end.
 
     Schedulers send a signal to all processes of a job. A worker that died of it would end the run before it is saved.
     Of SIGTERM only the parent's counts, which ends its workers that way.
@@ -66,7 +66,7 @@ def leave_to_the_parent(worker: int) -> None:
     signal.set_wakeup_fd(-1)  # the training process's
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, _ignore)
-    if sys.platform == "linux":  # elsewhere nothing tells who has sent a signal
+    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_with, args=(os.getppid(),), name="sigterm", daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The processes of a run: who I am, and the collectives that the rest of the code may call.
+"""This process among those of the run, and the collectives that the rest of the code may call.
 
 Legend: N rows of this rank, W ranks.
 """
@@ -142,7 +142,7 @@ class World:
 
 
 _FOREVER = timedelta(days=1)
-"""Time limit of collectives: it is the watch that ends a run, which knows what the others do."""
+"""Time limit of collectives: the watchdog ends a run, since it knows the state of the others."""
 
 _BACKENDS = {"cuda": "nccl", "npu": "hccl", "hpu": "hccl", "xpu": "ccl"}  # as in OpenCLIP; gloo elsewhere
 
@@ -176,8 +176,8 @@ def init_world(
 ) -> World:
     """Join the process group that torchrun or Slurm describe in the environment; a single process joins none.
 
-    The rules are those of OpenCLIP. The watch over the ranks is on from here; after ``timeout`` seconds without
-    progress it ends the run.
+    The rules are those of OpenCLIP. The watchdog runs from here; after ``timeout`` seconds without progress it ends
+    the run.
 
     Raises:
         SetupError: there is no such device, or the processes do not find each other.
@@ -201,7 +201,7 @@ def init_world(
     except dist.DistError as error:
         raise SetupError(
             f"the {size} processes of the run did not find each other at {url or _master()}: "
-            f"{str(error).partition(chr(10))[0]}. --rank-timeout {timeout:g} is how long they look"
+            f"{str(error).partition(chr(10))[0]}. --rank-timeout {timeout:g} is how long they wait"
         ) from error
     dist.init_process_group(
         backend or _BACKENDS.get(kind, "gloo"),

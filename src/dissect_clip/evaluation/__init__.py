@@ -27,7 +27,7 @@ def evaluate(
     tokenizer: Tokenizer,
     batch_size: int,
 ) -> dict[str, float]:
-    """All metrics of a model, by name; empty where there is nothing to evaluate on. Collective; equal on all ranks.
+    """All metrics of a model, by name; empty without a set to evaluate on. Collective; equal on all ranks.
 
     Args:
         model: an open_clip model on ``world.device``, not wrapped in DDP. Runs in evaluation mode, without gradients;

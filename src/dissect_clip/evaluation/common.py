@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 NOT_FINITE = (
     "Look at the training loss before this; try --precision fp32 or amp_bf16, a smaller --lr or --grad-clip-norm 1, "
-    "and go on from an earlier checkpoint with --resume"
+    "and continue from an earlier checkpoint with --resume"
 )
 
 
@@ -102,7 +102,7 @@ class LabelledSet(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LabelledFeatures:
-    """A labelled set as the model sees it, in the order of the data set."""
+    """A labelled set as the model sees it, in the order of the dataset."""
 
     image: Tensor  # [M, D] float32, of length one
     label: Tensor  # [M] int64, or [M, C] of a multi-label set

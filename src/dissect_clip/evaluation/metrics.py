@@ -20,7 +20,7 @@ RECALL_AT = (1, 5, 10)
 def full_float32() -> Iterator[None]:
     """Multiply float32 matrices in float32: TF32 keeps 10 bits, which reorders close candidates."""
     before = torch.get_float32_matmul_precision()
-    if before == "highest":  # to set it again is a change to torch.compile, which would compile the whole model anew
+    if before == "highest":  # setting it again would make torch.compile compile the whole model again
         yield
         return
     torch.set_float32_matmul_precision("highest")

@@ -1,6 +1,6 @@
 """Retrieval between images and captions, exact, chunked and spread over the ranks.
 
-Every rank encodes its share of the set; the features are gathered once and put into the order of the data set. Ranking
+Every rank encodes its share of the set; the features are gathered once and put into the order of the dataset. Ranking
 is cut into chunks of queries that depend on the data alone, and each rank takes some of the chunks: results do not
 depend on the number of ranks, and memory is O(chunk x N), never N x N.
 
@@ -39,7 +39,7 @@ class RetrievalSet(Protocol):
 class Encoded:
     """Features of a retrieval set or of one rank's share of it."""
 
-    order: Tensor  # [M] int64, the images' place in the data set
+    order: Tensor  # [M] int64, the images' place in the dataset
     captions: Tensor  # [M] int64, captions of each image
     image: Tensor  # [M, D] float32
     text: Tensor  # [T, D] float32, captions of one image together, in the order of the images
@@ -55,7 +55,7 @@ def evaluate_retrieval(encoder: Encoder, data: RetrievalSet, *, world: World, ba
     """Retrieval metrics, ``clip_val_loss``, and ``val_generative_loss`` for CoCa. Collective; equal on all ranks.
 
     ``clip_val_loss`` is the symmetric InfoNCE of consecutive batches of ``batch_size`` images with their first
-    captions, in the order of the data set, averaged over the images.
+    captions, in the order of the dataset, averaged over the images.
 
     Raises:
         TrainingError: the set is empty, or features are not finite.
@@ -137,7 +137,7 @@ def gather(encoded: Encoded, world: World) -> Encoded:
 
 
 def in_order(encoded: Encoded) -> Encoded:
-    """The same features in the order of the data set, each image's captions with it."""
+    """The same features in the order of the dataset, each image's captions with it."""
     by_place = encoded.order.argsort()
     place = torch.empty_like(by_place)
     place[by_place] = torch.arange(len(by_place), device=by_place.device)

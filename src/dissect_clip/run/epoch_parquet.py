@@ -4,10 +4,10 @@
     folder/_epoch_00003.parts/00000400.parquet    rows of the current one, up to its optimizer step 400
     folder/_epoch_00003.parts/*.tmp               what is being written
 
-Readers of data sets leave out names with a leading underscore, so ``folder`` can be read as one at any time.
+Readers of datasets leave out names with a leading underscore, so ``folder`` can be read as one at any time.
 
 The parts are what counts as long as their folder is there. A complete file remembers where its parts ended: where a run
-dies after the end of an epoch and before the checkpoint of that moment, it goes on inside the epoch, and the rows from
+dies after the end of an epoch and before the checkpoint of that moment, it resumes inside the epoch, and the rows from
 before are taken from the complete file.
 """
 
@@ -69,7 +69,7 @@ class EpochFile:
         return self._parts / "open.tmp"
 
     def begin(self, epoch: int, step: int = 0) -> None:
-        """Start an epoch (0-based), or go on in it after ``step`` of its optimizer steps.
+        """Start an epoch (0-based), or resume it after ``step`` of its optimizer steps.
 
         Rows that were written up to a :meth:`cut` at or before ``step`` stay, later ones are gone, and so is what other
         epochs left unfinished. A complete file of this epoch from a longer run is replaced by :meth:`end` only.
@@ -81,7 +81,7 @@ class EpochFile:
             if not self._parts.exists():
                 if step > 0 and not self.path.exists():
                     log.warning(
-                        "The rows of the first %d steps of epoch %d are not in %s, as where the run went on from "
+                        "The rows of the first %d steps of epoch %d are not in %s, as if the run was resumed from "
                         "another folder or machine: its file will lack them", step, epoch, self.folder,
                     )  # fmt: skip
                 self._restore(step)
@@ -143,15 +143,15 @@ class EpochFile:
         except (OSError, pa.ArrowException) as error:
             if not self.keep_going:
                 raise TrainingError(
-                    f"cannot write {self.path}: {error}. Make room for it; --resume latest then goes on from the last "
-                    "checkpoint"
+                    f"cannot write {self.path}: {error}. Make room for it; --resume latest then continues from the "
+                    "last checkpoint"
                 ) from error
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
         """Leave nothing of the epoch, since a part of its rows would be taken for all."""
         log.error(
-            "cannot write %s: %s. Training goes on (--on-save-error continue), and this epoch has no such file; that "
+            "cannot write %s: %s. Training continues (--on-save-error continue), and this epoch has no such file; that "
             "of the next is tried again", self.path, error,
         )  # fmt: skip
         self._given_up = True

@@ -89,7 +89,7 @@ def automatic_name(config: Config, now: datetime) -> str:
 def newest_run(config: Config) -> str | None:
     """The automatically named run of the same main settings that is the newest with a checkpoint.
 
-    Runs in the ``--logs`` folder come first, then those in the ``--remote-sync`` folder; None where there is none.
+    Runs in the ``--logs`` folder come first, then those in the ``--remote-sync`` folder; None without one.
     """
     alike = re.compile(r"\d{4}_\d\d_\d\d-\d\d_\d\d_\d\d" + re.escape(_settings_part(config)))
     pattern = "*/checkpoints/epoch_*.pt"
@@ -109,7 +109,7 @@ def _name(config: Config) -> str:
 
 
 def _within_logs(name: str) -> str:
-    """The name, where it is that of a folder below ``--logs``.
+    """The name, checked to be that of a folder below ``--logs``.
 
     Raises:
         SetupError: if it leads elsewhere, or would spoil a terminal.
@@ -147,7 +147,7 @@ def _writing_to(config: Config, path: Path) -> Iterator[None]:
 
 
 def _try_to_write(path: Path) -> None:
-    """Make the folder and really write to it: permissions alone do not tell."""
+    """Make the folder and really write to it: permissions alone do not decide."""
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path) as probe:
         probe.write(b"probe")
@@ -186,7 +186,7 @@ def _remote_url(config: Config, name: str) -> str:
 
 
 def _fetch_logs(config: Config, path: Path, name: str) -> None:
-    """Go on with the logs of a run that has run on another machine; it may have been copied from there."""
+    """Fetch the logs of a run that ran on another machine, to continue them; it may have been copied from there."""
     url = _remote_url(config, name)
     goes_on = config.checkpoint.resume is not None and (
         config.checkpoint.resume == "latest" or config.checkpoint.resume.startswith(f"{url}/")

@@ -90,7 +90,7 @@ def _get(system: Any, path: str, target: Path) -> None:
 
 
 def _changed(system: Any, path: str) -> float | None:
-    """When a remote file was written last, in seconds since 1970; None where the storage does not tell."""
+    """When a remote file was written last, in seconds since 1970; None if the storage does not record it."""
     try:
         moment = system.modified(path)
     except NotImplementedError:
@@ -271,7 +271,7 @@ def fetch_logs(folder: Path, url: str, protocol: str, names: Sequence[str], goes
     Else the first copy of the new, empty folder would take the place of what is there.
 
     Args:
-        names: files of the folder; the first tells whether the run has logged anything.
+        names: files of the folder; the run has logged something if the first exists.
         goes_on: whether this run continues the one in the remote folder.
 
     Raises:
@@ -287,7 +287,7 @@ def fetch_logs(folder: Path, url: str, protocol: str, names: Sequence[str], goes
                     copier.fetch(name)
     except SetupError:
         raise
-    except Exception as error:  # every file system of fsspec has errors of its own
+    except Exception as error:  # every fsspec file system raises its own errors
         raise SetupError(f"--remote-sync {url}: cannot fetch what the run has logged there: {error}") from error
     if not goes_on:
         raise SetupError(
@@ -315,7 +315,7 @@ class RemoteSync:
 
     @property
     def failed(self) -> str | None:
-        """What was wrong with the last copy, for the training process to ask; None where it was good."""
+        """What was wrong with the last copy, for the training process; None if it succeeded."""
         return self._failure
 
     def start(self) -> None:
@@ -326,7 +326,7 @@ class RemoteSync:
         """
         try:
             self._copier.copy()
-        except Exception as error:  # every file system of fsspec has errors of its own
+        except Exception as error:  # every fsspec file system raises its own errors
             raise SetupError(f"--remote-sync {self.url}: the first copy failed: {error}") from error
         log.info("Copying the run folder to %s every %g s", self.url, self.frequency)
         self._thread.start()

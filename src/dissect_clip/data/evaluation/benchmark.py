@@ -1,7 +1,7 @@
-"""Data sets in CLIP_benchmark's webdataset layout, in a folder or behind a URL.
+"""Datasets in CLIP_benchmark's webdataset layout, in a folder or behind a URL.
 
     nshards.txt is in test/ and train/, beside 0.tar, 1.tar, ...
-    dataset_type.txt                         retrieval, classification or multilabel; where it is missing, the second
+    dataset_type.txt                         retrieval, classification or multilabel; if it is missing, classification
     classnames.txt                           a class on each line, in the order of the labels
     zeroshot_classification_templates.txt    a prompt on each line, with {c} for the class's name
 
@@ -46,13 +46,13 @@ class DatasetKind(Enum):
 
 @dataclass(frozen=True)
 class BenchmarkFolder:
-    """Where a data set is. Nothing is read before it is asked for."""
+    """The folder or URL of a dataset. Nothing is read before it is asked for."""
 
     location: str  # folder or URL, without a slash at its end
     timeout: float  # seconds to wait for a server that sends nothing
 
     def kind(self) -> DatasetKind:
-        """What belongs to an image. To be asked after :meth:`shards`, which tells whether the set is there at all.
+        """What belongs to an image. Call :meth:`shards` first: it finds out whether the set exists.
 
         Raises:
             SetupError: dataset_type.txt holds something else.
@@ -106,7 +106,7 @@ class BenchmarkFolder:
         return lines
 
     def _text(self, name: str) -> str | None:
-        """A text file of the set, or None where it is not there."""
+        """A text file of the set, or None if it is missing."""
         url = f"{self.location}/{name}"
         try:
             data = self._local(url) if is_local(url) else self._remote(url)
@@ -130,23 +130,23 @@ class BenchmarkFolder:
 
 
 _PAGE = re.compile(r"(https://huggingface\.co/datasets/.*)/(?:tree|resolve)/([^/]+)")
-"""A data set's page on Hugging Face, or where its files are: repository and revision."""
+"""A dataset's page on Hugging Face, or where its files are: repository and revision."""
 
 
 def _layout(place: str, timeout: float) -> BenchmarkFolder:
-    """The data set at a folder or URL; of a page on Hugging Face, where its files are.
+    """The dataset at a folder or URL; of a page on Hugging Face, where its files are.
 
     Raises:
-        SetupError: it is a command, which a list of data sets may not run.
+        SetupError: it is a command, which a list of datasets may not run.
     """
     if place.startswith("pipe:"):
-        raise SetupError(f"{FLAG} {place}: a data set is a folder or URL, and no command")
+        raise SetupError(f"{FLAG} {place}: a dataset must be a folder or URL, not a command")
     page = _PAGE.fullmatch(place)
     return BenchmarkFolder(place if page is None else f"{page[1]}/resolve/{page[2]}", timeout)
 
 
 def locate_dataset(entry: str, root: str | None, timeout: float) -> tuple[str, BenchmarkFolder]:
-    """The name and place of a data set, as CLIP_benchmark's --dataset and --dataset_root have it.
+    """The name and location of a dataset, from CLIP_benchmark's --dataset and --dataset_root.
 
     Without a root an entry is a folder or URL, and its last part the name. ``wds/`` before a name is no part of its
     place.
@@ -168,7 +168,7 @@ def locate_dataset(entry: str, root: str | None, timeout: float) -> tuple[str, B
 
 @dataclass(frozen=True)
 class BenchmarkSplit:
-    """A split of a data set, with what is needed to read it. Picklable: found by one rank for all."""
+    """A split of a dataset, with what is needed to read it. Picklable: found by one rank for all."""
 
     name: str
     kind: DatasetKind
@@ -193,7 +193,7 @@ _LABELS = {DatasetKind.CLASSIFICATION: "cls", DatasetKind.MULTILABEL: "npy"}
 
 
 def find_split(name: str, layout: BenchmarkFolder, split: str, *, templates: bool) -> BenchmarkSplit:
-    """A split of a data set, with its prompts if they are asked for. Not collective.
+    """A split of a dataset, with its prompts if they are asked for. Not collective.
 
     Raises:
         SetupError: something is missing or broken.

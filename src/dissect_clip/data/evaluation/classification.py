@@ -52,7 +52,7 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """A set on disk, with what its folder tells."""
+    """A set on disk and the files of its folder."""
 
     flag: str
     path: str
@@ -60,7 +60,7 @@ class LabelledSet:
     folders: list[str] | None  # class folders, in the order of the labels; None in shards
 
     def lines(self, name: str) -> list[str] | None:
-        """The lines of a text file in the set's folder, or None where there is none."""
+        """The lines of a text file in the set's folder, or None if there is none."""
         file = Path(self.path) / name
         if not file.is_file():
             return None
@@ -73,7 +73,7 @@ class LabelledSet:
         return lines
 
     def templates(self) -> Templates | None:
-        """The set's own prompts, or None where it has none.
+        """The set's own prompts, or None if it has none.
 
         Raises:
             SetupError: a line has no place for the class's name.

@@ -96,7 +96,7 @@ class EvaluationStream(IterableDataset[B]):
 
 
 def _keeps_the_middle(transform: Transform) -> bool:
-    """Whether the transform resizes the shorter side, then keeps the middle, as open_clip's does unless told else."""
+    """Whether the transform resizes the shorter side, then keeps the middle, as open_clip's does by default."""
     return isinstance(transform, Compose) and any(isinstance(step, CenterCrop) for step in transform.transforms)
 
 

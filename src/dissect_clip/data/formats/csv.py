@@ -25,7 +25,7 @@ from dissect_clip.errors import SetupError
 _TAIL = 4096
 _SHOWN = 40
 _QUOTED = 'its value: a value that begins with a quote is to be written in quotes, its own doubled, as """so"" it goes"'
-_LONG_ROW = f"a row has more than 1 MiB, as where a quote is not closed and the rows behind it are part of {_QUOTED}"
+_LONG_ROW = f"a row has more than 1 MiB, as if a quote is not closed and the rows after it are part of {_QUOTED}"
 
 
 def _separator(config: Config) -> str:
@@ -55,7 +55,7 @@ def _header(path: str, separator: str) -> list[str]:
 
 
 def _check_quotes(what: str, path: str, last: bytes) -> None:
-    """Stop where a value of the last row, which may hold line breaks, goes on to the end of the file.
+    """Refuse a file whose last value, which may hold line breaks, continues to the end of the file.
 
     Raises:
         SetupError: its quote is not closed, so that it swallowed the rows behind it.

@@ -36,7 +36,7 @@ _FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM"
 class RawSample(NamedTuple):
     """A sample as it was read, before decoding."""
 
-    sample_id: int  # number in the data set, or -1 where there is no numbering
+    sample_id: int  # number in the dataset, or -1 without numbering
     shard: str  # file it came from
     key: str
     files: Mapping[str, bytes]  # by suffix, in lower case

@@ -21,7 +21,7 @@ _GRACE = 5.0
 def _start(url: str) -> Pipe:
     """The command that writes what is at the URL, as webdataset has it."""
     if url.startswith("pipe:") and not enforce_security:
-        # As webdataset does, but in a session of its own, so that all processes of a shell command can be ended.
+        # As webdataset does, but in a separate session, so that all processes of a shell command can be ended.
         return Pipe(url[5:], mode="rb", shell=True, ignore_status=[141], bufsize=0, start_new_session=True)
     try:
         return gopen(url, "rb", bufsize=0)

@@ -78,7 +78,7 @@ class CropBeforeDecoding:
     """torchvision's RandomResizedCrop, drawn before the image is decoded, so that a JPEG need not be decoded in full.
 
     The draws are torchvision's own, in its order. The crop is resized by torch, which takes a fifth of Pillow's time;
-    its levels are Pillow's but for a rounding here and there.
+    its levels are Pillow's except for rounding.
     """
 
     def __init__(self, crop: RandomResizedCrop) -> None:

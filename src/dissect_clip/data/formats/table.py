@@ -165,5 +165,5 @@ def table_retrieval(
 
 
 def all_in_first(sample_id: NDArray[np.int64]) -> NDArray[np.int32]:
-    """[N] ids -> [N] places of their files, where there is one only."""
+    """[N] ids -> [N] zeros: all rows are of the one file."""
     return np.zeros(len(sample_id), np.int32)

@@ -42,7 +42,7 @@ def fingerprint(names: Sequence[str], sizes: Sequence[int]) -> str:
 
 
 def display_names(urls: Sequence[str]) -> tuple[str, ...]:
-    """A short name for each shard: its base name where no other shard has the same, else its URL."""
+    """A short name for each shard: its base name if it is unique, else its URL."""
     times = Counter(map(shard_name, urls))
     return tuple(shard_name(url) if times[shard_name(url)] == 1 else url for url in urls)
 
@@ -123,7 +123,7 @@ class ShardCounter:
         self._done.put((url, future))
 
     def wait(self, seconds: float) -> bool:
-        """Go on for about this long; whether all shards are counted.
+        """Count for about ``seconds`` seconds; whether all shards are counted.
 
         Raises:
             SetupError: a shard cannot be read.

@@ -1,4 +1,4 @@
-"""Files that tell how many samples shards hold.
+"""Files that record how many samples shards hold.
 
 They are looked for beside the shards, in each folder:
 
@@ -38,11 +38,11 @@ def _read_local(path: str) -> str | None:
 
 
 def _read_remote(url: str, timeout: float) -> str | None:
-    """The text at a URL, or None where there is no such file; some servers then answer with a page."""
+    """The text at a URL, or None if the file does not exist; some servers then answer with a page."""
     try:
         with open_stream(url, timeout) as stream:
             text = stream.read(_MAX_REMOTE).decode("utf-8")
-    except TimeoutError as error:  # to take it for missing would have the whole data set read
+    except TimeoutError as error:  # taking it for missing would read the whole dataset
         raise SetupError(
             f"{url}, where the shards' sizes may be, sent nothing for {timeout:g} s: try again, or with a longer "
             "--data-timeout"
@@ -99,7 +99,7 @@ def parse_info(text: str, where: str) -> dict[str, int]:
             )
         for name, length in zip(names, lengths, strict=True):
             pairs.setdefault(os.path.basename(str(name)), set()).add(_as_size(length, where, str(name)))
-    # Splits in folders of their own may use a name twice: such a name tells nothing.
+    # Splits in separate folders may use a name twice: such a name is ambiguous.
     return {name: sizes.pop() for name, sizes in pairs.items() if len(sizes) == 1}
 
 
@@ -145,7 +145,7 @@ def _by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
 def recorded_sizes(
     urls: Sequence[str], run_folder: Path | None, ask_remote: bool, timeout: float = DataSettings.data_timeout
 ) -> dict[str, int]:
-    """Sizes by URL of the shards that a file beside them, or in the run's folder, tells about.
+    """Sizes by URL of the shards that are recorded in a file beside them or in the run's folder.
 
     ``ask_remote``: also try to open such files beside remote shards, which takes a request each, given up
     after ``timeout`` seconds without an answer.
@@ -223,7 +223,7 @@ def merge_by_name(sizes: dict[str, int]) -> dict[str, int]:
     """Sizes by URL -> sizes by base name.
 
     Raises:
-        SetupError: shards of one name have different sizes, so that one file cannot tell them apart.
+        SetupError: shards of one name have different sizes, so that one file cannot distinguish them.
     """
     merged: dict[str, int] = {}
     for url, size in sizes.items():
