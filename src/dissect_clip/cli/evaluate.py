@@ -179,7 +179,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class EvaluationPlan:
     """How to evaluate on a data set. Picklable: made by one rank for all."""
 
     task: str
@@ -215,7 +215,7 @@ def _listed(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def make_plan(job: Job, settings: Settings, config: Config) -> Plan:
+def make_plan(job: Job, settings: Settings, config: Config) -> EvaluationPlan:
     """Look at a data set, and at what has been done. Not collective.
 
     Raises:
@@ -230,17 +230,19 @@ def make_plan(job: Job, settings: Settings, config: Config) -> Plan:
     make_folder(output)
     finished = None if settings.overwrite else _finished(output, job, task, config)
     if finished is not None:
-        return Plan(task, output, finished, None)
+        return EvaluationPlan(task, output, finished, None)
     test = find_split(job.name, job.layout, "test", templates=task == "zeroshot_classification")
     if task != "linear_probe":
-        return Plan(task, output, None, test)
+        return EvaluationPlan(task, output, None, test)
     train = find_split(job.name, job.layout, "train", templates=False)
     if settings.val_split is None:
-        return Plan(task, output, None, test, train)
-    return Plan(task, output, None, test, train, find_split(job.name, job.layout, settings.val_split, templates=False))
+        return EvaluationPlan(task, output, None, test, train)
+    return EvaluationPlan(
+        task, output, None, test, train, find_split(job.name, job.layout, settings.val_split, templates=False)
+    )
 
 
-def _check_own_file(plan: Plan, others: Mapping[str, Plan]) -> None:
+def _check_own_file(plan: EvaluationPlan, others: Mapping[str, EvaluationPlan]) -> None:
     """Raises:
     SetupError: another data set of this command has the same file of results.
     """
@@ -306,7 +308,7 @@ class Evaluation:
     config: Config
     world: World
 
-    def evaluate(self, name: str, plan: Plan) -> Result:
+    def evaluate(self, name: str, plan: EvaluationPlan) -> Result:
         """Evaluate on a data set, and write the result.
 
         Raises:
@@ -325,7 +327,7 @@ class Evaluation:
         log.info("%s: %s", name, "\t".join(f"{key}: {value:.4g}" for key, value in result.metrics.items()))
         return result
 
-    def metrics(self, plan: Plan) -> dict[str, float]:
+    def metrics(self, plan: EvaluationPlan) -> dict[str, float]:
         """The metrics of a data set, by CLIP_benchmark's names.
 
         Raises:
@@ -451,7 +453,7 @@ def run(settings: Settings, config: Config, world: World) -> int:
         settings.summary, dataset="", model=config.model.model, pretrained=config.model.pretrained, task=""
     )
     failed: dict[str, str] = {}
-    plans: dict[str, Plan] = {}
+    plans: dict[str, EvaluationPlan] = {}
     with world.watchdog.suspend_timeout():
         for job in jobs:
             with _reporting(job.name, failed, world):

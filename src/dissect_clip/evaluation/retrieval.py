@@ -36,7 +36,7 @@ class RetrievalSet(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class RetrievalFeatures:
     """Features of a retrieval set or of one rank's share of it."""
 
     order: Tensor  # [M] int64, the images' place in the dataset
@@ -75,7 +75,7 @@ def evaluate_retrieval(encoder: Encoder, data: RetrievalSet, *, world: World, ba
     return metrics
 
 
-def encode(encoder: Encoder, data: RetrievalSet, world: World) -> Encoded:
+def encode(encoder: Encoder, data: RetrievalSet, world: World) -> RetrievalFeatures:
     """Features of this rank's share, on its device; D is 0 where the share is empty. Not collective."""
     parts = [
         encode_batch(encoder, batch.to(world.device, encoder.input_dtype))
@@ -83,9 +83,9 @@ def encode(encoder: Encoder, data: RetrievalSet, world: World) -> Encoded:
     ]
     if not parts:
         nothing, no_features = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 0)
-        parts = [Encoded(nothing, nothing, no_features, no_features, None)]
+        parts = [RetrievalFeatures(nothing, nothing, no_features, no_features, None)]
     losses = [part.generative_loss for part in parts if part.generative_loss is not None]
-    return Encoded(
+    return RetrievalFeatures(
         order=torch.cat([part.order for part in parts]).to(world.device),
         captions=torch.cat([part.captions for part in parts]).to(world.device),
         image=torch.cat([part.image for part in parts]).to(world.device),
@@ -94,7 +94,7 @@ def encode(encoder: Encoder, data: RetrievalSet, world: World) -> Encoded:
     )
 
 
-def encode_batch(encoder: Encoder, batch: RetrievalBatch) -> Encoded:
+def encode_batch(encoder: Encoder, batch: RetrievalBatch) -> RetrievalFeatures:
     """Features of one batch; first captions go through the model with their images, for CoCa's captioning loss."""
     first_caption = batch.captions.cumsum(0) - batch.captions
     further = torch.ones(len(batch.text), dtype=torch.bool).index_fill(0, first_caption, False).nonzero()[:, 0]
@@ -106,7 +106,7 @@ def encode_batch(encoder: Encoder, batch: RetrievalBatch) -> Encoded:
         index = further[start : start + len(batch.image)]
         text[index] = encoder.texts(batch.text[index])
     loss = generative_loss(output["logits"], output["labels"]) if "logits" in output else None
-    return Encoded(batch.order, batch.captions, image, text, loss)
+    return RetrievalFeatures(batch.order, batch.captions, image, text, loss)
 
 
 def generative_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def generative_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(token_logits.float(), token) for token_logits, token in pairs])
 
 
-def gather(encoded: Encoded, world: World) -> Encoded:
+def gather(encoded: RetrievalFeatures, world: World) -> RetrievalFeatures:
     """All ranks' features, rank by rank. Collective."""
     has_loss = encoded.generative_loss is not None
     # A rank without images knows neither D nor whether there is a captioning loss.
@@ -127,7 +127,7 @@ def gather(encoded: Encoded, world: World) -> Encoded:
     image = encoded.image if len(encoded.image) else encoded.image.new_zeros(0, width)
     text = encoded.text if len(encoded.text) else encoded.text.new_zeros(0, width)
     loss = encoded.generative_loss if encoded.generative_loss is not None else image.new_zeros(0)
-    return Encoded(
+    return RetrievalFeatures(
         order=world.all_gather_uneven(encoded.order),
         captions=world.all_gather_uneven(encoded.captions),
         image=world.all_gather_uneven(image),
@@ -136,14 +136,14 @@ def gather(encoded: Encoded, world: World) -> Encoded:
     )
 
 
-def in_order(encoded: Encoded) -> Encoded:
+def in_order(encoded: RetrievalFeatures) -> RetrievalFeatures:
     """The same features in the order of the dataset, each image's captions with it."""
     by_place = encoded.order.argsort()
     place = torch.empty_like(by_place)
     place[by_place] = torch.arange(len(by_place), device=by_place.device)
     text_order = place.repeat_interleave(encoded.captions).argsort(stable=True)
     loss = encoded.generative_loss
-    return Encoded(
+    return RetrievalFeatures(
         order=encoded.order[by_place],
         captions=encoded.captions[by_place],
         image=encoded.image[by_place],
@@ -180,7 +180,7 @@ def rank_all(
     return world.all_gather_uneven(torch.cat([query_group.new_zeros(0), *ranks]))
 
 
-def validation_loss(encoded: Encoded, logit_scale: Tensor, batch_size: int, world: World) -> float:
+def validation_loss(encoded: RetrievalFeatures, logit_scale: Tensor, batch_size: int, world: World) -> float:
     """Symmetric InfoNCE of consecutive batches, weighted by their sizes, in nats. Collective."""
     images = torch.split(encoded.image, batch_size)
     texts = torch.split(encoded.text[encoded.first_caption], batch_size)
@@ -189,7 +189,7 @@ def validation_loss(encoded: Encoded, logit_scale: Tensor, batch_size: int, worl
     return every.double().sum().item() / len(encoded.image)
 
 
-def _check(encoded: Encoded, name: str) -> None:
+def _check(encoded: RetrievalFeatures, name: str) -> None:
     if not len(encoded.image):
         raise TrainingError(f"evaluation on {name}: not one image could be read, look at the data")
     images = int((~encoded.image.isfinite().all(dim=1)).sum())

@@ -51,8 +51,8 @@ class FolderSource:
 
 
 @dataclass(frozen=True)
-class LabelledSet:
-    """A set on disk and the files of its folder."""
+class ClassificationFolder:
+    """A labelled set on disk and the files of its folder."""
 
     flag: str
     path: str
@@ -101,7 +101,7 @@ def _sorted_folders(path: str) -> list[str]:
     return sorted(names, key=int) if all(map(str.isdecimal, names)) else sorted(names)
 
 
-def _find(path: str, flag: str, timeout: float) -> LabelledSet:
+def _find(path: str, flag: str, timeout: float) -> ClassificationFolder:
     if not os.path.isdir(path):
         raise SetupError(f"{flag} {path}: there is no such folder")
     shards = benchmark_shards(path, flag)
@@ -110,7 +110,7 @@ def _find(path: str, flag: str, timeout: float) -> LabelledSet:
         if kind.is_file() and kind.read_text().strip().lower() not in ("", "classification"):
             raise SetupError(f"{flag} {path}: a set of type {kind.read_text().strip()!r} has no single class an image")
         source = evaluation_shards(shards, frozenset((*IMAGE_SUFFIXES, "cls")), flag, timeout)
-        return LabelledSet(flag, path, source, None)
+        return ClassificationFolder(flag, path, source, None)
     folders = _sorted_folders(path)
     labels = {name: label for label, name in enumerate(folders)}
     files = make_dataset(path, labels, extensions=IMG_EXTENSIONS, allow_empty=True) if folders else []
@@ -119,10 +119,10 @@ def _find(path: str, flag: str, timeout: float) -> LabelledSet:
             f"{flag} {path}: neither a folder with a folder of images for each class, nor a CLIP_benchmark webdataset "
             "with test/nshards.txt"
         )
-    return LabelledSet(flag, path, FolderSource(path, tuple(files)), folders)
+    return ClassificationFolder(flag, path, FolderSource(path, tuple(files)), folders)
 
 
-def _check_count(labelled: LabelledSet, classnames: list[str]) -> list[str]:
+def _check_count(labelled: ClassificationFolder, classnames: list[str]) -> list[str]:
     if labelled.folders is not None and len(labelled.folders) != len(classnames):
         raise SetupError(
             f"{labelled.flag} {labelled.path}: {len(labelled.folders)} class folders, but "
@@ -132,7 +132,7 @@ def _check_count(labelled: LabelledSet, classnames: list[str]) -> list[str]:
 
 
 def _imagenet(
-    name: str, labelled: LabelledSet, config: Config, world: World, transform: Transform
+    name: str, labelled: ClassificationFolder, config: Config, world: World, transform: Transform
 ) -> ClassificationData:
     own = labelled.lines(_CLASSNAMES) if labelled.folders is None else None
     classnames = _check_count(labelled, own or list(IMAGENET_CLASSNAMES))
@@ -140,7 +140,7 @@ def _imagenet(
     return classification_data(name, labelled.source, classnames, templates, config, world, transform)
 
 
-def _any_set(labelled: LabelledSet, config: Config, world: World, transform: Transform) -> ClassificationData:
+def _any_set(labelled: ClassificationFolder, config: Config, world: World, transform: Transform) -> ClassificationData:
     classnames = labelled.lines(_CLASSNAMES)
     if classnames is None and labelled.folders is None:
         raise SetupError(

@@ -202,32 +202,32 @@ def count_shards(
 
 def index_shards(
     urls: Sequence[str],
-    known: dict[str, int],
+    recorded: dict[str, int],
     world: World,
     run_folder: Path | None,
     timeout: float = DataSettings.data_timeout,
 ) -> ShardIndex:
-    """The index of shards of which some sizes are known (by URL); counts the others. Collective.
+    """The index of shards, some with ``recorded`` sizes by URL; counts the others. Collective.
 
     A remote shard is given up when it sends nothing for ``timeout`` seconds.
 
     Raises:
         SetupError: a shard cannot be read, or there is no sample at all.
     """
-    unknown = [url for url in dict.fromkeys(urls) if url not in known]
-    if unknown:
-        counted = count_shards(unknown, world, timeout, lambda sizes: save_sizes(sizes, run_folder))
-        if world.is_main and (unkept := save_sizes(counted, run_folder)):
+    uncounted = [url for url in dict.fromkeys(urls) if url not in recorded]
+    if uncounted:
+        counted = count_shards(uncounted, world, timeout, lambda sizes: save_sizes(sizes, run_folder))
+        if world.is_main and (unsaved := save_sizes(counted, run_folder)):
             _log.warning(
-                "nowhere to keep the sizes of %d shards (%s), the next run will count them again: write them to a file "
-                "with dissect-clip index",
-                len(unkept), name_some(unkept),
+                "no folder to save the sizes of %d shards in (%s), so the next run counts them again: write them to a "
+                "file with dissect-clip index",
+                len(unsaved), name_some(unsaved),
             )  # fmt: skip
-        known = {**known, **counted}
-    sizes = np.array([known[url] for url in urls], np.int64)
+        recorded = {**recorded, **counted}
+    sizes = np.array([recorded[url] for url in urls], np.int64)
     if sizes.sum() == 0:
         raise SetupError(f"all {len(urls)} shards are empty: {name_some(list(urls))}")
-    return ShardIndex(tuple(urls), sizes, _origin(len(set(urls)), len(unknown)))
+    return ShardIndex(tuple(urls), sizes, _origin(len(set(urls)), len(uncounted)))
 
 
 def _origin(num_shards: int, num_counted: int) -> str:
