@@ -24,8 +24,10 @@ def is_private(name: str) -> bool:
 def private_uses(text: str) -> list[str]:
     """Private names and internal modules of other libraries that Python source refers to."""
     found = []
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Attribute) and is_private(node.attr):
+    nodes = list(ast.walk(ast.parse(text)))
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
             if not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
                 found.append(ast.unparse(node))
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

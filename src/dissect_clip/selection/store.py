@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dissect_clip.distributed.torch_compat import assert_async
 from dissect_clip.distributed.world import World
 
 
@@ -34,7 +35,7 @@ def check_ids(ids: Tensor, num_samples: int) -> None:
     is_inside = (ids >= 0) & (ids < num_samples)
     allowed = f"sample_id must be in 0..{num_samples - 1}"
     try:
-        torch._assert_async(is_inside.all(), allowed)  # later, and in the log of the device, on a GPU
+        assert_async(is_inside.all(), allowed)  # later, and in the log of the device, on a GPU
     except RuntimeError:
         raise ValueError(f"{allowed}, and has {int(ids[~is_inside][0])}") from None
 
