@@ -212,17 +212,30 @@ def test_momentum_moves_the_history():
     assert strategy.remember(candidates)[:, 0].tolist() == pytest.approx([0.75 * 40 + 0.25 * 20, 60.0])
 
 
-def test_the_strategy_in_the_readme_works():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-    code, body = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+def strategy_in(page: str, name: str) -> type[Strategy]:
+    """The strategy that a page of the documentation defines in a block of code."""
+    text = (Path(__file__).resolve().parents[2] / page).read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if f"class {name}(" in block]
     names: dict[str, object] = {}
-    exec(f"{code}\n\nclass Remembers(Strategy):\n{body}", names)
-    remembers: Strategy = names["Remembers"](StrategyOptions(), make_config().plan())  # type: ignore[operator]
-    assert remembers.needs == Needs.LOSS
+    exec(compile(code, page, "exec", dont_inherit=True), names)
+    return names[name]  # type: ignore[return-value]
+
+
+def test_the_strategy_in_the_readme_works():
+    margin = strategy_in("README.md", "Margin")(StrategyOptions(), make_config().plan())
     candidates = make_candidates()
-    assert torch.equal(remembers.remember(candidates)[:, 0], candidates.loss)
-    rank = names["Margin"](StrategyOptions(), make_config().plan()).rank(candidates)  # type: ignore[operator]
+    rank = margin.rank(candidates)
     for place in range(N):
         others = [j for j in range(N) if j != place]
         hardest = max((candidates.image_features[place] @ candidates.text_features[j]).item() for j in others)
         assert rank[place].item() == pytest.approx(candidates.similarity[place].item() - hardest, abs=1e-6)
+
+
+def test_the_strategy_in_the_guide_works():
+    stale = strategy_in("docs/guides/write-a-strategy.md", "Stale")
+    strategy = stale(stale.Options(stale_decay=0.75, stale_floor=3.0), make_config().plan())
+    memory, loss = torch.tensor([[8.0], [torch.nan], [0.0]]), torch.tensor([4.0, 5.0, 2.0])
+    candidates = make_candidates(memory=memory, loss=loss)
+    assert strategy.remember(candidates)[:, 0].tolist() == [7.0, 5.0, 0.5]
+    assert strategy.rank(candidates).tolist() == [7.0, 5.0, 3.0]
+    assert describe(stale, "my_package.stale:Stale").summary == "largest moving average of the loss"
