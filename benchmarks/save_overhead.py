@@ -29,9 +29,8 @@ from pathlib import Path
 import torch
 from common import report
 
-from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, RunState, checkpoint_content
-from dissect_clip.checkpoint.training import Saver
-from dissect_clip.cli.train import build_state
+from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, Saver, pack
+from dissect_clip.cli.train import build_state, parts_of
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData, build_train
@@ -41,9 +40,10 @@ from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import NoSync
 from dissect_clip.run.reporters import Reporters
 from dissect_clip.selection import STRATEGIES
+from dissect_clip.selection.state import SelectionState
 from dissect_clip.selection.store import ScoreStore
 from dissect_clip.training.epoch import train_epoch
-from dissect_clip.training.step import TrainState
+from dissect_clip.training.step import Counters, TrainState
 
 
 def make_config(options: argparse.Namespace) -> Config:
@@ -80,7 +80,8 @@ class Run:
         run.checkpoints.mkdir(parents=True)
         self.steps = self.data.num_batches // config.training.accum_freq
         self.state: TrainState = build_state(config, world, model, self.data, run, self.steps)
-        self.saver = TimedSaver(self.state, self.data, run, NoSync())
+        parts = parts_of(self.state, self.data, self.steps)
+        self.saver = TimedSaver(parts, self.state.counters, config, world, run, NoSync())
         assert self.saver.writer is not None
         self.writer = self.saver.writer
         self.epochs_per_turn = math.ceil(config.checkpoint.save_every_n_steps / self.steps)
@@ -146,16 +147,17 @@ def measure_saving(options: argparse.Namespace, folder: Path) -> None:
     weights = {f"w{n}": torch.rand(options.parameters // matrices) for n in range(matrices)}
     moments = {n: {"exp_avg": w.clone(), "exp_avg_sq": w.clone()} for n, w in enumerate(weights.values())}
     store = ScoreStore(options.samples, ("score", "step"), World())
-    state = RunState(
-        step=1, batch=1, seen=1, trained=1, seconds={}, seed=0, model="none", strategy="none", select_rate=1.0,
-        num_samples=options.samples, fingerprint="", world_size=1, columns=store.columns,
-    )  # fmt: skip
-    content = checkpoint_content(name="none", model=weights, optimizer={"state": moments}, scaler=None, state=state)
+    content = pack(
+        {"state_dict": weights, "optimizer": {"state": moments}, "selection": store.state_dict()},
+        dict.fromkeys(("state_dict", "optimizer", "selection"), SelectionState(None, 0, Counters())),
+        name="none",
+        model="none",
+    )
     writer = CheckpointWriter(folder, Policy(Config().checkpoint, epochs=9))
     stopped, written, gaps = [], [], []
     for step in range(3):
         began = time.perf_counter()
-        writer.save(Plan((f"epoch_0_step_{step + 1}",), (0, step + 1)), content, store)
+        writer.save(Plan((f"epoch_0_step_{step + 1}",), (0, step + 1)), content)
         stopped.append(time.perf_counter() - began)
         gaps.append(longest_gap(writer._pending.done))
         written.append(time.perf_counter() - began - stopped[-1])

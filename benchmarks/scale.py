@@ -26,7 +26,7 @@ import torch
 from common import report
 from torch import Tensor
 
-from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, RunState, checkpoint_content, load_checkpoint
+from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, load_checkpoint, pack
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
@@ -40,8 +40,10 @@ from dissect_clip.data.skip_log import SkipLog
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows
 from dissect_clip.distributed.world import World
 from dissect_clip.selection import STRATEGIES, Candidates, Choice
+from dissect_clip.selection.state import SelectionState
 from dissect_clip.selection.store import ScoreStore, last_occurrence
 from dissect_clip.training.record import Recorder
+from dissect_clip.training.step import Counters
 
 SHARD = 10_000
 """Samples in a shard, as img2dataset makes them."""
@@ -139,25 +141,22 @@ def settings() -> Config:
     return parse_args([*words, "--device", "cpu"], STRATEGIES)
 
 
-def run_state(samples: int, ranks: int) -> RunState:
-    return RunState(
-        step=1, batch=1, seen=1, trained=1, seconds={}, seed=0, model="none", strategy="historical_base_sampling",
-        select_rate=0.3, num_samples=samples, fingerprint="", world_size=ranks, columns=COLUMN,
-    )  # fmt: skip
-
-
 def checkpoint(options: argparse.Namespace) -> None:
     """A step checkpoint without a model: how long it stops the training, and how long the file takes."""
     for samples in options.samples:
         table = ScoreStore(samples, COLUMN, World())
-        state = run_state(samples, options.ranks)
-        content = checkpoint_content(name="scale", model={"w": torch.zeros(1)}, optimizer={}, scaler=None, state=state)
+        content = pack(
+            {"state_dict": {"w": torch.zeros(1)}, "selection": table.state_dict()},
+            dict.fromkeys(("state_dict", "selection"), SelectionState(None, 0, Counters())),
+            name="scale",
+            model="none",
+        )
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             writer = CheckpointWriter(Path(name), Policy(settings().checkpoint, epochs=9))
             stops, writes = [], []
             for step in range(1, 5):
                 began = time.perf_counter()
-                writer.save(Plan((f"epoch_0_step_{step}",), (0, step)), content, table)
+                writer.save(Plan((f"epoch_0_step_{step}",), (0, step)), content)
                 stops.append(time.perf_counter() - began)
                 writes.append(once(writer.wait))
             writer.close()
@@ -176,7 +175,7 @@ def checkpoint(options: argparse.Namespace) -> None:
 
 
 def resume(table: ScoreStore, path: Path) -> None:
-    table.load_state_dict({"columns": COLUMN, "scores": load_checkpoint(path).scores})
+    table.load_state_dict(load_checkpoint(path).parts["selection"])
 
 
 def loader(options: argparse.Namespace) -> None:

@@ -248,7 +248,7 @@ def is_equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-OF_THE_RUN = (".name", ".dissect.token", ".dissect.scores_file", ".dissect.seconds")
+OF_THE_RUN = (".name", ".dissect.token", ".dissect.scores_file", ".dissect.parts.progress.seconds")
 
 
 def checkpoint(run: Path, epoch: int) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -12,7 +11,7 @@ import resource
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,64 +30,75 @@ from dissect_clip.checkpoint import (
     Moment,
     Plan,
     Policy,
-    RunState,
-    Shards,
-    changed_settings,
-    check_fits,
-    checkpoint_content,
     find_latest,
     find_resume,
     load_checkpoint,
+    pack,
+    restore,
     save_checkpoint,
 )
 from dissect_clip.checkpoint import read as read_module
 from dissect_clip.checkpoint import write as write_module
 from dissect_clip.checkpoint import writer as writer_module
-from dissect_clip.checkpoint.format import without_prefix
+from dissect_clip.checkpoint.format import Content
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, TrainingError
 from dissect_clip.run.folder import RunFolder
-from dissect_clip.selection.store import ScoreStore
+from dissect_clip.run.stateful import Stateful
 
-STATE = RunState(
-    step=12,
-    batch=24,
-    seen=96,
-    trained=48,
-    seconds={"load": 0.5},
-    seed=3,
-    model="tiny",
-    strategy="warmup_base_sampling",
-    select_rate=0.5,
-    num_samples=5,
-    fingerprint="abc",
-    world_size=1,
-    columns=("clip_score",),
-    steps_per_epoch=6,
-    batch_size=4,
-    accum_freq=2,
-    workers=0,
-    survey=(2.5, 0.25),
-)
-INSIDE = dataclasses.replace(STATE, epoch_step=3)
-LOADER = {"layout": {"world size": 1}, "workers": torch.arange(3), "visited": None}
-SHARDS = Shards(("a.tar", "b.tar"), np.array([2, 3]))
 CONFIG = Config.of(epochs=10)
 
 
-def make_store(value: float = 1.0, columns: tuple[str, ...] = ("clip_score",)) -> ScoreStore:
-    store = ScoreStore(5, columns, World())
-    store.scores[1:] = value
-    return store
+class Kept(Stateful):
+    """A part that holds whatever state it has got, and takes note of what is loaded into it."""
+
+    def __init__(self, *misfits: str) -> None:
+        self.loaded: Any = None
+        self._misfits = list(misfits)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.loaded = state
+
+    def misfits(self, state: Mapping[str, Any] | None) -> list[str]:
+        return self._misfits
 
 
-def make_content(value: float = 1.0, state: RunState = STATE) -> dict[str, Any]:
-    weights = {"module.weight": torch.full((2, 3), value), "module.bias": torch.zeros(2)}
-    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": np.float64(0.1), "params": [0]}]}
-    loader = LOADER if state.epoch_step else None
-    return checkpoint_content(
-        name="run", model=weights, optimizer=optimizer, scaler=None, state=state, loader=loader, shards=SHARDS
+class Table(Kept):
+    """A part with a big tensor."""
+
+    big_tensors = ("scores",)
+
+
+PARTS = {"state_dict": Kept(), "optimizer": Kept(), "scaler": Kept(), "counts": Kept(), "memory": Table()}
+
+
+def make_table(value: float = 1.0) -> Tensor:
+    table = torch.full((5, 1), value)
+    table[0] = torch.nan
+    return table
+
+
+def content_of(states: dict[str, Any]) -> Content:
+    return pack(states, PARTS, name="run", model="tiny")
+
+
+def make_content(value: float = 1.0, table: bool = True, **counts: Any) -> Content:
+    """As of a run that remembers a score; ``counts`` are the state of a plain part."""
+    memory = {"columns": ("clip_score",), "scores": make_table(value)}
+    return content_of(
+        {
+            "state_dict": {"weight": torch.full((2, 3), value), "bias": torch.zeros(2)},
+            "optimizer": {
+                "state": {0: {"exp_avg": torch.ones(2)}},
+                "param_groups": [{"lr": np.float64(0.1), "params": [0]}],
+            },
+            "counts": {"step": 12, **counts},
+            **({"memory": memory} if table else {}),
+        }
     )
 
 
@@ -106,18 +116,16 @@ def plan_of(config: Config, epoch: int, step: int | None = None, stopping: bool 
 def put(
     folder: Path,
     epoch: int,
-    content: dict[str, Any],
-    scores: dict[str, Any] | None,
+    content: Content,
     config: Config = CONFIG,
     step: int | None = None,
 ) -> Path | None:
     plan = plan_of(config, epoch, step)
-    return save_checkpoint(folder, content, scores, plan=plan, policy=policy_of(config)) if plan else None
+    return save_checkpoint(folder, content, plan=plan, policy=policy_of(config)) if plan else None
 
 
 def save(folder: Path, epoch: int, config: Config = CONFIG, value: float = 1.0, step: int | None = None) -> Path | None:
-    content = make_content(value, STATE if step is None else INSIDE)
-    return put(folder, epoch, content, make_store(value).state_dict(), config=config, step=step)
+    return put(folder, epoch, make_content(value), config=config, step=step)
 
 
 def names(folder: Path) -> list[str]:
@@ -125,12 +133,11 @@ def names(folder: Path) -> list[str]:
 
 
 def weight(checkpoint: Checkpoint) -> float:
-    return float(checkpoint.state_dict["weight"][0, 0])
+    return float(checkpoint.parts["state_dict"]["weight"][0, 0])
 
 
 def score(checkpoint: Checkpoint) -> float:
-    assert checkpoint.scores is not None
-    return float(checkpoint.scores[1, 0])
+    return float(checkpoint.parts["memory"]["scores"][1, 0])
 
 
 def fail_at(
@@ -151,16 +158,18 @@ def fail_at(
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    store = make_store(4.0)
-    path = put(tmp_path, 2, make_content(7.0), store.state_dict(), config=CONFIG)
+    path = put(tmp_path, 2, make_content(7.0, layout={"world size": 1}, workers=[torch.arange(3), None, (1, 2.5)]))
     assert path == tmp_path / "epoch_2.pt"
     loaded = load_checkpoint(path)
-    assert (loaded.epoch, loaded.state) == (2, STATE)
+    assert (loaded.epoch, loaded.model) == (2, "tiny")
+    assert str(loaded.parts["counts"]) == str(
+        {"step": 12, "layout": {"world size": 1}, "workers": [torch.arange(3), None, (1, 2.5)]}
+    )
     assert weight(loaded) == 7.0
-    assert loaded.scores is not None
-    torch.testing.assert_close(loaded.scores, store.scores, equal_nan=True, rtol=0, atol=0)
-    assert loaded.optimizer is not None
-    assert loaded.optimizer["param_groups"][0]["lr"] == 0.1
+    memory = loaded.parts["memory"]
+    assert memory["columns"] == ("clip_score",)
+    torch.testing.assert_close(memory["scores"], make_table(7.0), equal_nan=True, rtol=0, atol=0)
+    assert loaded.parts["optimizer"]["param_groups"][0]["lr"] == 0.1
 
 
 def test_the_file_has_openclips_keys_and_plain_types_only(tmp_path: Path) -> None:
@@ -168,15 +177,14 @@ def test_the_file_has_openclips_keys_and_plain_types_only(tmp_path: Path) -> Non
     content = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
     assert set(content) == {"epoch", "name", "state_dict", "optimizer", "dissect"}
     assert set(content["state_dict"]) == {"weight", "bias"}
-    assert content["dissect"]["format_version"] == 2
+    assert content["dissect"]["format_version"] == 3
+    assert set(content["dissect"]["parts"]) == {"counts", "memory"}
 
 
 def test_a_scaler_is_kept(tmp_path: Path) -> None:
-    content = checkpoint_content(
-        name="run", model={"w": torch.ones(1)}, optimizer={}, scaler={"scale": 8.0}, state=STATE
-    )
-    put(tmp_path, 1, content, None, config=CONFIG)
-    assert load_checkpoint(tmp_path / "epoch_1.pt").scaler == {"scale": 8.0}
+    put(tmp_path, 1, content_of({"state_dict": {"w": torch.ones(1)}, "scaler": {"scale": 8.0}}))
+    assert torch.load(tmp_path / "epoch_1.pt", weights_only=True)["scaler"] == {"scale": 8.0}
+    assert load_checkpoint(tmp_path / "epoch_1.pt").parts["scaler"] == {"scale": 8.0}
 
 
 def test_a_real_optimizer_goes_through(tmp_path: Path) -> None:
@@ -184,20 +192,10 @@ def test_a_real_optimizer_goes_through(tmp_path: Path) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    content = checkpoint_content(
-        name="run", model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=None, state=STATE
-    )
-    put(tmp_path, 1, content, None, config=CONFIG)
-    loaded = load_checkpoint(tmp_path / "epoch_1.pt")
-    assert loaded.optimizer is not None
+    put(tmp_path, 1, content_of({"state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}))
     fresh = torch.optim.AdamW(model.parameters())
-    fresh.load_state_dict(loaded.optimizer)
+    fresh.load_state_dict(load_checkpoint(tmp_path / "epoch_1.pt").parts["optimizer"])
     assert str(fresh.state_dict()) == str(optimizer.state_dict())
-
-
-def test_prefixes_of_ddp_and_compile_are_taken_off() -> None:
-    state = {"module._orig_mod.visual.module.w": torch.ones(1), "_orig_mod.b": torch.ones(1)}
-    assert set(without_prefix(state)) == {"visual.module.w", "b"}
 
 
 def test_the_scores_name_their_columns(tmp_path: Path) -> None:
@@ -206,18 +204,31 @@ def test_the_scores_name_their_columns(tmp_path: Path) -> None:
         assert json.loads(file.metadata()["columns"]) == ["clip_score"]
 
 
-def test_a_strategy_that_remembers_nothing_has_no_scores_file(tmp_path: Path) -> None:
-    state = dataclasses.replace(STATE, strategy="random", columns=())
-    writer = CheckpointWriter(tmp_path, policy_of(CONFIG))
-    writer.save(plan_of(CONFIG, 1), make_content(state=state), make_store(columns=()))
-    writer.close()
+def test_an_empty_tensor_has_no_file(tmp_path: Path) -> None:
+    memory = {"columns": (), "scores": torch.zeros(5, 0)}
+    put(tmp_path, 1, content_of({"state_dict": {"w": torch.ones(1)}, "memory": memory}))
     assert names(tmp_path) == ["epoch_1.pt"]
-    assert load_checkpoint(tmp_path / "epoch_1.pt").scores is None
+    assert load_checkpoint(tmp_path / "epoch_1.pt").parts["memory"]["scores"].shape == (5, 0)
+
+
+def test_big_tensors_of_several_parts_share_a_file(tmp_path: Path) -> None:
+    class Other(Kept):
+        big_tensors = ("more", "absent")
+
+    states = {
+        "state_dict": {"w": torch.ones(1)},
+        "memory": {"scores": torch.ones(2, 1)},
+        "b": {"more": torch.arange(3.0)},
+    }
+    put(tmp_path, 1, pack(states, {**PARTS, "b": Other()}, name="run", model="tiny"))
+    loaded = load_checkpoint(tmp_path / "epoch_1.pt").parts
+    assert torch.equal(loaded["memory"]["scores"], torch.ones(2, 1))
+    assert loaded["b"]["more"].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_scores_of_an_earlier_run_are_not_left_beside_a_checkpoint_without(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    put(tmp_path, 1, make_content(), None, config=CONFIG)
+    put(tmp_path, 1, make_content(table=False))
     assert names(tmp_path) == ["epoch_1.pt"]
 
 
@@ -225,41 +236,6 @@ def test_remote_checkpoints_are_read_with_their_scores(tmp_path: Path) -> None:
     save(tmp_path, 1, value=6.0)
     loaded = load_checkpoint(f"file://{tmp_path}/epoch_1.pt")
     assert (weight(loaded), score(loaded)) == (6.0, 6.0)
-
-
-def test_in_the_middle_of_an_epoch_the_loaders_state_is_kept(tmp_path: Path) -> None:
-    path = save(tmp_path, 2, step=15)
-    assert path == tmp_path / "epoch_2_step_15.pt"
-    assert names(tmp_path) == ["epoch_2_step_15.pt", "epoch_2_step_15.scores.safetensors"]
-    loaded = load_checkpoint(path)
-    assert (loaded.epoch, loaded.state) == (2, INSIDE)
-    assert loaded.loader is not None
-    assert loaded.loader["layout"] == {"world size": 1}
-    assert loaded.loader["workers"].tolist() == [0, 1, 2]
-
-
-def test_the_shards_are_kept(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    shards = load_checkpoint(tmp_path / "epoch_1.pt").shards
-    assert shards is not None
-    assert shards.names == ("a.tar", "b.tar")
-    assert shards.sizes is not None
-    assert shards.sizes.tolist() == [2, 3]
-
-
-def test_forty_thousand_shards_take_little_room_and_time(tmp_path: Path) -> None:
-    shards = Shards(tuple(f"cc12m-train-{n:05d}.tar" for n in range(40_000)), np.full(40_000, 5_000))
-    content = checkpoint_content(
-        name="run", model={"w": torch.ones(1)}, optimizer={}, scaler=None, state=STATE, shards=shards
-    )
-    path = put(tmp_path, 1, content, None, config=CONFIG)
-    assert path is not None
-    assert path.stat().st_size < 2e6
-    began = time.perf_counter()
-    loaded = load_checkpoint(path).shards
-    assert time.perf_counter() - began < 1
-    assert loaded is not None
-    assert loaded.names == shards.names
 
 
 def test_what_is_loaded_needs_the_file_no_more(tmp_path: Path) -> None:
@@ -270,15 +246,29 @@ def test_what_is_loaded_needs_the_file_no_more(tmp_path: Path) -> None:
     assert (weight(loaded), score(loaded)) == (3.0, 3.0)
 
 
-def test_format_1_is_read(tmp_path: Path) -> None:
+def test_format_1_is_read() -> None:
     loaded = load_checkpoint(Path(__file__).resolve().parents[1] / "assets" / "checkpoint_v1" / "epoch_2.pt")
-    unknown = {"steps_per_epoch": None, "batch_size": None, "accum_freq": None, "workers": None, "survey": ()}
-    assert (loaded.epoch, loaded.state) == (2, dataclasses.replace(STATE, **unknown))
-    assert (weight(loaded), score(loaded), loaded.scaler) == (7.0, 4.0, {"scale": 8.0})
-    assert (loaded.loader, loaded.shards) == (None, None)
-    fits(loaded)
-    assert loaded.state is not None
-    assert changed_settings(loaded.state, STATE) == []
+    assert (loaded.epoch, loaded.model, weight(loaded)) == (2, "tiny", 7.0)
+    parts = loaded.parts
+    assert parts["scaler"] == {"scale": 8.0}
+    assert float(parts["selection"].pop("scores")[1, 0]) == 4.0
+    assert parts["selection"] == {
+        "strategy": "warmup_base_sampling", "num_samples": 5, "columns": ("clip_score",), "depends_on": None,
+        "survey": (), "survey_of": None, "world_size": 1, "seed": 3, "epoch": 1, "step": 24, "inside": False,
+        "decoy_captions": None,
+    }  # fmt: skip
+    assert parts["data"] == {
+        "epoch": 2, "inside": False, "num_samples": 5, "fingerprint": "abc", "shards": None, "position": None,
+    }  # fmt: skip
+    assert parts["progress"] == {
+        "epoch": 2, "epoch_step": 0, "step": 12, "batch": 24, "seen": 96, "trained": 48, "scored": 0,
+        "seconds": {"load": 0.5},
+    }  # fmt: skip
+    assert parts["reference"] == {"digest": None, "weights": None, "epochs_begun": 2}
+    assert parts["run"] == {
+        "seed": 3, "select_rate": 0.5, "world_size": 1, "batch_size": None, "accum_freq": None, "workers": None,
+        "score_refresh": None, "select_before_load": None,
+    }  # fmt: skip
 
 
 # ---- which are kept
@@ -287,7 +277,7 @@ def test_format_1_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("frequency", "kept"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (0, [5]), (7, [5])])
 def test_save_frequency_and_the_last_epoch(tmp_path: Path, frequency: int, kept: list[int]) -> None:
     config = Config.of(epochs=5, save_frequency=frequency)
-    saved = [put(tmp_path, epoch, make_content(), None, config=config) for epoch in range(1, 6)]
+    saved = [put(tmp_path, epoch, make_content(table=False), config=config) for epoch in range(1, 6)]
     assert names(tmp_path) == [f"epoch_{epoch}.pt" for epoch in kept]
     assert [path for path in saved if path is not None] == [tmp_path / f"epoch_{epoch}.pt" for epoch in kept]
 
@@ -421,7 +411,7 @@ def test_a_second_run_of_the_same_name_puts_no_half_file_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = Config.of(epochs=10, delete_previous_checkpoint=True)
-    put(tmp_path, 1, make_content(), None, config=config)
+    put(tmp_path, 1, make_content(table=False), config=config)
     real_save = torch.save
 
     def half(content: dict[str, Any], file: BinaryIO) -> None:
@@ -433,11 +423,11 @@ def test_a_second_run_of_the_same_name_puts_no_half_file_in_place(
         real_save(content, file)
         monkeypatch.setattr(torch, "save", half)
         with pytest.raises(KeyboardInterrupt):
-            put(tmp_path, 2, make_content(), None, config=config)
+            put(tmp_path, 2, make_content(table=False), config=config)
 
     monkeypatch.setattr(torch, "save", while_another_begins)
     with pytest.raises(TrainingError, match="no second run of this name"):
-        put(tmp_path, 2, make_content(), None, config=config)
+        put(tmp_path, 2, make_content(table=False), config=config)
     assert find_latest(tmp_path) == tmp_path / "epoch_1.pt"
 
 
@@ -454,12 +444,12 @@ def test_scores_of_another_checkpoint_are_recognised(tmp_path: Path, caplog: pyt
 def test_a_full_disk_names_the_file_and_leaves_earlier_checkpoints(tmp_path: Path) -> None:
     save(tmp_path, 1)
     content = make_content()
-    content["state_dict"]["weight"] = torch.zeros(100_000)
+    content.pt["state_dict"]["weight"] = torch.zeros(100_000)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(TrainingError, match=r"epoch_2\.pt: \[Errno 27\] File too large"):
-            put(tmp_path, 2, content, make_store().state_dict(), config=CONFIG)
+            put(tmp_path, 2, content)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert names(tmp_path) == ["epoch_1.pt", "epoch_1.scores.safetensors"]
@@ -531,25 +521,24 @@ def make_writer(tmp_path: Path) -> Iterator[Callable[..., CheckpointWriter]]:
 
 def save_with(writer: CheckpointWriter, epoch: int, step: int | None = None, value: float = 1.0) -> None:
     name = f"epoch_{epoch}" + ("" if step is None else f"_step_{step}")
-    content = make_content(value, STATE if step is None else INSIDE)
-    writer.save(Plan((name,), (epoch, step or 0)), content, make_store(value))
+    writer.save(Plan((name,), (epoch, step or 0)), make_content(value))
 
 
 def test_a_checkpoint_is_of_the_moment_it_was_saved_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_writer: Callable[..., CheckpointWriter]
 ) -> None:
     held, writer = Held(monkeypatch), make_writer()
-    content, store = make_content(2.0, INSIDE), make_store(2.0)
-    writer.save(Plan(("epoch_1_step_7",), (1, 7)), content, store)
-    for tensor in (content["state_dict"]["weight"], content["optimizer"]["state"][0]["exp_avg"], store.scores):
+    content = make_content(2.0)
+    writer.save(Plan(("epoch_1_step_7",), (1, 7)), content)
+    exp_avg = content.pt["optimizer"]["state"][0]["exp_avg"]
+    for tensor in (content.pt["state_dict"]["weight"], exp_avg, content.tensors["scores"]):
         tensor.fill_(9.0)
     assert names(tmp_path) == []
     held.gate.set()
     writer.wait()
     loaded = load_checkpoint(tmp_path / "epoch_1_step_7.pt")
     assert (weight(loaded), score(loaded)) == (2.0, 2.0)
-    assert loaded.optimizer is not None
-    assert loaded.optimizer["state"][0]["exp_avg"].tolist() == [1.0, 1.0]
+    assert loaded.parts["optimizer"]["state"][0]["exp_avg"].tolist() == [1.0, 1.0]
 
 
 def test_a_save_waits_for_the_one_before(
@@ -687,9 +676,10 @@ def test_on_save_error_stop_the_next_call_raises(
 @pytest.mark.parametrize("rows", [0, 1, 10_001])
 def test_the_library_reads_the_scores_that_we_write(tmp_path: Path, rows: int) -> None:
     table = torch.arange(2 * rows, dtype=torch.float32).reshape(rows, 2)
-    write_module._write_scores(tmp_path / "x.safetensors", table, {"token": "t"})
+    write_module._write_tensors(tmp_path / "x.safetensors", {"scores": table, "b": table + 1}, {"token": "t"})
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert torch.equal(file.get_tensor("scores"), table)
+        assert torch.equal(file.get_tensor("b"), table + 1)
         assert file.metadata() == {"token": "t"}
 
 
@@ -706,8 +696,7 @@ def save_for_ever(folder: Path, complete: Any) -> None:
     at = 0 if latest is None else int(weight(load_checkpoint(latest)))
     while True:
         inside = at % 5 != 0
-        content = make_content(float(at), INSIDE if inside else STATE)
-        writer.save(plan_of(config, at // 5, at if inside else None), content, make_store(float(at)))
+        writer.save(plan_of(config, at // 5, at if inside else None), make_content(float(at)))
         writer.wait()
         complete.value = at
         at += 1
@@ -749,15 +738,17 @@ def test_openclips_checkpoints_are_read(tmp_path: Path) -> None:
     }
     torch.save(content, tmp_path / "epoch_4.pt")
     loaded = load_checkpoint(tmp_path / "epoch_4.pt")
-    assert (loaded.epoch, list(loaded.state_dict), loaded.state, loaded.scores) == (4, ["weight"], None, None)
-    assert loaded.optimizer is not None
-    assert loaded.optimizer["param_groups"][0]["lr"] == 5e-4
+    assert (loaded.epoch, list(loaded.parts["state_dict"]), loaded.model) == (4, ["weight"], None)
+    assert set(loaded.parts) == {"state_dict", "optimizer", "scaler", "progress"}
+    assert loaded.parts["progress"]["epoch"] == 4
+    assert loaded.parts["optimizer"]["param_groups"][0]["lr"] == 5e-4
 
 
 def test_bare_weights_start_at_epoch_zero(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
     loaded = load_checkpoint(tmp_path / "weights.pt")
-    assert (loaded.epoch, list(loaded.state_dict), loaded.optimizer) == (0, ["weight"], None)
+    assert (loaded.epoch, list(loaded.parts["state_dict"])) == (0, ["weight"])
+    assert set(loaded.parts) == {"state_dict", "progress"}
 
 
 class _Harmful:
@@ -808,123 +799,63 @@ def test_what_cannot_be_used_is_refused_by_name(tmp_path: Path, kind: str) -> No
         load_checkpoint(path)
 
 
-# ---- does it fit
+# ---- resuming from it
 
 
-def fits(checkpoint: Checkpoint, **changes: Any) -> None:
-    run: dict[str, Any] = {
-        "model_name": "tiny",
-        "model_state_dict": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)},
-        "num_samples": 5,
-        "fingerprint": "abc",
-        "strategy": "warmup_base_sampling",
-        "columns": ("clip_score",),
-    }
-    check_fits(checkpoint, **{**run, **changes})
+def checkpoint_at(folder: Path) -> Checkpoint:
+    path = put(folder, 1, make_content(3.0))
+    assert path is not None
+    return load_checkpoint(path)
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Checkpoint:
-    save(tmp_path, 1)
-    return load_checkpoint(tmp_path / "epoch_1.pt")
+def test_every_part_gets_its_state(tmp_path: Path) -> None:
+    parts = {name: Kept() for name in ("memory", "state_dict", "counts")}
+    restore(checkpoint_at(tmp_path), parts)
+    assert parts["counts"].loaded == {"step": 12}
+    assert torch.equal(parts["state_dict"].loaded["weight"], torch.full((2, 3), 3.0))
+    assert parts["memory"].loaded["scores"].shape == (5, 1)
 
 
-def test_the_same_run_fits(saved: Checkpoint) -> None:
-    fits(saved)
-    fits(saved, model_state_dict={"module.weight": torch.zeros(2, 3), "module.bias": torch.zeros(2)})
+def test_parts_are_restored_in_the_order_of_the_run(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    class Noting(Kept):
+        def load_state_dict(self, state: Mapping[str, Any]) -> None:
+            order.extend(state)
+
+    restore(checkpoint_at(tmp_path), {name: Noting() for name in ("counts", "memory")})
+    assert order == ["step", "columns", "scores"]
 
 
-def test_scores_of_other_decoys_do_not_fit(tmp_path: Path) -> None:
-    state = dataclasses.replace(STATE, depends_on="--clean-decoys 0.02 --seed 0")
-    put(tmp_path, 1, make_content(1.0, state), make_store(1.0).state_dict(), config=CONFIG)
-    checkpoint = load_checkpoint(tmp_path / "epoch_1.pt")
-    fits(checkpoint, depends_on="--clean-decoys 0.02 --seed 0")
-    with pytest.raises(SetupError, match=r"taken with --clean-decoys 0\.02 --seed 0, this run has --clean-decoys"):
-        fits(checkpoint, depends_on="--clean-decoys 0.05 --seed 0")
+def test_a_part_that_the_file_lacks_is_asked_and_stays_as_it_is(tmp_path: Path) -> None:
+    class Wanting(Kept):
+        def misfits(self, state: Mapping[str, Any] | None) -> list[str]:
+            return ["it has nothing"] if state is None else []
+
+    checkpoint, new = checkpoint_at(tmp_path), Kept()
+    restore(checkpoint, {"new": new})
+    assert new.loaded is None
+    with pytest.raises(SetupError, match="it has nothing"):
+        restore(checkpoint, {"new": Wanting()})
 
 
-MISFITS: list[tuple[dict[str, Any], str]] = [
-    ({"model_state_dict": {"weight": torch.zeros(2, 3)}}, "has besides bias"),
-    (
-        {"model_state_dict": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2), "scale": torch.zeros(1)}},
-        "lacks scale",
-    ),
-    (
-        {"model_state_dict": {"weight": torch.zeros(4, 3), "bias": torch.zeros(2)}},
-        r"another shape weight \(\[2, 3\] instead of \[4, 3\]\)",
-    ),
-    ({"num_samples": 6}, "trained on 5 samples, --train-data has 6"),
-    ({"fingerprint": "xyz"}, "other data than --train-data"),
-    ({"strategy": "big_loss"}, "--select-strategy warmup_base_sampling, this run has big_loss"),
-    ({"strategy": None, "columns": ()}, "this run has no --select"),
-    ({"columns": ("loss",)}, "its scores are clip_score; .* needs loss"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), MISFITS)
-def test_another_run_does_not_fit(saved: Checkpoint, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(SetupError, match=message):
-        fits(saved, **changes)
-
-
-NOW: list[tuple[Shards, str]] = [
-    (Shards(("a.tar",), np.array([2])), "missing: b.tar"),
-    (Shards(("a.tar", "b.tar", "c.tar"), np.array([2, 3, 1])), "new: c.tar"),
-    (Shards(("a.tar", "b.tar"), np.array([2, 4])), r"of another size: b.tar \(4 samples instead of 3\)"),
-    (Shards(("b.tar", "a.tar"), np.array([3, 2])), "another order"),
-    (Shards(("a.tar", "c.tar"), None), "missing: b.tar; new: c.tar"),
-    (Shards(tuple(f"{n}.tar" for n in range(9)), np.arange(9)), r"new: 0.tar, 1.tar, 2.tar and 6 more"),
-]
-
-
-@pytest.mark.parametrize(("now", "message"), NOW)
-@pytest.mark.parametrize("num_samples", [5, 6])
-def test_the_shards_that_differ_are_named(saved: Checkpoint, now: Shards, message: str, num_samples: int) -> None:
-    with pytest.raises(SetupError, match=message):
-        fits(saved, num_samples=num_samples, fingerprint="xyz", shards=now)
-
-
-def test_inside_an_epoch_the_loaders_state_must_be_there(tmp_path: Path) -> None:
-    content = checkpoint_content(
-        name="run", model=make_content()["state_dict"], optimizer={}, scaler=None, state=INSIDE
-    )
-    put(tmp_path, 1, content, make_store().state_dict(), config=CONFIG, step=9)
-    with pytest.raises(SetupError, match="after 3 steps of an epoch"):
-        fits(load_checkpoint(tmp_path / "epoch_1_step_9.pt"))
-
-
-def test_everything_that_does_not_fit_is_named_at_once(saved: Checkpoint) -> None:
+def test_everything_that_does_not_fit_is_named_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
+    checkpoint = checkpoint_at(tmp_path)
+    parts = {"counts": Kept("--lr is wrong", "--wd is wrong"), "memory": Kept(), "state_dict": Kept("it lacks w")}
     with pytest.raises(SetupError) as error:
-        fits(saved, model_state_dict={"weight": torch.zeros(1)}, num_samples=6, strategy="big_loss")
-    assert str(error.value).count("\n  - ") == 3
-    assert f"--pretrained {saved.path}" in str(error.value)
-
-
-def test_selection_cannot_go_on_without_scores(tmp_path: Path) -> None:
-    torch.save(
-        {"epoch": 1, "state_dict": {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}}, tmp_path / "theirs.pt"
-    )
-    theirs = load_checkpoint(tmp_path / "theirs.pt")
-    with pytest.raises(SetupError, match=r"(?s)without --select.*--pretrained"):
-        fits(theirs)
-    fits(theirs, strategy=None, columns=())
-
-
-def test_a_checkpoint_saved_without_its_scores_does_not_fit(tmp_path: Path) -> None:
-    put(tmp_path, 1, make_content(), None, config=CONFIG)
-    with pytest.raises(SetupError, match="has no scores"):
-        fits(load_checkpoint(tmp_path / "epoch_1.pt"))
-
-
-def test_only_the_model_matters_to_an_evaluation(saved: Checkpoint) -> None:
-    fits(saved, num_samples=None, fingerprint=None, strategy=None, columns=())
-
-
-def test_changed_settings_are_told() -> None:
-    now = dataclasses.replace(STATE, seed=4, step=99, batch_size=8, accum_freq=1, workers=2)
-    assert changed_settings(STATE, now) == [
-        "seed is 4, was 3", "batch_size is 8, was 4", "accum_freq is 1, was 2", "workers is 2, was 0"
+        restore(checkpoint, parts)
+    said = str(error.value)
+    assert [line for line in said.splitlines() if line.startswith("  - ")] == [
+        "  - --lr is wrong", "  - --wd is wrong", "  - it lacks w"
     ]  # fmt: skip
+    assert f"--pretrained {checkpoint.path}" in said
+    assert "--model tiny" in said
+    assert all(part.loaded is None for part in parts.values())
+
+
+def test_an_evaluation_is_told_to_give_the_model(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=r"(?s)cannot evaluate .*it lacks w.*--siglip"):
+        restore(checkpoint_at(tmp_path), {"state_dict": Kept("it lacks w")}, evaluating=True)
 
 
 # ---- finding
@@ -1097,38 +1028,6 @@ def test_open_clip_loads_it_as_pretrained(tmp_path: Path) -> None:
     open_clip.add_model_config(tmp_path / "checkpoint-test-tiny.json")
     torch.manual_seed(5)
     model = open_clip.create_model("checkpoint-test-tiny")
-    content = checkpoint_content(name="run", model=model.state_dict(), optimizer={}, scaler=None, state=STATE)
-    path = put(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
+    path = put(tmp_path, 1, content_of({"state_dict": model.state_dict(), "memory": {"scores": make_table()}}))
     loaded: dict[str, Tensor] = open_clip.create_model("checkpoint-test-tiny", pretrained=str(path)).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
-
-
-# ---- decoys
-
-
-def with_decoys(decoys: object) -> dict[str, Any]:
-    content = make_content()
-    content["dissect"]["decoys"] = decoys
-    return content
-
-
-def test_captions_of_decoys_are_kept(tmp_path: Path) -> None:
-    captions = torch.tensor([[1, 2], [-1, -1]], dtype=torch.int32)
-    put(tmp_path, 1, with_decoys(captions), make_store().state_dict(), config=CONFIG)
-    loaded = load_checkpoint(tmp_path / "epoch_1.pt")
-    assert loaded.decoys is not None
-    assert torch.equal(loaded.decoys, captions)
-
-
-@pytest.mark.parametrize("decoys", [torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), [1, 2]], ids=str)
-def test_decoys_of_another_kind_are_refused(tmp_path: Path, decoys: object) -> None:
-    put(tmp_path, 1, with_decoys(decoys), make_store().state_dict(), config=CONFIG)
-    with pytest.raises(SetupError, match="its decoys"):
-        load_checkpoint(tmp_path / "epoch_1.pt")
-
-
-def test_a_checkpoint_from_before_there_were_decoys(tmp_path: Path) -> None:
-    content = make_content()
-    del content["dissect"]["decoys"]
-    put(tmp_path, 1, content, make_store().state_dict(), config=CONFIG)
-    assert load_checkpoint(tmp_path / "epoch_1.pt").decoys is None

@@ -6,8 +6,6 @@ FUZZ_EXAMPLES=20000 tries more, and other ones in every run.
 from __future__ import annotations
 
 import builtins
-import contextlib
-import dataclasses
 import functools
 import io
 import json
@@ -21,6 +19,7 @@ import typing
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,33 +27,37 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from dissect_clip.checkpoint import (
     Checkpoint,
     Plan,
     Policy,
-    RunState,
-    Shards,
-    check_fits,
-    checkpoint_content,
     find_latest,
     load_checkpoint,
+    pack,
     save_checkpoint,
 )
 from dissect_clip.config.settings import Config
+from dissect_clip.data.state import DataState
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
+from dissect_clip.models.weights import ModelWeights
+from dissect_clip.run.stateful import Stateful
+from dissect_clip.selection import Selection
+from dissect_clip.selection.state import SelectionState
 from dissect_clip.selection.store import ScoreStore
+from dissect_clip.training.state import OptimizerState, ProgressState, RunSettings
+from dissect_clip.training.step import Counters
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
-STATE = RunState(
-    step=12, batch=24, seen=96, trained=48, seconds={"load": 0.5}, seed=3, model="tiny", strategy="big_loss",
-    select_rate=0.5, num_samples=5, fingerprint="abc", world_size=1, columns=("loss",), epoch_step=2, steps_per_epoch=5,
-    batch_size=4, accum_freq=2, workers=0,
-)  # fmt: skip
 WEIGHTS = {"weight": torch.full((2, 3), 7.0), "bias": torch.zeros(2)}
 NAME = "epoch_2_step_12.pt"
 SCORES = "epoch_2_step_12.scores.safetensors"
+DATA: Any = SimpleNamespace(
+    epoch=2, num_samples=5, fingerprint="abc", shard_names=("a.tar", "b.tar"), shard_sizes=np.array([2, 3]),
+    inside_epoch=True, state_dict=lambda: {"layout": {"world size": 1}, "workers": torch.arange(3)},
+)  # fmt: skip
 
 
 def tries(number: int) -> Callable[[Any], Any]:
@@ -68,33 +71,72 @@ def tries(number: int) -> Callable[[Any], Any]:
     )
 
 
-def make_content() -> dict[str, Any]:
+def make_parts() -> dict[str, Stateful]:
+    """The parts of a run, as the command line puts them together."""
+    config = Config.of(select=True, select_strategy="big_loss", seed=3)
+    module, counters = torch.nn.Linear(3, 2), Counters(epoch=2, epoch_step=2, step=12, batch=24, seen=96, trained=48)
+    module.load_state_dict(WEIGHTS)
+    selection = Selection("big_loss", rate=0.5, num_samples=5, epochs=9)
+    selection.name, selection.store = "big_loss", ScoreStore(5, ("loss",), World())
+    return {
+        "state_dict": ModelWeights(module, "tiny"),
+        "optimizer": OptimizerState(torch.optim.SGD([module.weight], lr=0.1)),
+        "data": DataState(DATA),
+        "progress": ProgressState(counters, DATA, 2, 5),
+        "selection": SelectionState(selection, 3, counters),
+        "run": RunSettings(config, World()),
+    }
+
+
+def write_format_2(folder: Path) -> None:
+    """A checkpoint as the version before has written it."""
+    dissect = {
+        "format_version": 2, "step": 12, "batch": 24, "seen": 96, "trained": 48, "seconds": {"load": 0.5}, "seed": 3,
+        "model": "tiny", "strategy": "big_loss", "select_rate": 0.5, "num_samples": 5, "fingerprint": "abc",
+        "world_size": 1, "columns": ("loss",), "epoch_step": 2, "steps_per_epoch": 5, "batch_size": 4, "accum_freq": 2,
+        "workers": 0, "scored": 0, "score_refresh": None, "select_before_load": None, "survey": (), "survey_of": None,
+        "depends_on": None, "loader": {"layout": {"world size": 1}, "workers": torch.arange(3)},
+        "shards": {"names": '["a.tar", "b.tar"]', "sizes": torch.tensor([2, 3])}, "reference": None,
+        "decoys": torch.arange(6, dtype=torch.int32).reshape(2, 3), "token": "0123456789abcdef", "scores_file": SCORES,
+    }  # fmt: skip
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    loader = {"layout": {"world size": 1}, "workers": torch.arange(3)}
-    shards = Shards(("a.tar", "b.tar"), np.array([2, 3]))
-    return checkpoint_content(
-        name="run", model=WEIGHTS, optimizer=optimizer, scaler={"scale": 8.0}, state=STATE, loader=loader,
-        shards=shards, decoys=torch.arange(6, dtype=torch.int32).reshape(2, 3),
-    )  # fmt: skip
+    content = {"epoch": 2, "name": "run", "state_dict": WEIGHTS, "optimizer": optimizer, "scaler": {"scale": 8.0}}
+    torch.save({**content, "dissect": dissect}, folder / NAME)
+    metadata = {"token": "0123456789abcdef", "columns": '["loss"]', "epoch": "2"}
+    save_file({"scores": torch.full((5, 1), torch.nan)}, folder / SCORES, metadata)
+
+
+def write_format_3(folder: Path) -> None:
+    parts = make_parts()
+    states = {name: part.state_dict() for name, part in parts.items()}
+    states["selection"]["decoy_captions"] = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    content = pack(states, parts, name="run", model="tiny")
+    content.pt["scaler"] = {"scale": 8.0}
+    plan, policy = Plan((NAME.removesuffix(".pt"),), (2, 12)), Policy(Config.of().checkpoint, 9)
+    save_checkpoint(folder, content, plan=plan, policy=policy)
 
 
 @functools.cache
-def whole() -> dict[str, bytes]:
-    """The files of a checkpoint."""
+def whole(version: int) -> dict[str, bytes]:
+    """The files of a checkpoint of a format."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        scores = ScoreStore(5, ("loss",), World()).state_dict()
-        plan, policy = Plan((NAME.removesuffix(".pt"),), (2, 12)), Policy(Config.of().checkpoint, 9)
-        save_checkpoint(folder, make_content(), scores, plan=plan, policy=policy)
+        (write_format_2 if version == 2 else write_format_3)(folder)
         return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture(params=[2, 3], ids=lambda version: f"format{version}")
+def version(request: pytest.FixtureRequest) -> int:
+    number: int = request.param
+    return number
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, version: int) -> Path:
     """A folder with a whole checkpoint."""
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name, content in whole().items():
+    for name, content in whole(version).items():
         (folder / name).write_bytes(content)
     return folder
 
@@ -116,34 +158,33 @@ def load(folder: Path) -> Checkpoint | None:
     return None
 
 
+def misfits(loaded: Checkpoint) -> list[str]:
+    """What the parts of a run say against it, before anything of it is used."""
+    return [misfit for name, part in make_parts().items() for misfit in part.misfits(loaded.parts.get(name))]
+
+
 def check_types(loaded: Checkpoint) -> None:
     assert type(loaded.epoch) is int
-    assert all(isinstance(tensor, torch.Tensor) for tensor in loaded.state_dict.values())
-    for value in (loaded.optimizer, loaded.scaler, loaded.loader):
-        assert value is None or type(value) is dict
-    assert loaded.state is None or is_well_typed(loaded.state)
-    assert loaded.decoys is None or (loaded.decoys.dtype, loaded.decoys.dim()) == (torch.int32, 2)
-    with contextlib.suppress(SetupError):
-        check_fits(
-            loaded, model_name="tiny", model_state_dict=WEIGHTS, num_samples=5, fingerprint="abc", strategy="big_loss",
-            columns=("loss",), shards=Shards(("a.tar", "b.tar"), np.array([2, 3])),
-        )  # fmt: skip
-        assert loaded.scores is not None
-        assert loaded.scores.shape == (5, 1)
-
-
-def is_well_typed(state: RunState) -> bool:
-    kinds = {"int": (int,), "float": (int, float), "str": (str,), "None": (type(None),), "dict": (dict,)}
-    for field in dataclasses.fields(state):
-        allowed = [kind for word in field.type.split(" | ") for kind in kinds.get(word.split("[")[0], (tuple,))]
-        if not isinstance(getattr(state, field.name), tuple(allowed)):
-            return False
-    return all(isinstance(name, str) for name in state.columns)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in loaded.parts["state_dict"].values())
+    assert all(type(state) is dict for state in loaded.parts.values())
+    found = misfits(loaded)
+    assert all(isinstance(misfit, str) for misfit in found)
+    if not found:
+        progress, selection = loaded.parts["progress"], loaded.parts["selection"]
+        assert all(type(progress[name]) is int for name in ("epoch", "epoch_step", "batch", "seen", "trained"))
+        assert all(type(seconds) in (int, float) for seconds in progress["seconds"].values())
+        assert selection["scores"].shape == (5, 1)
+        captions = selection["decoy_captions"]
+        assert captions is None or (captions.dtype, captions.dim()) == (torch.int32, 2)
 
 
 def unchanged(loaded: Checkpoint) -> bool:
-    return all(torch.equal(loaded.state_dict[name], tensor) for name, tensor in WEIGHTS.items()) and (
-        loaded.state == STATE
+    parts = loaded.parts
+    return (
+        all(torch.equal(parts["state_dict"][name], tensor) for name, tensor in WEIGHTS.items())
+        and (parts["progress"]["step"], parts["progress"]["seen"]) == (12, 96)
+        and parts["selection"]["columns"] == ("loss",)
+        and misfits(loaded) == []
     )
 
 
@@ -172,7 +213,7 @@ def edited(content: bytes, changes: list[tuple[str, int, bytes]]) -> bytes:
     return content
 
 
-def test_the_whole_one_is_loaded(folder: Path) -> None:
+def test_the_whole_one_is_loaded(folder: Path, version: int) -> None:
     loaded = load(folder)
     assert loaded is not None
     assert unchanged(loaded)
@@ -180,16 +221,16 @@ def test_the_whole_one_is_loaded(folder: Path) -> None:
 
 @tries(100)
 @given(changes=edits)
-def test_other_bytes_in_the_pt(folder: Path, changes: list[tuple[str, int, bytes]]) -> None:
-    (folder / NAME).write_bytes(edited(whole()[NAME], changes))
+def test_other_bytes_in_the_pt(folder: Path, version: int, changes: list[tuple[str, int, bytes]]) -> None:
+    (folder / NAME).write_bytes(edited(whole(version)[NAME], changes))
     loaded = load(folder)
     assert loaded is None or unchanged(loaded)
 
 
 @tries(100)
 @given(changes=edits)
-def test_other_bytes_in_the_scores(folder: Path, changes: list[tuple[str, int, bytes]]) -> None:
-    (folder / SCORES).write_bytes(edited(whole()[SCORES], changes))
+def test_other_bytes_in_the_scores(folder: Path, version: int, changes: list[tuple[str, int, bytes]]) -> None:
+    (folder / SCORES).write_bytes(edited(whole(version)[SCORES], changes))
     load(folder)
 
 
@@ -204,8 +245,8 @@ header = st.recursive(
 
 @tries(80)
 @given(entry=header, size=st.none() | st.integers(0, 2**64 - 1))
-def test_another_header_of_the_scores(folder: Path, entry: Any, size: int | None) -> None:
-    content = whole()[SCORES]
+def test_another_header_of_the_scores(folder: Path, version: int, entry: Any, size: int | None) -> None:
+    content = whole(version)[SCORES]
     length = struct.unpack("<Q", content[:8])[0]
     before = json.loads(content[8 : 8 + length])
     text = json.dumps(entry if size is None else {**before, "scores": entry}).encode()
@@ -215,15 +256,15 @@ def test_another_header_of_the_scores(folder: Path, entry: Any, size: int | None
 
 @tries(100)
 @given(changes=edits)
-def test_another_pickle_with_right_checksums(folder: Path, changes: list[tuple[str, int, bytes]]) -> None:
-    rezip(folder / NAME, lambda content: edited(content, changes))
+def test_another_pickle_with_right_checksums(folder: Path, version: int, changes: list[tuple[str, int, bytes]]) -> None:
+    rezip(folder / NAME, version, lambda content: edited(content, changes))
     load(folder)
 
 
-def rezip(path: Path, change: Callable[[bytes], bytes]) -> None:
+def rezip(path: Path, version: int, change: Callable[[bytes], bytes]) -> None:
     """Change the pickle in a checkpoint as somebody would who can also make it look right."""
     made = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(whole()[NAME])) as old, zipfile.ZipFile(made, "w") as new:
+    with zipfile.ZipFile(io.BytesIO(whole(version)[NAME])) as old, zipfile.ZipFile(made, "w") as new:
         for name in old.namelist():
             content = old.read(name)
             new.writestr(name, change(content) if name.endswith("/data.pkl") else content)
@@ -231,9 +272,9 @@ def rezip(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 @functools.cache
-def places() -> list[tuple[int, int]]:
+def places(version: int) -> list[tuple[int, int]]:
     """Where the operations of the pickle begin and end."""
-    with zipfile.ZipFile(io.BytesIO(whole()[NAME])) as archive:
+    with zipfile.ZipFile(io.BytesIO(whole(version)[NAME])) as archive:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         starts = [at for _, _, at in pickletools.genops(archive.read(name))]
     return list(zip(starts, [*starts[1:], starts[-1] + 1], strict=True))
@@ -251,15 +292,15 @@ OPERATIONS = [
         st.tuples(st.integers(0), st.sampled_from(["set", "insert", "delete"]), st.sampled_from(OPERATIONS)), max_size=3
     )
 )
-def test_other_operations_in_the_pickle(folder: Path, changes: list[tuple[int, str, bytes]]) -> None:
+def test_other_operations_in_the_pickle(folder: Path, version: int, changes: list[tuple[int, str, bytes]]) -> None:
     def change(content: bytes) -> bytes:
-        for number, kind, operation in sorted(changes, reverse=True, key=lambda entry: entry[0] % len(places())):
-            start, end = places()[number % len(places())]
+        for number, kind, operation in sorted(changes, reverse=True, key=lambda entry: entry[0] % len(places(version))):
+            start, end = places(version)[number % len(places(version))]
             new = b"" if kind == "delete" else operation
             content = content[:start] + new + content[start if kind == "insert" else end :]
         return content
 
-    rezip(folder / NAME, change)
+    rezip(folder / NAME, version, change)
     load(folder)
 
 
@@ -273,44 +314,84 @@ plain = st.recursive(
     ),
     max_leaves=5,
 )  # fmt: skip
-PARTS = ["epoch", "name", "state_dict", "optimizer", "scaler", "dissect"]
-FIELDS = [
-    *(field.name for field in dataclasses.fields(RunState)),
-    "format_version",
-    "loader",
-    "shards",
-    "token",
-    "scores_file",
-]
+OPENCLIP = ["epoch", "name", "state_dict", "optimizer", "scaler", "dissect"]
 
 
-@tries(200)
-@given(part=st.sampled_from(PARTS) | st.sampled_from(FIELDS), value=plain)
-def test_other_values(folder: Path, part: str, value: Any) -> None:
-    content = torch.load(io.BytesIO(whole()[NAME]), weights_only=True)
-    (content if part in PARTS else content["dissect"])[part] = value
+def content_of(version: int) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(io.BytesIO(whole(version)[NAME]), weights_only=True)
+    return content
+
+
+@functools.cache
+def entries(version: int) -> list[tuple[str, ...]]:
+    """Where the values of a checkpoint stand: by the keys that lead there."""
+    dissect = content_of(version)["dissect"]
+    found: list[tuple[str, ...]] = [(key,) for key in OPENCLIP] + [("dissect", key) for key in dissect]
+    for part, state in dissect.get("parts", {}).items():
+        found += [("dissect", "parts", part), *(("dissect", "parts", part, key) for key in state)]
+    return (
+        [*found, ("dissect", "tensors", "scores"), ("dissect", "tensors", "scores", "shape")] if version == 3 else found
+    )
+
+
+def at(content: dict[str, Any], entry: tuple[str, ...]) -> dict[str, Any]:
+    """The dict that holds an entry."""
+    for key in entry[:-1]:
+        content = content[key]
+    return content
+
+
+@tries(250)
+@given(number=st.integers(0), value=plain)
+def test_other_values(folder: Path, version: int, number: int, value: Any) -> None:
+    content, entry = content_of(version), entries(version)[number % len(entries(version))]
+    at(content, entry)[entry[-1]] = value
     torch.save(content, folder / NAME)
     load(folder)
 
 
-@pytest.mark.parametrize("part", [*PARTS, *FIELDS])
-def test_a_missing_value(folder: Path, part: str) -> None:
-    content = torch.load(io.BytesIO(whole()[NAME]), weights_only=True)
-    del (content if part in PARTS else content["dissect"])[part]
-    torch.save(content, folder / NAME)
-    loaded = load(folder)
-    later = ("survey", "survey_of", "depends_on")  # which older files do not have
-    assert loaded is not None or part not in later
-    assert loaded is None or part in ("epoch", "name", "optimizer", "scaler", "dissect", "loader", "shards", *later)
+MAY_LACK: dict[int, set[tuple[str, ...]]] = {
+    2: {("dissect", key) for key in ("loader", "shards", "reference", "decoys", "survey", "survey_of", "depends_on")},
+    3: {("dissect", "parts", "data"), ("dissect", "parts", "run"), ("dissect", "parts", "progress", "steps_per_epoch")},
+}
+"""Besides OpenCLIP's keys."""
+
+
+def test_a_missing_value(folder: Path, version: int) -> None:
+    for entry in entries(version):
+        content = content_of(version)
+        del at(content, entry)[entry[-1]]
+        torch.save(content, folder / NAME)
+        loaded = load(folder)
+        if entry in MAY_LACK[version]:
+            assert loaded is not None, entry
+        elif entry[0] == "dissect" and len(entry) > 1:
+            assert loaded is None or misfits(loaded), entry
+        else:
+            assert (loaded is None) == (entry == ("state_dict",)), entry
 
 
 @tries(40)
 @given(names=plain, sizes=plain)
-def test_other_lists_of_shards(folder: Path, names: Any, sizes: Any) -> None:
-    content = torch.load(io.BytesIO(whole()[NAME]), weights_only=True)
-    content["dissect"]["shards"] = {"names": names, "sizes": sizes}
+def test_other_lists_of_shards(folder: Path, version: int, names: Any, sizes: Any) -> None:
+    content = content_of(version)
+    dissect = content["dissect"]
+    (dissect if version == 2 else dissect["parts"]["data"])["shards"] = {"names": names, "sizes": sizes}
     torch.save(content, folder / NAME)
     load(folder)
+
+
+@pytest.mark.parametrize("captions", [torch.zeros(2, 3), torch.zeros(2, dtype=torch.int32), [1, 2]], ids=str)
+def test_decoys_of_another_kind_are_refused(folder: Path, version: int, captions: object) -> None:
+    content = content_of(version)
+    dissect = content["dissect"]
+    if version == 2:
+        dissect["decoys"] = captions
+    else:
+        dissect["parts"]["selection"]["decoy_captions"] = captions
+    torch.save(content, folder / NAME)
+    loaded = load(folder)
+    assert loaded is None or any("decoy" in misfit for misfit in misfits(loaded))
 
 
 # ---- code
@@ -347,7 +428,7 @@ def harms(marker: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 @pytest.mark.parametrize("harm", harms(Path("x")))
-def test_code_never_runs(folder: Path, tmp_path: Path, harm: str, form: str) -> None:
+def test_code_never_runs(folder: Path, version: int, tmp_path: Path, harm: str, form: str) -> None:
     marker = tmp_path / "marker"
     culprit = harms(marker)[harm]
     weights = {"state_dict": {"w": torch.ones(1)}}
@@ -366,8 +447,8 @@ def test_code_never_runs(folder: Path, tmp_path: Path, harm: str, form: str) -> 
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "", ".", "..", "a/b", "file://x", "a\nb", "\x1b[2J"])
-def test_scores_are_never_sought_elsewhere(folder: Path, name: str) -> None:
-    content = torch.load(io.BytesIO(whole()[NAME]), weights_only=True)
+def test_scores_are_never_sought_elsewhere(folder: Path, version: int, name: str) -> None:
+    content = content_of(version)
     content["dissect"]["scores_file"] = name
     torch.save(content, folder / NAME)
     assert load(folder) is None

@@ -320,7 +320,7 @@ def test_a_data_set_is_scored_by_a_checkpoint(make, tmp_path, capsys):
     model = build_model(config, World())
     model.module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     model.module.eval()
-    remembered = cli.load_checkpoint(checkpoint).scores[:, 0]
+    remembered = cli.load_checkpoint(checkpoint).parts["selection"]["scores"][:, 0]
     score = {}
     with torch.no_grad():
         for batch in build_train(config, World(), model.preprocess_eval, model.tokenizer, None).loader:

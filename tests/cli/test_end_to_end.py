@@ -214,7 +214,7 @@ def test_torchrun_from_the_command_line(tmp_path: Path, data: str, processes: in
     words = arguments(tmp_path, data, epochs=2, **selection("warmup_base_sampling"))
     done = torchrun(str(ROOT / "src" / "main.py"), *words, processes=processes)
     assert done.returncode == 0, done.stderr
-    assert checkpoint(tmp_path / "logs" / "run", 2)["dissect"]["world_size"] == processes
+    assert checkpoint(tmp_path / "logs" / "run", 2)["dissect"]["parts"]["run"]["world_size"] == processes
     assert done.stderr.count("Saved") == 2
 
 

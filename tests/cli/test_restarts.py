@@ -16,7 +16,7 @@ import torch
 from runs import arguments, lines, losses, record, results, selection, train
 from safetensors.torch import load_file
 
-from dissect_clip.checkpoint import training as saving
+from dissect_clip.checkpoint import saver as saving
 from dissect_clip.cli import train as cli
 from dissect_clip.data.batch import Batch
 from dissect_clip.selection import STRATEGIES
@@ -67,7 +67,8 @@ def assert_same(whole: Path, stopped: Path, epochs: int, strategy: str | None) -
     for number, moments in first["optimizer"]["state"].items():
         assert all(torch.equal(value, second["optimizer"]["state"][number][name]) for name, value in moments.items())
     counters = ("step", "batch", "seen", "trained", "scored", "epoch_step")
-    assert [first["dissect"][name] for name in counters] == [second["dissect"][name] for name in counters]
+    parts, others = first["dissect"]["parts"], second["dissect"]["parts"]
+    assert [parts["progress"][name] for name in counters] == [others["progress"][name] for name in counters]
     assert last_lines(whole, "train.jsonl", "step") == last_lines(stopped, "train.jsonl", "step")
     assert last_lines(whole, "checkpoints/results.jsonl", "epoch") == last_lines(
         stopped, "checkpoints/results.jsonl", "epoch"
@@ -77,12 +78,14 @@ def assert_same(whole: Path, stopped: Path, epochs: int, strategy: str | None) -
         for epoch in range(epochs):
             key = lambda row: (row["step"], row["rank"], row["sample_id"])  # noqa: E731
             assert sorted(record(whole, epoch), key=key) == sorted(record(stopped, epoch), key=key)
-    decoys = [checkpoint(run, f"epoch_{epochs}")["dissect"]["decoys"] for run in (whole, stopped)]
-    assert (decoys[0] is None) == (decoys[1] is None)
-    if decoys[0] is not None:
-        assert torch.equal(*decoys)
-        assert (decoys[0][:, 0] >= 0).all()
-    if first["dissect"]["columns"]:
+    if strategy is None:
+        return
+    captions = [each["selection"]["decoy_captions"] for each in (parts, others)]
+    assert (captions[0] is None) == (captions[1] is None)
+    if captions[0] is not None:
+        assert torch.equal(*captions)
+        assert (captions[0][:, 0] >= 0).all()
+    if parts["selection"]["columns"]:
         scores = [load_file(run / "checkpoints" / f"epoch_{epochs}.scores.safetensors") for run in (whole, stopped)]
         assert torch.equal(scores[0]["scores"].nan_to_num(-1), scores[1]["scores"].nan_to_num(-1))
 
@@ -117,7 +120,7 @@ def test_a_run_killed_inside_an_epoch_goes_on_exactly(
     data = str(pairs / SMALL)
     epochs = flags["epochs"]
     whole = train(tmp_path, data, "whole", **flags)
-    steps = checkpoint(whole, f"epoch_{epochs}")["dissect"]["step"]
+    steps = checkpoint(whole, f"epoch_{epochs}")["dissect"]["parts"]["progress"]["step"]
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
     run_until(steps // 2 - 2, words, monkeypatch)
     run_until(steps // 2 + 3, words, monkeypatch)
@@ -151,7 +154,7 @@ def test_the_same_where_scores_are_used_again(
     flags |= {"record": True, "val_data": pairs / "val.tar", "val_frequency": 2}
     data = break_some(pairs, tmp_path / "data")
     whole = train(tmp_path, data, "whole", **flags)
-    steps = checkpoint(whole, "epoch_2")["dissect"]["step"]
+    steps = checkpoint(whole, "epoch_2")["dissect"]["parts"]["progress"]["step"]
     words = arguments(tmp_path, data, "stopped", resume="latest", **flags)
     for step in (steps // 2 - 1, steps - 2):
         run_until(step, words, monkeypatch)
@@ -313,7 +316,7 @@ def test_signals_save_and_stop_with_a_status(tmp_path: Path, pairs: Path, name: 
     assert name in said
     done = max(last_lines(run, "train.jsonl", "step"))
     saved = sorted((run / "checkpoints").glob("epoch_*.pt"), key=os.path.getmtime)[-1]
-    assert checkpoint(run, saved.stem)["dissect"]["step"] == done  # nothing is lost
+    assert checkpoint(run, saved.stem)["dissect"]["parts"]["progress"]["step"] == done  # nothing is lost
 
 
 def test_losses_are_equal_whatever_is_saved(tmp_path: Path, pairs: Path):

@@ -29,7 +29,7 @@ def make_run(folder: Path) -> Path:
     content = {
         "name": folder.name,
         "state_dict": {"weight": torch.arange(3.0)},
-        "dissect": {"step": 2, "token": folder.name, "seconds": {"load": 1.0}},
+        "dissect": {"token": folder.name, "parts": {"progress": {"step": 2, "seconds": {"load": 1.0}}}},
     }
     torch.save(content, folder / "checkpoints" / "epoch_1.pt")
     scores = torch.tensor([[1.0], [torch.nan]])

@@ -14,13 +14,14 @@ from torch import Tensor
 from toy import make_config, random_pairs
 from toy_training import SAMPLES, STEPS, MemoryData, N, Reports, make_state, same, train, weights
 
-from dissect_clip.checkpoint.training import Saver, _for_the_same_kernel
+from dissect_clip.checkpoint import Saver
 from dissect_clip.data.batch import Batch
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError, Stopped, TrainingError
 from dissect_clip.run.remote_sync import NoSync
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.training.epoch import train_epoch
+from dissect_clip.training.state import OptimizerState
 from dissect_clip.training.step import TrainState, train_step
 from dissect_clip.training.timer import PhaseClock
 
@@ -267,18 +268,18 @@ def test_too_many_samples_that_cannot_be_used_stop(tmp_path: Path):
 class Noted(Saver):
     """Takes note of when it is asked to save."""
 
-    def __init__(self, state: TrainState, data: Any) -> None:
-        super().__init__(state, data, None, NoSync())
+    def __init__(self, state: TrainState) -> None:
+        super().__init__({}, state.counters, state.config, state.world, None, NoSync())
         self.saved: list[tuple[int, int]] = []
 
     def save(self) -> None:
-        self.saved.append((self.state.counters.epoch, self.state.counters.epoch_step))
+        self.saved.append((self.counters.epoch, self.counters.epoch_step))
 
 
 def test_saves_inside_the_epoch_and_not_at_its_end(tmp_path: Path):
     state = make_state(tmp_path, save_every_n_steps=1)
     data: Any = MemoryData(state.world)
-    saver = Noted(state, data)
+    saver = Noted(state)
     for _ in range(2):
         train_epoch(state, data, Reports(), saver)
     assert saver.saved == [(0, 1), (0, 2), (1, 1), (1, 2)]
@@ -288,7 +289,7 @@ def test_saves_inside_the_epoch_and_not_at_its_end(tmp_path: Path):
 def test_a_signal_saves_and_stops(tmp_path: Path, step: int):
     state = make_state(tmp_path)
     data: Any = MemoryData(state.world)
-    saver = Noted(state, data)
+    saver = Noted(state)
 
     class Interrupting(Reports):
         def train(self, step_now: int, metrics: Mapping[str, float]) -> None:
@@ -430,6 +431,6 @@ def test_an_optimizer_that_was_not_fused_goes_on_fused(tmp_path: Path, saved: bo
     for group in content["param_groups"]:
         group["fused"] = saved
     again = make_state(tmp_path, select=False)
-    again.optimizer.load_state_dict(_for_the_same_kernel(content, again.optimizer))
+    OptimizerState(again.optimizer).load_state_dict(content)
     assert all(group["fused"] for group in again.optimizer.param_groups)
     train(again)

@@ -86,7 +86,7 @@ def test_weights_of_a_file_are_used_from_the_first_step_and_stay(tmp_path: Path)
     epoch(state)
     assert state.counters.scored == STEPS * 8
     assert same(frozen(state), given)
-    assert state.reference.saved()[1] is None
+    assert state.reference.state_dict()["weights"] is None
 
 
 def test_a_reference_of_another_architecture(tmp_path: Path):
@@ -168,6 +168,11 @@ def saved(folder: Path, name: str, epoch: int) -> dict[str, Any]:
     return content
 
 
+def reference(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = content["dissect"]["parts"]["reference"]["weights"]
+    return weights
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A folder with a run of three epochs, of which the first is its warm-up."""
@@ -177,9 +182,9 @@ def run(tmp_path: Path) -> Path:
 
 def test_checkpoints_hold_the_reference_once_there_is_one(run: Path):
     first, *later = (saved(run, "whole", epoch) for epoch in (1, 2, 3))
-    assert first["dissect"]["reference"] == {"digest": None, "weights": None}
+    assert first["dissect"]["parts"]["reference"] == {"digest": None, "weights": None, "epochs_begun": 1}
     for content in later:
-        assert same(content["dissect"]["reference"]["weights"], first["state_dict"])
+        assert same(reference(content), first["state_dict"])
 
 
 @pytest.mark.parametrize("epoch", [1, 2])
@@ -187,21 +192,21 @@ def test_a_run_that_goes_on_elsewhere_has_the_same_reference(run: Path, epoch: i
     path = run / "logs" / "whole" / "checkpoints" / f"epoch_{epoch}.pt"
     assert cli.main(synthetic(run, "elsewhere", resume=path)) == 0
     whole, elsewhere = (saved(run, name, 3) for name in ("whole", "elsewhere"))
-    assert same(whole["dissect"]["reference"]["weights"], elsewhere["dissect"]["reference"]["weights"])
+    assert same(reference(whole), reference(elsewhere))
     assert same(whole["state_dict"], elsewhere["state_dict"])
 
 
 def test_a_new_end_of_the_warm_up_is_a_new_reference(run: Path):
     path = run / "logs" / "whole" / "checkpoints" / "epoch_2.pt"
     assert cli.main(synthetic(run, "later", resume=path, warmup_point=2)) == 0
-    assert same(saved(run, "later", 3)["dissect"]["reference"]["weights"], saved(run, "whole", 2)["state_dict"])
+    assert same(reference(saved(run, "later", 3)), saved(run, "whole", 2)["state_dict"])
 
 
 def test_a_checkpoint_without_a_reference_is_refused_where_one_is_due(run: Path, capsys: pytest.CaptureFixture[str]):
     reference = save_weights(run)
     given = {"select_reference": reference, "warmup_point": None}
     assert cli.main(synthetic(run, "given", **given)) == 0
-    content = saved(run, "given", 3)["dissect"]["reference"]
+    content = saved(run, "given", 3)["dissect"]["parts"]["reference"]
     assert content["weights"] is None
     path = run / "logs" / "given" / "checkpoints" / "epoch_2.pt"
     assert cli.main(synthetic(run, "without", resume=path)) == 2
@@ -214,10 +219,10 @@ def test_other_weights_of_the_reference_are_named_in_a_warning(run: Path, capsys
     assert cli.main(synthetic(run, "given", select_reference=first, epochs=1, **flags)) == 0
     words = synthetic(run, "given", select_reference=first, resume="latest", **flags)
     assert cli.main(words) == 0
-    assert "another reference model" not in capsys.readouterr().err
+    assert "another than the checkpoint's" not in capsys.readouterr().err
     words = synthetic(run, "given", select_reference=second, resume="latest", epochs=4, **flags)
     assert cli.main(words) == 0
-    assert "another reference model than it had: --select-reference has other weights" in capsys.readouterr().err
+    assert "The reference model is another than the checkpoint's: --select-reference" in capsys.readouterr().err
 
 
 def _resume_on_rank(world: World, words: list[str]) -> str:
@@ -243,4 +248,34 @@ def test_another_number_of_ranks_has_the_same_reference(run: Path):
     expected = make_module(run)
     expected.load_state_dict(saved(run, "whole", 1)["state_dict"])
     assert digests == [digest(expected)] * 2
-    assert same(saved(run, "two", 3)["dissect"]["reference"]["weights"], expected.state_dict())
+    assert same(reference(saved(run, "two", 3)), expected.state_dict())
+
+
+# ---- its state
+
+
+def through_a_file(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    torch.save(state, path)
+    loaded: dict[str, Any] = torch.load(path, weights_only=True)
+    return loaded
+
+
+def test_its_own_weights_come_back_from_a_file(tmp_path: Path):
+    state, again = make_state(tmp_path, **FLAGS), make_state(tmp_path, **FLAGS | {"seed": 9})
+    for _ in range(2):
+        epoch(state)
+    assert state.reference is not None
+    assert again.reference is not None
+    saved = through_a_file(state.reference.state_dict(), tmp_path / "state.pt")
+    assert saved["epochs_begun"] == 2
+    assert again.reference.misfits(saved) == []
+    again.reference.load_state_dict(saved)
+    assert same(frozen(again), frozen(state))
+    assert again.reference.ready
+    (missing,) = again.reference.misfits({**saved, "weights": None})
+    assert "--warmup-point 1" in missing
+    (other,) = again.reference.misfits({**saved, "weights": {"w": torch.ones(1)}})
+    assert "--model" in other
+    assert again.reference.misfits({**saved, "weights": {"w": 1}})
+    assert again.reference.misfits({**saved, "epochs_begun": "2"})
+    assert again.reference.misfits({"digest": None, "weights": None, "epochs_begun": 1}) == []

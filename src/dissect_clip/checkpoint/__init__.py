@@ -1,7 +1,7 @@
 """Checkpoints: what is in them, how they are written so that a crash leaves none half written, and how they are read.
 
-    checkpoints/epoch_7.pt                    OpenCLIP's keys, and "dissect" with what selection needs
-    checkpoints/epoch_7.scores.safetensors    the score store, which can be gigabytes; only with --select
+    checkpoints/epoch_7.pt                    OpenCLIP's keys, and "dissect" with all else that survives a restart
+    checkpoints/epoch_7.scores.safetensors    the score table, which can be gigabytes; only with --select
     checkpoints/epoch_7_step_1200.pt          by steps or minutes: 7 epochs are complete, 1200 steps done in all
     checkpoints/epoch_latest.pt               with --save-most-recent
 
@@ -12,11 +12,11 @@ complete epochs. Everything is read with ``weights_only=True``.
 
 from __future__ import annotations
 
-from dissect_clip.checkpoint.compatibility import changed_settings, check_fits, goes_on_with_reference
-from dissect_clip.checkpoint.format import Checkpoint, RunState, SavedReference, Shards, checkpoint_content
+from dissect_clip.checkpoint.format import Checkpoint, pack
 from dissect_clip.checkpoint.policy import Moment, Plan, Policy
 from dissect_clip.checkpoint.read import load_checkpoint
-from dissect_clip.checkpoint.resume import find_latest, find_resume
+from dissect_clip.checkpoint.resume import find_latest, find_resume, restore
+from dissect_clip.checkpoint.saver import Saver
 from dissect_clip.checkpoint.write import save_checkpoint
 from dissect_clip.checkpoint.writer import CheckpointWriter, HostCopies
 
@@ -27,15 +27,11 @@ __all__ = [
     "Moment",
     "Plan",
     "Policy",
-    "RunState",
-    "SavedReference",
-    "Shards",
-    "changed_settings",
-    "check_fits",
-    "checkpoint_content",
+    "Saver",
     "find_latest",
     "find_resume",
-    "goes_on_with_reference",
     "load_checkpoint",
+    "pack",
+    "restore",
     "save_checkpoint",
 ]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import json
 import logging
 import os
 import pickle
 import re
 import tempfile
-import types
-import typing
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,16 +19,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from dissect_clip.checkpoint.format import (
-    FORMAT_VERSION,
-    Checkpoint,
-    RunState,
-    SavedReference,
-    Shards,
-    map_tensors,
-    without_prefix,
-)
+from dissect_clip.checkpoint.format import FORMAT_VERSION, OPENCLIP_PARTS, Checkpoint, States, map_tensors
+from dissect_clip.checkpoint.legacy import checked, parts_of_openclip, translated
 from dissect_clip.errors import SetupError
+from dissect_clip.models.weights import without_prefix
 from dissect_clip.run.remote_sync import download
 
 log = logging.getLogger(__name__)
@@ -108,9 +98,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _scores_path(path: str, content: Mapping[str, Any]) -> str | None:
-    """The scores that a checkpoint at ``path`` refers to, which stand beside it; None where it has none."""
-    name = content["dissect"]["scores_file"] if "dissect" in content else None
+def _tensors_path(path: str, dissect: Mapping[str, Any]) -> str | None:
+    """The file of big tensors of a checkpoint at ``path``, which stands beside it; None if it has none."""
+    name = dissect.get("scores_file")
     if name is None:
         return None
     if re.fullmatch(r"[\w.-]+\.scores\.safetensors", name) is None:
@@ -119,82 +109,40 @@ def _scores_path(path: str, content: Mapping[str, Any]) -> str | None:
     return f"{folder}{slash}{name}"
 
 
-def _check_scores(path: str, file: Any, token: Any, state: RunState) -> None:
-    """See that an open file of scores belongs to the checkpoint with this token and state.
+def _check_tensors(path: str, file: Any, token: Any, shapes: Mapping[str, list[int]]) -> None:
+    """See that an open file of big tensors belongs to the checkpoint with this token.
 
     Raises:
-        SetupError: if it does not.
+        SetupError: if it does not, or if a tensor is not float32 of its shape.
     """
     if (file.metadata() or {}).get("token") != token:
         raise SetupError(f"{path} belongs to another checkpoint, saving was cut short: resume from an earlier one")
-    table = file.get_slice("scores")
-    found, expected = (table.get_dtype(), table.get_shape()), ("F32", [state.num_samples, len(state.columns)])
-    if found != expected:
-        raise SetupError(f"{path} holds scores of another data set or strategy, {found} instead of {expected}")
+    for name, shape in shapes.items():
+        table = file.get_slice(name)
+        found, expected = (table.get_dtype(), table.get_shape()), ("F32", shape)
+        if found != expected:
+            raise SetupError(
+                f"{path} holds {name} of another dataset or strategy, {found} instead of {expected}: give another "
+                "checkpoint"
+            )
 
 
-_LATER = {"survey", "survey_of", "depends_on"}
-"""What files of format 2 may lack."""
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type as RunState's fields have them; lists pass for tuples."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return any(_is(value, option) for option in inner)
-    if origin is dict:
-        return isinstance(value, dict) and all(_is(k, inner[0]) and _is(v, inner[1]) for k, v in value.items())
-    if origin is tuple:
-        return isinstance(value, (tuple, list)) and all(_is(item, inner[0]) for item in value)
-    if hint is float:
-        return type(value) in (int, float)
-    return type(value) is hint
-
-
-def _checked(path: str, name: str, value: Any, hint: Any) -> Any:
-    if not _is(value, hint):
-        raise SetupError(f"{path} cannot be used as a checkpoint: its {name} is {value!r:.60}. Give another checkpoint")
-    return value
-
-
-def _state(path: str, dissect: Mapping[str, Any]) -> RunState:
-    if _checked(path, "format_version", dissect["format_version"], int) > FORMAT_VERSION:
+def _dissect(path: str, epoch: int, dissect: Mapping[str, Any]) -> dict[str, Any]:
+    """ "dissect" in the layout of format 3, of the types that this layout has."""
+    version = checked(path, "format_version", dissect["format_version"], int)
+    if version > FORMAT_VERSION:
         raise NotDamagedError(f"{path} was saved by a newer version of this package: update it")
-    hints = typing.get_type_hints(RunState)
-    added = {field.name for field in dataclasses.fields(RunState) if field.default is not dataclasses.MISSING}
-    names = set(hints) - (added if dissect["format_version"] == 1 else _LATER - set(dissect))
-    values: dict[str, Any] = {name: _checked(path, name, dissect[name], hints[name]) for name in names}
-    return RunState(**values | {name: tuple(value) for name, value in values.items() if isinstance(value, list)})
-
-
-def _unpack_shards(path: str, packed: Any) -> Shards | None:
-    if packed is None:
-        return None
-    names, sizes = json.loads(packed["names"]), packed["sizes"]
-    _checked(path, "list of shards", names, tuple[str, ...])
-    if sizes is not None and (sizes.dtype != torch.int64 or sizes.shape != (len(names),)):
-        raise SetupError(
-            f"{path} cannot be used as a checkpoint: its list of shards is not whole. Give another checkpoint"
-        )
-    return Shards(tuple(names), None if sizes is None else sizes.numpy())
-
-
-def _reference(path: str, saved: Any) -> SavedReference | None:
-    if saved is None:
-        return None
-    _checked(path, "reference", saved, dict)
-    digest = _checked(path, "reference's digest", saved.get("digest"), str | None)
-    weights = saved.get("weights")
-    return SavedReference(digest, None if weights is None else _weights(path, weights))
-
-
-def _decoys(path: str, saved: Any) -> Tensor | None:
-    if saved is None:
-        return None
-    captions: Tensor = _checked(path, "decoys", saved, Tensor)
-    if captions.dtype != torch.int32 or captions.dim() != 2:
-        raise SetupError(f"{path} cannot be used as a checkpoint: its decoys are no captions. Give another checkpoint")
-    return captions
+    if version < FORMAT_VERSION:
+        return translated(path, epoch, dissect)
+    checked(path, "model", dissect["model"], str)
+    parts = checked(path, "list of parts", dissect["parts"], dict[str, dict[str, Any]])
+    for name, entry in checked(path, "list of tensors", dissect["tensors"], dict[str, dict[str, Any]]).items():
+        checked(path, f"shape of {name}", entry["shape"], tuple[int, ...])
+        if entry["part"] not in parts:
+            raise SetupError(f"{path} cannot be used as a checkpoint: it has no part for {name}")
+    if bool(dissect["tensors"]) != (dissect["scores_file"] is not None):
+        raise SetupError(f"{path} cannot be used as a checkpoint: it does not name the file of its tensors")
+    return dict(dissect)
 
 
 def _weights(path: str, weights: Any) -> dict[str, Tensor]:
@@ -204,50 +152,42 @@ def _weights(path: str, weights: Any) -> dict[str, Tensor]:
     return without_prefix(weights)
 
 
-def _parse(path: str, content: dict[str, Any]) -> Checkpoint:
-    """A checkpoint from what its .pt holds, still without scores."""
+def _parse(path: str, content: dict[str, Any]) -> tuple[Checkpoint, dict[str, Any]]:
+    """A checkpoint from what its .pt holds, still without big tensors; and its "dissect", empty without one."""
     if "state_dict" not in content:
-        return Checkpoint(path, 0, _weights(path, content))
-    epoch = _checked(path, "epoch", content.get("epoch", 0), int)
-    optimizer, scaler = content.get("optimizer"), content.get("scaler")
-    checkpoint = Checkpoint(
-        path=path,
-        epoch=epoch,
-        state_dict=_weights(path, content["state_dict"]),
-        optimizer=None if optimizer is None else _checked(path, "optimizer", optimizer, dict),
-        scaler=None if scaler is None else _checked(path, "scaler", scaler, dict),
-    )
+        return Checkpoint(path, 0, {"state_dict": _weights(path, content), **parts_of_openclip(0)}), {}
+    epoch = checked(path, "epoch", content.get("epoch", 0), int)
+    parts: States = {"state_dict": _weights(path, content["state_dict"])}
+    for name in OPENCLIP_PARTS[1:]:
+        if content.get(name) is not None:
+            parts[name] = checked(path, name, content[name], dict)
     if "dissect" not in content:
-        return checkpoint
-    dissect = content["dissect"]
-    loader = dissect.get("loader")
-    return dataclasses.replace(
-        checkpoint,
-        state=_state(path, dissect),
-        loader=None if loader is None else _checked(path, "loader", loader, dict),
-        shards=_unpack_shards(path, dissect.get("shards")),
-        reference=_reference(path, dissect.get("reference")),
-        decoys=_decoys(path, dissect.get("decoys")),
-    )
+        return Checkpoint(path, epoch, {**parts, **parts_of_openclip(epoch)}), {}
+    dissect = _dissect(path, epoch, content["dissect"])
+    return Checkpoint(path, epoch, {**dissect["parts"], **parts}, dissect["model"]), dissect
 
 
 def read_checkpoint(path: str, keep: Callable[[Tensor], Tensor]) -> Checkpoint:
-    """Read and check a checkpoint and its scores; ``keep`` is given every tensor, whose values are still on the disk.
+    """Read and check a checkpoint and its big tensors; ``keep`` gets every tensor, whose values are still on the disk.
+
+    What a part's state has to hold is checked by the part, before it is restored.
 
     Raises:
         SetupError: if the file is missing, damaged, something else, or torn from its scores.
     """
     with _explaining(path), _local(path) as local:
         content = map_tensors(_read_file(local), lambda _, tensor: keep(tensor))
-        checkpoint = _parse(path, content)
-        scores_path = _scores_path(path, content)
-        token: Any = None if scores_path is None else content["dissect"]["token"]
-    if scores_path is None:
+        checkpoint, dissect = _parse(path, content)
+        tensors_path = _tensors_path(path, dissect)
+    if tensors_path is None:
         return checkpoint
-    assert checkpoint.state is not None
-    with _explaining(scores_path), _local(scores_path) as local, safe_open(local, framework="pt") as file:
-        _check_scores(scores_path, file, token, checkpoint.state)
-        return dataclasses.replace(checkpoint, scores=keep(file.get_tensor("scores")))
+    entries = dissect["tensors"]
+    with _explaining(tensors_path), _local(tensors_path) as local, safe_open(local, framework="pt") as file:
+        shapes = {name: list(entry["shape"]) for name, entry in entries.items()}
+        _check_tensors(tensors_path, file, dissect["token"], shapes)
+        for name, entry in entries.items():
+            checkpoint.parts[entry["part"]][name] = keep(file.get_tensor(name))
+    return checkpoint
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:

@@ -1,11 +1,13 @@
-"""The checkpoint that --resume means."""
+"""The checkpoint that --resume means, and how a run continues from it."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
+from dissect_clip.checkpoint.format import Checkpoint
 from dissect_clip.checkpoint.policy import LATEST, epoch_step_of
 from dissect_clip.checkpoint.read import NotDamagedError, read_checkpoint
 from dissect_clip.config.settings import Config
@@ -13,6 +15,7 @@ from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
 from dissect_clip.run.folder import RunFolder
 from dissect_clip.run.remote_sync import download, glob_remote
+from dissect_clip.run.stateful import Stateful
 
 log = logging.getLogger(__name__)
 
@@ -88,3 +91,30 @@ def find_resume(config: Config, run: RunFolder | None, world: World) -> str | No
     if config.checkpoint.resume != "latest" or run is None:
         return config.checkpoint.resume
     return world.on_main(lambda: _newest(config, run))
+
+
+def restore(checkpoint: Checkpoint, parts: Mapping[str, Stateful], evaluating: bool = False) -> None:
+    """Put the parts of a run where the checkpoint left them, in their order; nothing is changed if one does not fit.
+
+    Parts that the run does not have are ignored. What the checkpoint does not have stays as it is, if that fits.
+
+    Raises:
+        SetupError: naming everything that does not fit.
+    """
+    states = checkpoint.parts
+    misfits = [misfit for name, part in parts.items() for misfit in part.misfits(states.get(name))]
+    if misfits:
+        lines = "".join(f"\n  - {misfit}" for misfit in misfits)
+        saved_from = "" if checkpoint.model is None else f"\nIt was saved from --model {checkpoint.model}."
+        if evaluating:
+            raise SetupError(
+                f"cannot evaluate {checkpoint.path}:{lines}{saved_from}\nGive the model, and flags that shape it "
+                "such as --siglip, as in the training of these weights"
+            )
+        raise SetupError(
+            f"cannot resume from {checkpoint.path}:{lines}{saved_from}\nResume with the settings it was saved with, or "
+            f"start again from its weights with --pretrained {checkpoint.path}"
+        )
+    for name, part in parts.items():
+        if name in states:
+            part.load_state_dict(states[name])

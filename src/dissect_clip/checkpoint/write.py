@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dissect_clip.checkpoint.format import Content
 from dissect_clip.checkpoint.policy import Plan, Policy
 from dissect_clip.errors import TrainingError
 from dissect_clip.run.atomic import put_in_place
@@ -58,19 +59,24 @@ def _identity(path: Path) -> int | None:
     return path.stat().st_ino if path.exists() else None
 
 
-def _write_scores(path: Path, scores: Tensor, metadata: Mapping[str, str]) -> None:
-    """A safetensors file of one float32 tensor.
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file of float32 tensors.
 
-    The library's own function copies the whole table, which can be gigabytes, and holds Python's lock meanwhile
+    The library's own function copies every tensor, which can be gigabytes, and holds Python's lock meanwhile
     (seen with 0.4.3), so that training would stand still.
     """
-    table = scores.contiguous().numpy()
-    entry = {"dtype": "F32", "shape": table.shape, "data_offsets": [0, table.nbytes]}
-    header = json.dumps({"__metadata__": metadata, "scores": entry}).encode()
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, array in arrays.items():
+        begin, end = end, end + array.nbytes
+        entries[name] = {"dtype": "F32", "shape": array.shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.write(table.reshape(-1).view(np.uint8).data)
+        for array in arrays.values():
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def _scores_files(path: Path) -> list[Path]:
@@ -81,26 +87,26 @@ def _scores_files(path: Path) -> list[Path]:
     ]
 
 
-def _write(path: Path, content: Mapping[str, Any], scores: Mapping[str, Any] | None) -> None:
-    """Write the scores and then the checkpoint that names them; the scores of one it replaces stay until then."""
+def _write(path: Path, epoch: int, content: Content) -> None:
+    """Write the big tensors and then the .pt that names them; those of a checkpoint it replaces stay until then."""
     token = secrets.token_hex(8)
     again = f"-{token[:8]}" if path.exists() else ""
     scores_path = path.with_name(f"{path.stem}{again}.scores.safetensors")
-    if scores is not None:
-        metadata = {"token": token, "columns": json.dumps(scores["columns"]), "epoch": str(content["epoch"])}
+    if content.tensors:
+        names = {key: json.dumps(value) for key, value in content.names.items()}
         with _in_place_when_complete(scores_path) as partial:
-            _write_scores(partial, scores["scores"], metadata)
-    reference = {"token": token, "scores_file": None if scores is None else scores_path.name}
+            _write_tensors(partial, content.tensors, {"token": token, "epoch": str(epoch), **names})
+    reference = {"token": token, "scores_file": scores_path.name if content.tensors else None}
     before = _identity(path)
     try:
         with _in_place_when_complete(path) as partial, partial.open("wb") as file:
-            torch.save({**content, "dissect": {**content["dissect"], **reference}}, file)
+            torch.save({"epoch": epoch, **content.pt, "dissect": {**content.pt["dissect"], **reference}}, file)
     except TrainingError:
-        if scores is not None and _identity(path) == before:  # else it is in place, and needs them
+        if content.tensors and _identity(path) == before:  # else it is in place, and needs them
             _delete(scores_path)
         raise
     for old in _scores_files(path):
-        if scores is None or old != scores_path:
+        if not content.tensors or old != scores_path:
             _delete(old)
 
 
@@ -131,27 +137,23 @@ def _delete_leftovers(folder: Path) -> None:
             _delete(path)
 
 
-def save_checkpoint(
-    folder: Path, content: Mapping[str, Any], scores: Mapping[str, Any] | None, *, plan: Plan, policy: Policy
-) -> Path:
+def save_checkpoint(folder: Path, content: Content, *, plan: Plan, policy: Policy) -> Path:
     """Write the checkpoints of a plan, then delete those that they replace, here and now; on rank 0.
 
     Returns the first file.
 
     Args:
-        content: of :func:`checkpoint_content`, in main memory.
-        scores: state dict of a store with columns, in main memory.
+        content: in main memory.
         plan: with at least one name.
 
     Raises:
         TrainingError: if a file cannot be written, or the folder not be read; earlier checkpoints are then whole.
     """
-    content = {"epoch": plan.epoch_step[0], **content}
     paths = [folder / f"{name}.pt" for name in plan.names]
     try:
         _delete_leftovers(folder)
         for path in paths:
-            _write(path, content, scores)
+            _write(path, plan.epoch_step[0], content)
         for name in policy.replaced(plan, [path.stem for path in folder.glob("epoch_*.pt")]):
             _delete_checkpoint(folder / f"{name}.pt")
     except OSError as error:  # of a file system that has gone

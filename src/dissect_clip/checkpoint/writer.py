@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dissect_clip.checkpoint.format import map_tensors
+from dissect_clip.checkpoint.format import Content, map_tensors
 from dissect_clip.checkpoint.policy import Plan, Policy
 from dissect_clip.checkpoint.write import save_checkpoint
 from dissect_clip.errors import TrainingError
-from dissect_clip.selection.store import ScoreStore
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +67,13 @@ class CheckpointWriter:
         """Whether the last save that came to an end could not be written; with --on-save-error continue."""
         return self._failed
 
-    def save(self, plan: Plan, content: Mapping[str, Any], scores: ScoreStore | None) -> None:
+    def save(self, plan: Plan, content: Content) -> None:
         """Copy all tensors, to be written as the checkpoints of a plan. A device sync.
 
         Waits for the save before.
 
         Args:
             plan: with at least one name.
-            content: of :func:`checkpoint_content`.
 
         Raises:
             TrainingError: if the save before has failed, with ``--on-save-error stop``.
@@ -86,9 +83,8 @@ class CheckpointWriter:
         waited = time.monotonic() - began
         if waited > _PATIENCE:
             log.warning("Training waited %.0f s for the checkpoint before to be written: save less often", waited)
-        state = None if scores is None or not scores.columns else scores.state_dict()
-        content, state = self._copies.take((dict(content), state))
-        self._pending = self._thread.submit(self._write, plan, content, state)
+        pt, tensors = self._copies.take((content.pt, content.tensors))
+        self._pending = self._thread.submit(self._write, plan, Content(pt, tensors, content.names))
 
     def wait(self) -> None:
         """Wait until what was saved is on the disk.
@@ -114,9 +110,9 @@ class CheckpointWriter:
         finally:
             self._thread.shutdown()
 
-    def _write(self, plan: Plan, content: Mapping[str, Any], scores: Mapping[str, Any] | None) -> None:
+    def _write(self, plan: Plan, content: Content) -> None:
         try:
-            self._last = save_checkpoint(self.folder, content, scores, plan=plan, policy=self.policy)
+            self._last = save_checkpoint(self.folder, content, plan=plan, policy=self.policy)
         except TrainingError as error:
             if self.policy.settings.on_save_error == "stop":
                 raise

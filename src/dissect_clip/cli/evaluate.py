@@ -19,7 +19,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from dissect_clip.checkpoint import check_fits, load_checkpoint
+from dissect_clip.checkpoint import load_checkpoint, restore
 from dissect_clip.cli.exit_status import EXIT_TRAINING, only_first_rank_prints
 from dissect_clip.cli.launch import launch
 from dissect_clip.cli.results import (
@@ -54,6 +54,7 @@ from dissect_clip.evaluation.zeroshot import build_classifier, classify, mean_av
 from dissect_clip.models.build import Model, build_model
 from dissect_clip.models.openclip_compat import has_own_weights
 from dissect_clip.models.precision import autocast_for
+from dissect_clip.models.weights import ModelWeights
 from dissect_clip.run.console import setup_logging
 
 log = logging.getLogger(__name__)
@@ -424,16 +425,7 @@ def load_model(config: Config, world: World) -> Model:
     model = build_model(config.replace(pretrained=""), world)
     with world.watchdog.suspend_timeout():
         checkpoint = load_checkpoint(config.model.pretrained)
-    check_fits(
-        checkpoint,
-        model_name=config.model.model,
-        model_state_dict=model.module.state_dict(),
-        num_samples=None,
-        fingerprint=None,
-        strategy=None,
-        columns=(),
-    )
-    model.module.load_state_dict(checkpoint.state_dict)
+    restore(checkpoint, {"state_dict": ModelWeights(model.module, config.model.model)}, evaluating=True)
     return model
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose
 
-from dissect_clip.checkpoint import check_fits, load_checkpoint
+from dissect_clip.checkpoint import load_checkpoint, restore
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData, build_train
@@ -27,6 +27,7 @@ from dissect_clip.errors import SetupError
 from dissect_clip.models.build import build_model
 from dissect_clip.models.loss import SampleLoss
 from dissect_clip.models.precision import autocast_for
+from dissect_clip.models.weights import ModelWeights
 from dissect_clip.selection import STRATEGIES, Candidates, Choice
 from dissect_clip.training.record import Recorder
 from dissect_clip.training.scoring import Scorer, build_scorer
@@ -148,22 +149,17 @@ def _load_weights(module: Any, config: Config, remembered: bool) -> Remembered |
             raise SetupError("--method differential needs a checkpoint that remembers scores: give --resume")
         return None
     checkpoint = load_checkpoint(config.checkpoint.resume)
-    check_fits(
-        checkpoint, model_name=config.model.model, model_state_dict=module.state_dict(), num_samples=None,
-        fingerprint=None,
-        strategy=None, columns=(),
-    )  # fmt: skip
-    module.load_state_dict(checkpoint.state_dict)
+    restore(checkpoint, {"state_dict": ModelWeights(module, config.model.model)}, evaluating=True)
     if not remembered:
         return None
-    state = checkpoint.state
-    if state is None or checkpoint.scores is None or state.columns != (COLUMN,):
+    selection, data = checkpoint.parts.get("selection", {}), checkpoint.parts.get("data", {})
+    if "scores" not in selection or tuple(selection["columns"]) != (COLUMN,):
         raise SetupError(
             f"--method differential: --resume {config.checkpoint.resume} does not remember CLIPScores, as "
             "checkpoints of "
             "warmup_base_sampling and historical_base_sampling do without --score-refresh"
         )
-    return Remembered(checkpoint.scores, state.fingerprint.partition("+")[0])
+    return Remembered(selection["scores"], data["fingerprint"].partition("+")[0])
 
 
 def _whole_images(transform: Any) -> Any:

@@ -11,13 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 
-from dissect_clip.checkpoint import (
-    Checkpoint,
-    check_fits,
-    find_resume,
-    load_checkpoint,
-)
-from dissect_clip.checkpoint.training import Saver, restore
+from dissect_clip.checkpoint import Checkpoint, Saver, find_resume, load_checkpoint, restore
 from dissect_clip.cli.exit_status import only_first_rank_prints
 from dissect_clip.cli.launch import launch
 from dissect_clip.cli.main import COMMANDS
@@ -34,6 +28,7 @@ from dissect_clip.data import (
     describe_skips,
 )
 from dissect_clip.data.skip_log import SkipLog
+from dissect_clip.data.state import DataState
 from dissect_clip.distributed.signals import Signals
 from dissect_clip.distributed.world import World, missing_device
 from dissect_clip.errors import SetupError, Stopped, TrainingError
@@ -42,6 +37,7 @@ from dissect_clip.models.build import Model, build_model
 from dissect_clip.models.loss import build_loss
 from dissect_clip.models.parallel import RunningBuffers, wrap_model
 from dissect_clip.models.precision import autocast_for
+from dissect_clip.models.weights import ModelWeights
 from dissect_clip.run.console import (
     NOT_ON_TERMINAL,
     ONLY_ON_TERMINAL,
@@ -54,8 +50,10 @@ from dissect_clip.run.console import (
 from dissect_clip.run.folder import RunFolder, make_sync, open_run
 from dissect_clip.run.remote_sync import NoSync, RemoteSync
 from dissect_clip.run.reporters import Reporter, earlier_evaluations, make_reporter
+from dissect_clip.run.stateful import Stateful
 from dissect_clip.selection import STRATEGIES, build_preselector, build_selection
 from dissect_clip.selection.mixins import ReportsSamples, UsesDecoys, rate_summary, sample_columns
+from dissect_clip.selection.state import SelectionState
 from dissect_clip.selection.strategies.combination import reference_user
 from dissect_clip.training.epoch import train_epoch
 from dissect_clip.training.optimizer import build_optimizer, build_scaler
@@ -64,6 +62,7 @@ from dissect_clip.training.reference import Reference, build_reference
 from dissect_clip.training.sample_report import write_verdict
 from dissect_clip.training.schedule import learning_rate
 from dissect_clip.training.scoring import build_scorer
+from dissect_clip.training.state import OptimizerState, ProgressState, RunSettings, ScalerState
 from dissect_clip.training.step import Counters, NonFiniteCounts, TrainState
 
 _USABLE_DECOYS = 64
@@ -180,18 +179,22 @@ def _train(
 ) -> None:
     steps_per_epoch = train_data.num_batches // config.training.accum_freq
     state = build_state(config, world, model, train_data, folder, steps_per_epoch)
+    parts = parts_of(state, train_data, steps_per_epoch)
     if checkpoint is not None:
-        restore(state, checkpoint, train_data, steps_per_epoch)
+        restore(checkpoint, parts)
+        inside = f" and {state.counters.epoch_step} steps" if state.counters.epoch_step else ""
+        log.info("Resumed from %s after %d epochs%s", checkpoint.path, state.counters.epoch, inside)
     train_data.stream.preselector = state.preselector
     _announce(state, train_data, steps_per_epoch)
     due = {epoch for epoch in range(1, config.training.epochs + 1) if evaluator.is_due(epoch)}
-    if checkpoint is not None and _was_killed_before_evaluation(checkpoint, evaluator, folder, world):
+    if checkpoint is not None and _was_killed_before_evaluation(checkpoint, state, evaluator, folder):
         evaluator.after_epoch(state.module, state.counters)
     if state.counters.epoch >= config.training.epochs:
         log.info("All %d epochs are done already; give a larger --epochs to train on", config.training.epochs)
     trained = False
     progress = Progress(config.training.epochs, steps_per_epoch, due, _best_rsum(folder, world), shown=world.is_main)
-    with Signals(world.watchdog, world.is_main), Saver(state, train_data, folder, sync) as saver, progress:
+    saver = Saver(parts, state.counters, config, world, folder, sync)
+    with Signals(world.watchdog, world.is_main), saver, progress:
         state.progress = progress
         while state.counters.epoch < config.training.epochs:
             signal = train_epoch(state, train_data, evaluator.reporter, saver)
@@ -235,13 +238,14 @@ def _write_verdict(state: TrainState, data: TrainData, folder: RunFolder | None,
 
 
 def _was_killed_before_evaluation(
-    checkpoint: Checkpoint, evaluator: Evaluator, folder: RunFolder | None, world: World
+    checkpoint: Checkpoint, state: TrainState, evaluator: Evaluator, folder: RunFolder | None
 ) -> bool:
     """Whether the run was cut off between an epoch's checkpoint and the end of its evaluation. Collective."""
-    if folder is None or checkpoint.loader is not None or not evaluator.is_due(checkpoint.epoch):
+    epoch = state.counters.epoch
+    if folder is None or state.counters.epoch_step > 0 or not evaluator.is_due(epoch):
         return False
     own = Path(checkpoint.path).resolve().is_relative_to(folder.path.resolve())
-    return own and world.on_main(lambda: checkpoint.epoch not in earlier_evaluations(folder.results))
+    return own and state.world.on_main(lambda: epoch not in earlier_evaluations(folder.results))
 
 
 def _best_rsum(folder: RunFolder | None, world: World) -> float:
@@ -250,6 +254,22 @@ def _best_rsum(folder: RunFolder | None, world: World) -> float:
         return -math.inf
     found = [metrics.get("rsum") for metrics in earlier_evaluations(folder.results).values()]
     return max((value for value in found if isinstance(value, (int, float))), default=-math.inf)
+
+
+def parts_of(state: TrainState, data: TrainData, steps_per_epoch: int) -> dict[str, Stateful]:
+    """All of a run that survives a restart, by the names in its checkpoints, in the order in which it is restored."""
+    config, counters = state.config, state.counters
+    parts: dict[str, Stateful | None] = {
+        "state_dict": ModelWeights(state.module, config.model.model, state.buffers),
+        "optimizer": OptimizerState(state.optimizer),
+        "scaler": None if state.scaler is None else ScalerState(state.scaler),
+        "data": DataState(data),
+        "progress": ProgressState(counters, data, config.training.accum_freq, steps_per_epoch),
+        "selection": SelectionState(state.selection, config.training.seed, counters),
+        "reference": state.reference,
+        "run": RunSettings(config, state.world),
+    }
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def build_state(
@@ -429,18 +449,9 @@ class Evaluator:
 
 def _evaluate_only(config: Config, model: Model, evaluator: Evaluator, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
-        check_fits(
-            checkpoint,
-            model_name=config.model.model,
-            model_state_dict=model.module.state_dict(),
-            num_samples=None,
-            fingerprint=None,
-            strategy=None,
-            columns=(),
-        )
-        model.module.load_state_dict(checkpoint.state_dict)
+        restore(checkpoint, {"state_dict": ModelWeights(model.module, config.model.model)}, evaluating=True)
     elif not config.model.pretrained:
         log.warning("Evaluating random weights: give --resume or --pretrained to load some")
     epoch = 0 if checkpoint is None else checkpoint.epoch
-    step = 0 if checkpoint is None or checkpoint.state is None else checkpoint.state.step
+    step = 0 if checkpoint is None else checkpoint.parts["progress"]["step"] or 0
     evaluator.alone(model.module, epoch, step)

@@ -108,6 +108,16 @@ class TrainData:
         return self._pass.num_batches - self._pass.num_consumed
 
     @property
+    def epoch(self) -> int:
+        """The epoch that :meth:`set_epoch` named."""
+        return int(self.stream.epoch)
+
+    @property
+    def inside_epoch(self) -> bool:
+        """Whether some of the pass's batches were taken, and some are left."""
+        return 0 < sum(row.batches for row in self._progress) < self._pass.num_batches
+
+    @property
     def recounts_skips(self) -> bool:
         """Whether bad samples that were met in this epoch before a stop are met again, so that their count is new."""
         return self._pass.recounts_skips
