@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import dataclasses
 import json
 from typing import Any
@@ -49,8 +50,9 @@ def open_clip_parser() -> argparse.ArgumentParser:
 
 
 def by_flag(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Each action under its first name, without --help."""
-    return {action.option_strings[0]: action for action in parser._actions if action.dest != "help"}
+    """Each action under its first name, without those that show help."""
+    shows_help = ("help", argparse.SUPPRESS)
+    return {action.option_strings[0]: action for action in parser._actions if action.dest not in shows_help}
 
 
 def default_of(flag: str) -> str:
@@ -220,9 +222,21 @@ def test_every_setting_has_a_help_line() -> None:
     assert [field.name for field in [*FIELDS, *OPTIONS] if not field.metadata["help"].strip()] == []
 
 
-def test_help_shows_every_flag_strategy_and_refused_flag(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_the_flags_that_matter(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", text, re.MULTILINE)
+    assert 15 <= len(flags) <= 25
+    assert {"--train-data", "--model", "--batch-size", "--select", "--val-data", "--resume", "--help-all"} <= set(flags)
+    assert "dissect-clip --train-data" in text
+    assert [name for name in STRATEGIES if name not in text] == []
+
+
+def test_help_all_shows_every_flag_strategy_and_refused_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse("--help-all")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     shown = [*OURS, *STRATEGIES, *STRATEGIES.aliases, *(STRATEGIES[name].summary for name in STRATEGIES)]

@@ -94,7 +94,7 @@ def check(argv: list[str]) -> None:
         assert said.getvalue().startswith("usage: ")  # of --help
     else:
         first, rest = said.getvalue().split("\n", 1)
-        assert (status, rest) == (2, "See --help for all flags.\n")
+        assert (status, rest) == (2, "See --help-all for all flags.\n")
         assert first.startswith("error: ")
         assert first.isprintable()
 

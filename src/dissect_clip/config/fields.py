@@ -49,10 +49,12 @@ def setting(
     aliases: tuple[str, ...] = (),
     metavar: str | None = None,
     ignored_by_others: bool = False,
+    common: bool = False,
 ) -> Any:
     """One setting: its default, its line in ``--help``, and the values that are allowed.
 
     ``ignored_by_others``: an option of a strategy that is accepted, and has no effect, with other strategies.
+    ``common``: a flag that ``--help`` shows, too, and not only ``--help-all``.
     """
     facts = {
         "help": help,
@@ -61,6 +63,7 @@ def setting(
         "aliases": aliases,
         "metavar": metavar,
         "ignored_by_others": ignored_by_others,
+        "common": common,
     }
     factory = {"default_factory": dict} if default == {} else {"default": default}
     return dataclasses.field(metadata=facts, **factory)

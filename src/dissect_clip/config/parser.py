@@ -8,6 +8,8 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -71,6 +73,24 @@ class _Refuse(argparse.Action):
         parser.error(f"{option} {what}: {entry.reason}. Instead: {entry.instead}.")
 
 
+class _ShowHelp(argparse.Action):
+    """Prints a help text and ends with status 0."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, text: Callable[[], str], help: str) -> None:  # noqa: A002
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+        self.text = text
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        sys.stdout.write(self.text())
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """Says what was probably meant when a flag is unknown."""
 
@@ -80,7 +100,8 @@ class Parser(argparse.ArgumentParser):
             if known:
                 message += f" (did you mean {known[0]}?)"
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        self.exit(2, f"error: {line}\nSee --help for all flags.\n")
+        where = "--help-all" if "--help-all" in self._option_string_actions else "--help"
+        self.exit(2, f"error: {line}\nSee {where} for all flags.\n")
 
 
 def _strip_none(hint: Any) -> Any:
@@ -162,10 +183,31 @@ def _add_option(group: Any, name: str, owners: Mapping[str, Flag]) -> None:
     add_argument(group, first, hint, default=text, owners=", ".join(owners))
 
 
+EXAMPLES = """\
+examples:
+  dissect-clip --train-data 'data/cc3m/{00000..00331}.tar' --model RN50 --batch-size 1024 \\
+      --select --select-rate 0.3
+  torchrun --nproc_per_node=8 src/main.py --train-data 'data/cc3m/{00000..00331}.tar' --model ViT-B-32"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What the help of training says besides its flags."""
+
+    commands: Mapping[str, str]
+    """The other commands: a line about each, by name."""
+    statuses: Mapping[int, str]
+    """What each exit status means."""
+
+    def __str__(self) -> str:
+        statuses = "\n".join(f"  {status:<4}{meaning}" for status, meaning in self.statuses.items())
+        return f"commands, each with its own --help:\n{_listed(self.commands)}\n\nexit status:\n{statuses}"
+
+
 def build_parser(
-    strategies: StrategyRegistry, commands: Mapping[str, str] | None = None, selected: str = ""
+    strategies: StrategyRegistry, surroundings: Surroundings | None = None, selected: str = ""
 ) -> argparse.ArgumentParser:
-    """The command line. ``commands`` maps names to one line about each.
+    """The command line of training. ``--help`` shows the common flags, ``--help-all`` all of them.
 
     The options of installed strategies, and of those that ``selected`` names, are flags besides this project's.
 
@@ -175,30 +217,54 @@ def build_parser(
     known = strategies.known(selected)
     aliases = {own: f" (also: {alias})" for alias, own in strategies.aliases.items()}
     summaries = {name: strategies[name].summary + aliases.get(name, "") for name in known}
-    others = f"other commands, each with its own --help:\n{_listed(commands)}\n\n" if commands else ""
+    others = "" if surroundings is None else f"\n\n{surroundings}"
     refused = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in UNSUPPORTED.items())
     removed = "\n".join(f"  {flag}: {entry.reason}. Instead: {entry.instead}." for flag, entry in REMOVED.items())
+    names = textwrap.fill(", ".join(known), 100, initial_indent="  ", subsequent_indent="  ")
+    short = _with_flags(
+        strategies,
+        known,
+        f"{EXAMPLES}\n\nstrategies:\n{names}\n\n--help-all shows all flags, what each strategy does, and the flags of "
+        f"OpenCLIP that are refused.{others}",
+        common_only=True,
+    )
+    parser = _with_flags(
+        strategies,
+        known,
+        f"{EXAMPLES}\n\nstrategies:\n{_listed(summaries)}{others}\n\n"
+        f"flags of OpenCLIP that are not supported:\n{refused}\n\n"
+        f"flags of earlier versions that were removed:\n{removed}",
+    )
+    for one in (short, parser):
+        one.add_argument("-h", "--help", action=_ShowHelp, text=short.format_help, help="show the common flags")
+        one.add_argument("--help-all", action=_ShowHelp, text=parser.format_help, help="show all flags and strategies")
+    for flag, entry in {**UNSUPPORTED, **REMOVED}.items():
+        values = "?" if flag in REMOVED else int(entry.takes_value)
+        parser.add_argument(flag, action=_Refuse, nargs=values, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    return parser
+
+
+def _with_flags(strategies: StrategyRegistry, known: Sequence[str], epilog: str, common_only: bool = False) -> Parser:
+    """A parser of the settings and of the options of the ``known`` strategies; of the common ones with that mark."""
     parser = Parser(
         prog="dissect-clip",
+        usage="%(prog)s [train] --train-data SHARDS [FLAGS]",
         description="Train CLIP with OpenCLIP's flags and, with --select, on the best part of every batch.",
-        epilog=(
-            f"{others}strategies:\n{_listed(summaries)}\n\nflags of OpenCLIP that are not supported:\n{refused}\n\n"
-            f"flags of earlier versions that were removed:\n{removed}"
-        ),
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
     )
     sections = {name: parser.add_argument_group(settings.title) for name, settings in GROUPS.items()}
     for name, (field, hint) in declared().items():
-        convert = _strategy_of(strategies) if name == "select_strategy" else None
-        add_argument(sections[GROUP_OF[name]], field, hint, convert)
+        if field.metadata["common"] or not common_only:
+            convert = _strategy_of(strategies) if name == "select_strategy" else None
+            add_argument(sections[GROUP_OF[name]], field, hint, convert)
     options = parser.add_argument_group("options of strategies")
     for name, owners in strategies.flags(known).items():
         if name in GROUP_OF:
             raise ValueError(f"the option {name} of {next(iter(owners))} has the name of a flag: rename it")
-        _add_option(options, name, owners)
-    for flag, entry in {**UNSUPPORTED, **REMOVED}.items():
-        values = "?" if flag in REMOVED else int(entry.takes_value)
-        parser.add_argument(flag, action=_Refuse, nargs=values, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+        if not common_only or any(field.metadata["common"] for field, _ in owners.values()):
+            _add_option(options, name, owners)
     return parser
 
 
@@ -257,14 +323,14 @@ def parse_values(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[s
     return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
 
 
-def parse_args(argv: Sequence[str], strategies: StrategyRegistry, commands: Mapping[str, str] | None = None) -> Config:
-    """Settings from a command line; ``--help`` mentions the ``commands``.
+def parse_args(argv: Sequence[str], strategies: StrategyRegistry, surroundings: Surroundings | None = None) -> Config:
+    """Settings from a command line; ``--help`` also shows the ``surroundings``.
 
     Raises:
         SystemExit: with status 2 and a message on stderr, if a flag is unknown or a value not allowed.
     """
     try:
-        parser = build_parser(strategies, commands, _selected(argv))
+        parser = build_parser(strategies, surroundings, _selected(argv))
     except ValueError as error:
         Parser(prog="dissect-clip").error(f"argument --select-strategy: {error}")
     values = parse_values(parser, argv)

@@ -31,6 +31,7 @@ class DataSettings:
     train_data: str | None = setting(
         None,
         "training data: shards as path, brace or glob pattern, or URL, sources joined by `::`; or a csv/tsv file",
+        common=True,
     )
     train_data_upsampling_factors: str | None = setting(
         None, "with several sources and --dataset-resampled: how often to draw from each, as 1::2::0.5"
@@ -45,11 +46,13 @@ class DataSettings:
         None,
         "samples in the training data; needed only where nothing else tells, or as epoch length if resampled",
         within=COUNT,
+        common=True,
     )
     dataset_type: str = setting(
         "auto",
         "type of the data; auto goes by the file name",
         choices=("webdataset", "csv", "synthetic", "auto"),
+        common=True,
     )
     dataset_resampled: bool = setting(False, "draw shards with replacement instead of reading each once an epoch")
     json_caption_key: str | None = setting(
@@ -70,7 +73,9 @@ class DataSettings:
         False,
         "decode training JPEGs at the lowest resolution that fills the crop, and resize faster; pixels differ slightly",
     )
-    workers: int = setting(4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE)
+    workers: int = setting(
+        4, "loader processes per GPU; 0 loads in the training process", within=NOT_NEGATIVE, common=True
+    )
 
     @property
     def trains(self) -> bool:
@@ -84,9 +89,9 @@ class ModelSettings:
 
     title: ClassVar[str] = "model"
 
-    model: str = setting("RN50", "name of an OpenCLIP model, or of one in --model-config")
+    model: str = setting("RN50", "name of an OpenCLIP model, or of one in --model-config", common=True)
     model_config: str | None = setting(None, "a JSON file, or a folder of them, with model configurations of your own")
-    pretrained: str = setting("", "start from these weights: a tag that OpenCLIP knows, or a file")
+    pretrained: str = setting("", "start from these weights: a tag that OpenCLIP knows, or a file", common=True)
     pretrained_image: bool = setting(False, "start from ImageNet weights in the image tower where there are any")
     cache_dir: str | None = setting(None, "where downloaded models and tokenizers are kept")
     lock_image: bool = setting(False, "lock the image tower (LiT)")
@@ -154,14 +159,12 @@ class TrainingSettings:
     title: ClassVar[str] = "training"
 
     batch_size: int = setting(
-        64,
-        "samples per GPU and step; with --select the oversampled batch that is scored",
-        within=COUNT,
+        64, "samples per GPU and step; with --select the oversampled batch that is scored", within=COUNT, common=True
     )
-    epochs: int = setting(32, "epochs to train for", within=NOT_NEGATIVE)
+    epochs: int = setting(32, "epochs to train for", within=NOT_NEGATIVE, common=True)
     epochs_cooldown: int | None = setting(None, "const-cooldown: the last n epochs cool down", within=NOT_NEGATIVE)
     lr: float | None = setting(
-        None, "learning rate (default 5e-4, or the optimizer's own with timm/...)", within=NOT_NEGATIVE
+        None, "learning rate (default 5e-4, or the optimizer's own with timm/...)", within=NOT_NEGATIVE, common=True
     )
     beta1: float | None = setting(None, "Adam's beta 1 (default 0.9)", within=Range(at_least=0, below=1))
     beta2: float | None = setting(
@@ -171,7 +174,7 @@ class TrainingSettings:
     wd: float = setting(0.2, "weight decay", within=NOT_NEGATIVE)
     momentum: float | None = setting(None, "momentum of timm optimizers", within=Range(at_least=0, at_most=1))
     opt: str = setting("adamw", "optimizer: adamw, or timm/NAME")
-    warmup: int = setting(10000, "steps in which the learning rate warms up", within=NOT_NEGATIVE)
+    warmup: int = setting(10000, "steps in which the learning rate warms up", within=NOT_NEGATIVE, common=True)
     lr_scheduler: str = setting(
         "cosine", "schedule of the learning rate", choices=("cosine", "const", "const-cooldown")
     )
@@ -179,11 +182,12 @@ class TrainingSettings:
     lr_cooldown_power: float = setting(1.0, "const-cooldown: power of the polynomial, 1 is linear", within=POSITIVE)
     skip_scheduler: bool = setting(False, "keep the learning rate constant, without warm-up")
     grad_clip_norm: float | None = setting(None, "clip the gradient at this norm", within=POSITIVE)
-    accum_freq: int = setting(1, "batches accumulated for one optimizer step", within=COUNT)
+    accum_freq: int = setting(1, "batches accumulated for one optimizer step", within=COUNT, common=True)
     precision: str = setting(
         "amp",
         "floating point precision; amp is fp16 with a gradient scaler on a GPU, bf16 on a CPU",
         choices=("amp", "amp_bf16", "amp_bfloat16", "bf16", "fp16", "pure_bf16", "pure_fp16", "fp32"),
+        common=True,
     )
     max_nonfinite_steps: int = setting(
         10,
@@ -209,14 +213,15 @@ class SelectionSettings:
 
     title: ClassVar[str] = "online sample selection"
 
-    select: bool = setting(False, "train on the best part of every batch only")
+    select: bool = setting(False, "train on the best part of every batch only", common=True)
     select_strategy: str = setting(
         "warmup_base_sampling",
         "how samples are ranked: a name from the list below, or several with weights, as A:0.7+B:0.3, for the weighted "
         "sum of their ranks",
         metavar="STRATEGY",
+        common=True,
     )
-    select_rate: float = setting(0.3, "share of every batch that is trained on", within=FRACTION)
+    select_rate: float = setting(0.3, "share of every batch that is trained on", within=FRACTION, common=True)
     select_rate_schedule: str = setting(
         "constant",
         "how that share gets from --select-rate-start to --select-rate, from the first epoch after a warm-up to the "
@@ -275,7 +280,9 @@ class SelectionSettings:
     score_context_length: int | None = setting(
         None, "score captions cut to n tokens (default: as in training)", within=Range(at_least=2)
     )
-    record: bool = setting(False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch")
+    record: bool = setting(
+        False, "write scores and choices of every sample to RUN/record, one Parquet file an epoch", common=True
+    )
 
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of strategies by name; a strategy uses its own, see :mod:`dissect_clip.config.options`."""
@@ -287,7 +294,9 @@ class EvaluationSettings:
 
     title: ClassVar[str] = "evaluation"
 
-    val_data: str | None = setting(None, "validation data for retrieval, in the same forms as --train-data")
+    val_data: str | None = setting(
+        None, "validation data for retrieval, in the same forms as --train-data", common=True
+    )
     val_num_samples: int | None = setting(
         None, "samples in the validation data; informative only, the whole set is always read", within=COUNT
     )
@@ -299,6 +308,7 @@ class EvaluationSettings:
     imagenet_val: str | None = setting(
         None,
         "zero-shot classification: ImageNet's validation set, an ImageFolder or a CLIP_benchmark webdataset",
+        common=True,
     )
     imagenet_v2: str | None = setting(None, "zero-shot classification: ImageNet-V2, in the same forms")
     zeroshot_data: str | None = setting(
@@ -323,11 +333,14 @@ class RunSettings:
         "./logs/",
         "folder of the run folders; none writes nothing. Under torchrun use --output-dir, or put -- before the script",
         aliases=("--output-dir",),
+        common=True,
     )
     log_local: bool = setting(False, "write a log file on every node, not on the first only")
-    name: str | None = setting(None, "name of the run and its folder (default: time and main settings)")
+    name: str | None = setting(None, "name of the run and its folder (default: time and main settings)", common=True)
     log_every_n_steps: int = setting(100, "log every n steps", within=COUNT)
-    report_to: str = setting("", "where to report besides the console: tensorboard, wandb, or both with a comma")
+    report_to: str = setting(
+        "", "where to report besides the console: tensorboard, wandb, or both with a comma", common=True
+    )
     wandb_notes: str = setting("", "notes for wandb")
     wandb_project_name: str = setting("open-clip", "project name for wandb")
     debug: bool = setting(False, "log more")
@@ -348,7 +361,7 @@ class CheckpointSettings:
 
     title: ClassVar[str] = "checkpoints"
 
-    resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run")
+    resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run", common=True)
     save_frequency: int = setting(1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE)
     save_most_recent: bool = setting(False, "also keep the newest checkpoint as epoch_latest.pt")
     save_every_n_steps: int = setting(

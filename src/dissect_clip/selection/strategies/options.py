@@ -23,6 +23,7 @@ class WarmupOptions(StrategyOptions):
         "that are trained on",
         within=NOT_NEGATIVE,
         ignored_by_others=True,
+        common=True,
     )
     warmup_select_rate: float | None = setting(
         None,
