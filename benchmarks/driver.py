@@ -44,11 +44,11 @@ def run_openclip(words, begun):
 def run_ours(words, begun):
     """The command line of this project."""
     sys.path.insert(0, str(ROOT / "src"))
-    import dissect_clip.cli.train as trainer
+    from dissect_clip.cli import main, training_run
 
-    learning_rate = trainer.learning_rate
-    trainer.learning_rate = lambda *arguments: watched(learning_rate(*arguments), begun)
-    if status := trainer.main(words):
+    learning_rate = training_run.learning_rate
+    training_run.learning_rate = lambda *arguments: watched(learning_rate(*arguments), begun)
+    if status := main(words):
         sys.exit(status)
 
 

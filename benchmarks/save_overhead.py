@@ -30,7 +30,7 @@ import torch
 from common import report
 
 from dissect_clip.checkpoint import CheckpointWriter, Plan, Policy, Saver, pack
-from dissect_clip.cli.train import build_state, parts_of
+from dissect_clip.cli.training_run import build_state, parts_of
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData, build_train

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from common import flags, in_turns, quartiles, ratios, report, write_shards
 
-from dissect_clip.cli.train import build_state
+from dissect_clip.cli.training_run import build_state
 from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data import build_train

@@ -25,7 +25,7 @@ TIMEOUT = timedelta(seconds=90)
 def context() -> Any:
     """Processes are forked from one that has imported all already, which takes seconds each time."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["dissect_clip.cli.train"])
+    context.set_forkserver_preload(["dissect_clip.cli.training_run"])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
         forkserver.ensure_running()
     return context

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from toy import make_config, random_pairs
 
-from dissect_clip.cli.train import build_state
+from dissect_clip.cli.training_run import build_state
 from dissect_clip.config.settings import Config
 from dissect_clip.data.batch import Batch
 from dissect_clip.data.skips import Skip, SkipRow, pack_rows

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from runs import arguments, record, selection, train
 from shards_util import make_shards, write_json
 
+from dissect_clip.checkpoint import load_checkpoint
 from dissect_clip.cli import coreset as coreset_command
-from dissect_clip.cli import train as cli
 from dissect_clip.config.parser import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.distributed.world import World
@@ -320,7 +320,7 @@ def test_a_data_set_is_scored_by_a_checkpoint(make, tmp_path, capsys):
     model = build_model(config, World())
     model.module.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
     model.module.eval()
-    remembered = cli.load_checkpoint(checkpoint).parts["selection"]["scores"][:, 0]
+    remembered = load_checkpoint(checkpoint).parts["selection"]["scores"][:, 0]
     score = {}
     with torch.no_grad():
         for batch in build_train(config, World(), model.preprocess_eval, model.tokenizer, None).loader:

@@ -17,6 +17,7 @@ from runs import arguments, losses, record, results, selection, train
 from safetensors.torch import load_file
 
 from dissect_clip.cli import train as cli
+from dissect_clip.cli import training_run
 from dissect_clip.config.parser import parse_args
 from dissect_clip.data import build_train
 from dissect_clip.distributed.world import World
@@ -178,12 +179,12 @@ def _all_modes(world: World, folder: str, data: str, validation: str) -> dict[st
             shares[name].append((mine != -1).float().mean().item())
         return signal
 
-    cli.train_epoch = compare  # type: ignore[attr-defined]
+    training_run.train_epoch = compare  # type: ignore[attr-defined]
     for name, mode in MODES.items():
         shares[name] = []
         flags = {"val_data": validation, "batch_size": 30, "workers": 1 if name in ("random", "fast") else 0}
         words = arguments(Path(folder), data, name, **flags, **mode)
-        cli.run(parse_args(words, STRATEGIES), world)
+        training_run.run(parse_args(words, STRATEGIES), world)
     return shares
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from dissect_clip.checkpoint import saver as saving
 from dissect_clip.cli import train as cli
+from dissect_clip.cli import training_run
 from dissect_clip.data.batch import Batch
 from dissect_clip.selection import STRATEGIES
 from dissect_clip.training import epoch as training
@@ -208,7 +209,7 @@ def test_a_run_killed_while_it_evaluates_evaluates_when_it_goes_on(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "evaluate", killed)
+        patch.setattr(training_run, "evaluate", killed)
         with pytest.raises(Killed):
             cli.main(words)
     assert cli.main(words) == 0

@@ -14,7 +14,7 @@ from processes import run_on_ranks
 from runs import arguments, selection
 from shards_util import data_config, make_shards, write_json
 
-from dissect_clip.cli import train as cli
+from dissect_clip.cli import training_run
 from dissect_clip.config.parser import parse_args
 from dissect_clip.data.sampling.workers import count_batches
 from dissect_clip.distributed.world import World
@@ -142,13 +142,13 @@ def _runs(world: World, folder: str, names: list[str]) -> dict[str, list[tuple[i
         counts[name].append((state.counters.seen, state.counters.trained))
         return signal
 
-    cli.train_epoch = compare  # type: ignore[attr-defined]
+    training_run.train_epoch = compare  # type: ignore[attr-defined]
     for name in names:
         counts[name] = []
         flags = {flag: value for flag, value in RUNS[name].items() if flag != "shards"}
         data = f"{folder}/{name}/train-{{000..{len(RUNS[name]['shards']) - 1:03d}}}.tar"
         words = arguments(Path(folder), data, name, epochs=2, **selection("historical_base_sampling") | flags)
-        cli.run(parse_args(words, STRATEGIES), world)
+        training_run.run(parse_args(words, STRATEGIES), world)
     return counts
 
 

@@ -13,6 +13,7 @@ from toy import make_config, make_module
 from toy_training import STEPS, MemoryData, Reports, make_state, same, weights
 
 from dissect_clip.cli import train as cli
+from dissect_clip.cli import training_run
 from dissect_clip.config.parser import parse_args
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -235,8 +236,8 @@ def _resume_on_rank(world: World, words: list[str]) -> str:
         frozen.append(digest(state.reference.scorer.module))
         return signal
 
-    with mock.patch.object(cli, "train_epoch", spy):
-        cli.run(parse_args(words, STRATEGIES), world)
+    with mock.patch.object(training_run, "train_epoch", spy):
+        training_run.run(parse_args(words, STRATEGIES), world)
     return frozen[-1]
 
 

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from dissect_clip.cli.exit_status import run_alone
+from dissect_clip.cli.exit_status import only_first_rank_prints, run_alone
+from dissect_clip.cli.score import parse_training_flags
 from dissect_clip.config.parser import Parser
 from dissect_clip.errors import SetupError
 
@@ -97,9 +98,12 @@ def main(argv: Sequence[str]) -> int:
         if args.method == "forgetting" and flags:
             raise SetupError("--method forgetting compares the epochs of a training run: it needs its record")
         if flags:
+            with only_first_rank_prints():
+                config = parse_training_flags(flags)
+
             from dissect_clip.cli.score_dataset import score_dataset  # torch takes seconds to load
 
-            if not score_dataset(args.record, flags, args.passes, remembered=args.method == "differential"):
+            if not score_dataset(args.record, flags, config, args.passes, remembered=args.method == "differential"):
                 return 0  # the first rank makes the list
         import pyarrow as pa
 

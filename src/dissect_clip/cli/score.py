@@ -6,8 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dissect_clip.cli.exit_status import run_alone
+from dissect_clip.cli.exit_status import only_first_rank_prints, run_alone
 from dissect_clip.config.parser import Parser
+from dissect_clip.config.parser import parse_args as parse_settings
+from dissect_clip.config.settings import Config
+from dissect_clip.errors import SetupError
+from dissect_clip.selection.registry import STRATEGIES
 
 EXAMPLES = """\
 example, also under torchrun:
@@ -39,6 +43,22 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def parse_training_flags(flags: Sequence[str]) -> Config:
+    """The settings of the flags behind ``--``, which name the data and the model.
+
+    Raises:
+        SystemExit: with status 2, as :func:`dissect_clip.config.parser.parse_args`.
+        SetupError: if they name no data or no weights.
+    """
+    config = parse_settings(flags, STRATEGIES)
+    if not config.data.trains or config.data.dataset_resampled:
+        raise SetupError("name the dataset with --train-data, and leave out --dataset-resampled")
+    if (config.checkpoint.resume is None) == (not config.model.pretrained) or config.checkpoint.resume == "latest":
+        raise SetupError("name the weights that score: either --resume CHECKPOINT or --pretrained WEIGHTS")
+    # With ids and keys, as a run that selects and records.
+    return config.replace(select=True, record=True, accum_freq=1)
+
+
 def main(argv: Sequence[str]) -> int:
     """The exit status."""
     argv = list(argv)
@@ -46,9 +66,12 @@ def main(argv: Sequence[str]) -> int:
     args, flags = parse_args(argv[:cut]), argv[cut + 1 :]
 
     def work() -> int:
-        from dissect_clip.cli.score_dataset import score_dataset
+        with only_first_rank_prints():
+            config = parse_training_flags(flags)
 
-        score_dataset(args.record, flags, args.passes, args.remembered)
+        from dissect_clip.cli.score_dataset import score_dataset  # torch takes seconds to load
+
+        score_dataset(args.record, flags, config, args.passes, args.remembered)
         return 0
 
     return run_alone(work)

@@ -17,7 +17,6 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose
 
 from dissect_clip.checkpoint import load_checkpoint, restore
-from dissect_clip.config.parser import parse_args
 from dissect_clip.config.settings import Config
 from dissect_clip.data import TrainData, build_train
 from dissect_clip.data.batch import Batch
@@ -28,7 +27,7 @@ from dissect_clip.models.build import build_model
 from dissect_clip.models.loss import SampleLoss
 from dissect_clip.models.precision import autocast_for
 from dissect_clip.models.weights import ModelWeights
-from dissect_clip.selection import STRATEGIES, Candidates, Choice
+from dissect_clip.selection import Candidates, Choice
 from dissect_clip.training.record import Recorder
 from dissect_clip.training.scoring import Scorer, build_scorer
 
@@ -44,16 +43,17 @@ class Remembered:
     fingerprint: str  # of its data, without that of a list
 
 
-def score_dataset(folder: Path, flags: Sequence[str], passes: int, remembered: bool) -> bool:
+def score_dataset(folder: Path, flags: Sequence[str], config: Config, passes: int, remembered: bool) -> bool:
     """Score what ``--train-data`` names with the model of ``--resume`` or ``--pretrained``; whether this is rank 0.
 
     Each of the ``passes`` is an epoch of the record, in another order; losses are against the batch of all ranks. With
     ``remembered`` the scores that the checkpoint's run remembered are written beside the new ones. Collective.
 
+    ``config`` holds the settings of the ``flags``, as :func:`parse_training_flags` reads them.
+
     Raises:
         SetupError, TrainingError: as in training, or if ``folder`` is not empty.
     """
-    config = _settings(flags)
     world = init_world(
         config.distributed.device,
         config.distributed.dist_backend,
@@ -76,16 +76,6 @@ def score_dataset(folder: Path, flags: Sequence[str], passes: int, remembered: b
         shutdown_world()
         world.watchdog.close()
     return world.is_main
-
-
-def _settings(flags: Sequence[str]) -> Config:
-    config = parse_args(flags, STRATEGIES)
-    if not config.data.trains or config.data.dataset_resampled:
-        raise SetupError("name the data set with --train-data, and leave out --dataset-resampled")
-    if (config.checkpoint.resume is None) == (not config.model.pretrained) or config.checkpoint.resume == "latest":
-        raise SetupError("name the weights that score: either --resume CHECKPOINT or --pretrained WEIGHTS")
-    # With ids and keys, as a run that selects and records.
-    return config.replace(select=True, record=True, accum_freq=1)
 
 
 def _prepare(folder: Path) -> None:
