@@ -12,7 +12,7 @@ REPRODUCE_FLAGS ?=
 # What tests compare evaluations with. Without its dependencies, of which dev has all but 100 MB of caption metrics.
 CLIP_BENCHMARK := 1.6.2
 
-.PHONY: demo test lint docs requirements bench bench-quality reproduce clean
+.PHONY: demo test lint docs reference requirements bench bench-quality reproduce clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -48,6 +48,9 @@ lint: $(VENV)/.installed
 # Strict: a broken link, a missing anchor or a page outside the navigation is an error.
 docs: $(VENV)/.installed
 	$(RUN) -m mkdocs build --strict
+
+reference: $(VENV)/.installed
+	$(RUN) scripts/make_reference.py
 
 requirements: $(VENV)/.installed
 	$(RUN) scripts/make_requirements.py

@@ -32,7 +32,6 @@ def make_candidates(epoch: int = 20, columns: int = 1, seed: int = 0, **parts: o
         "image_features": features[0],
         "text_features": features[1],
         "logit_scale": torch.tensor(5.0),
-        "last_clip_score": torch.rand(N, generator=random),
         "reference_loss": torch.rand(N, generator=random),
         "reference_image_features": features[1],
         "reference_text_features": features[0].roll(1, 0),

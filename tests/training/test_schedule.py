@@ -4,7 +4,8 @@ import pytest
 import torch
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 
-from dissect_clip.config.settings import Config, full_epochs
+from dissect_clip.config.run_plan import full_epochs
+from dissect_clip.config.settings import Config
 from dissect_clip.selection.schedule import select_rate
 from dissect_clip.training.schedule import learning_rate
 
@@ -42,7 +43,7 @@ def test_a_run_shorter_than_its_warmup_only_rises():
 
 def rates(first: int = 0, full_last: float = 0.0, epochs: int = 5, **changes: object) -> list[float]:
     config = Config.of(select=True, select_rate=0.3, epochs=epochs, **changes)  # type: ignore[arg-type]
-    return [select_rate(config, epoch, first, full_last) for epoch in range(epochs)]
+    return [select_rate(config.plan(), epoch, first, full_last) for epoch in range(epochs)]
 
 
 @pytest.mark.parametrize(
@@ -80,5 +81,5 @@ def test_full_epochs_are_a_share_of_all(share: float, epochs: int, expected: int
 
 def test_epochs_after_the_last_keep_the_last_rate():
     config = Config.of(select=True, select_rate=0.3, epochs=2, select_rate_schedule="linear")
-    assert select_rate(config, 2, 0, 0.0) == 0.3
-    assert select_rate(config, 9, 0, 0.5) == 1.0
+    assert select_rate(config.plan(), 2, 0, 0.0) == 0.3
+    assert select_rate(config.plan(), 9, 0, 0.5) == 1.0

@@ -70,7 +70,7 @@ UNSUPPORTED: dict[str, Unsupported] = {
 }
 """OpenCLIP's training flags that are refused."""
 
-_STUDY = "in the ablation of docs/clean_posterior.md (R@Sum over three seeds"
+_STUDY = "in the ablation of experiments/small/clean_posterior (R@Sum over three seeds"
 
 REMOVED: dict[str, Unsupported] = {
     "--clean-statistic": Unsupported(

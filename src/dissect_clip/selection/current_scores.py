@@ -62,7 +62,7 @@ class PairScores:
         ``with_logits``: whether losses and features are used with the logit scale, and with ``siglip`` with its bias.
         """
         both = f"{prefix}image_features and {prefix}text_features"
-        by_score = needs & (Needs.SCORE | Needs.SIMILARITY | Needs.CLIPSCORE)
+        by_score = needs & (Needs.SCORE | Needs.SIMILARITY)
         by_logits = with_logits and (Needs.FEATURES in needs or (Needs.LOSS in needs and self.loss is None))
         if Needs.FEATURES in needs and not self.has_features:
             yield both

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from dissect_clip.errors import SetupError
 from dissect_clip.selection.mixins import ReusesScores, with_survey
-from dissect_clip.selection.strategy import REUSABLE, Candidates, Needs, Strategy, clip_score, kept
+from dissect_clip.selection.strategy import REUSABLE, Candidates, Needs, Strategy, kept
 from dissect_clip.selection.top_k import top_k
 
 _WHEN = "last_batch"
-_MEASURED = {"last_score": Needs.SCORE, "last_loss": Needs.LOSS, "last_clip_score": Needs.CLIPSCORE}
+_MEASURED = {"last_score": Needs.SCORE, "last_loss": Needs.LOSS}
 """Columns for what is measured of a pair, in this order, and who needs them."""
 
 
@@ -39,8 +39,7 @@ def pair_z(image: Tensor, text: Tensor, needs: Needs) -> Tensor:
 
     For ``SCORE`` the cosine is held against that of all mismatched pairs. For ``LOSS`` against those with the same
     image and those with the same text, and the mean of both is taken. In the InfoNCE of its row a mismatched pair in
-    the place of the true one would change the cosine alone, so this is minus the z-score of the pair's loss. For
-    ``CLIPSCORE`` it is CLIPScore itself, which drifts.
+    the place of the true one would change the cosine alone, so this is minus the z-score of the pair's loss.
 
     NaN for a pair whose features are not finite, which counts for no other; not finite for fewer than two pairs.
     """
@@ -54,8 +53,6 @@ def pair_z(image: Tensor, text: Tensor, needs: Needs) -> Tensor:
         columns.append(_standardise(own, cosine, weight, (0, 1)))
     if Needs.LOSS in needs:
         columns.append((_standardise(own, cosine, weight, (0,)) + _standardise(own, cosine, weight, (1,))) / 2)
-    if Needs.CLIPSCORE in needs:
-        columns.append(clip_score(own))
     return torch.stack(columns, dim=1).where(finite, torch.nan)
 
 
@@ -124,7 +121,6 @@ class EarlierScores:
             memory=rows[:, :own],
             reused=known.get("last_score"),
             loss=None if loss is None else -loss,
-            last_clip_score=known.get("last_clip_score"),
         )
 
     def stalest(self, rows: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class Needs(Flag):
-    """What a strategy looks at, and so what the scoring pass computes. NOTHING means there is no scoring pass.
+    """What a strategy uses, and so what the scoring pass computes. NOTHING means that there is no scoring pass.
 
-    SCORE is how well a pair matches, and may come from an earlier step where the run says so; SIMILARITY is the cosine
-    of this step. REFERENCE is the same of a second, frozen model: its loss with LOSS, its features with FEATURES.
-    CLIPSCORE is CLIPScore as it was at an earlier step, where scores are used again.
+    SCORE is how well a pair matches, and comes from an earlier step with ``--score-refresh`` below 1; SIMILARITY is the
+    cosine of this step. REFERENCE is the same of a second, frozen model: its loss with LOSS, its features with
+    FEATURES.
     """
 
     NOTHING = 0
@@ -33,10 +33,9 @@ class Needs(Flag):
     FEATURES = auto()
     SCORE = auto()
     REFERENCE = auto()
-    CLIPSCORE = auto()
 
 
-REUSABLE = Needs.SCORE | Needs.LOSS | Needs.CLIPSCORE
+REUSABLE = Needs.SCORE | Needs.LOSS
 """What may come from an earlier step (--score-refresh)."""
 
 
@@ -52,7 +51,6 @@ class Candidates:
     image_features: Tensor | None = None  # [N, D] float32, unit norm
     text_features: Tensor | None = None  # [N, D] float32, unit norm
     reused: Tensor | None = None  # [N] float32, scores that need not be of this step, as z; NaN = never scored
-    last_clip_score: Tensor | None = None  # [N] float32, 0 to 100, when last computed; NaN = never
     decoy: Tensor | None = None  # [N] bool, whose captions are wrong on purpose; None where none are in this epoch
     logit_scale: Tensor | None = None  # scalar float32, the factor of the cosines in the loss; where pairs were scored
     logit_bias: Tensor | None = None  # scalar float32, SigLIP only

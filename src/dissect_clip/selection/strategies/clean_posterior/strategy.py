@@ -3,7 +3,7 @@
 The training pass gives the z-score of each pair that it takes: how far its cosine lies above that of mismatched pairs.
 Before each epoch two Gaussians are fitted to the averages of all samples, one of clean and one of mismatched pairs, and
 each batch is sampled without replacement in proportion to a power of the probability of the clean one. No scoring pass
-is needed, so samples can be chosen before they are decoded. docs/clean_posterior.md has the results.
+is needed, so samples can be chosen before they are decoded. experiments/small/clean_posterior has the results.
 
 During the warm-up a few samples are decoys, which have a wrong caption on purpose. Their scores show what the scores of
 mismatched pairs look like, and so give the share of mismatched pairs and the probability that a pair is clean. The fit
