@@ -65,6 +65,12 @@ def values_of(field: dataclasses.Field[Any], hint: Any) -> str:
     return f"{name}, {facts['within']}" if facts["within"] is not None else name
 
 
+def meaning(field: dataclasses.Field[Any], hint: Any, default: str) -> str:
+    """The help of a flag, with its values and its default."""
+    facts = [part for part in (values_of(field, hint), default and f"default {default}") if part not in ("", "text")]
+    return cell(field.metadata["help"]) + (f" ({'; '.join(facts)})" if facts else "")
+
+
 def flags_page() -> str:
     """All flags of training, by the sections of ``--help-all``."""
     parts = [
@@ -78,9 +84,9 @@ def flags_page() -> str:
             if GROUP_OF[name] != group:
                 continue
             flags = ", ".join([flag_of(name), *(f"`{alias}`" for alias in field.metadata["aliases"])])
-            rows.append([flags, cell(values_of(field, hint)), shown(field.default), cell(field.metadata["help"])])
+            rows.append([flags, meaning(field, hint, shown(field.default))])
         title = settings.title[0].upper() + settings.title[1:]
-        parts.append(f"\n## {title}\n\n" + table(["flag", "value", "default", "meaning"], rows))
+        parts.append(f"\n## {title}\n\n" + table(["flag", "meaning"], rows))
     refused = [[f"`{flag}`", cell(entry.reason), cell(entry.instead)] for flag, entry in UNSUPPORTED.items()]
     removed = [[f"`{flag}`", cell(entry.reason), cell(entry.instead)] for flag, entry in REMOVED.items()]
     parts.append("\n## Flags of OpenCLIP that are refused\n\n" + table(["flag", "reason", "instead"], refused))
@@ -106,10 +112,7 @@ def strategies_page() -> str:
         default = ", ".join(
             text if len(defaults) == 1 else f"{text or 'none'} ({', '.join(own)})" for text, own in defaults.items()
         )
-        values = values_of(first, hint)
-        facts = "; ".join(part for part in (values, default and f"default {default}") if part not in ("", "text"))
-        text = f"{cell(first.metadata['help'])} ({facts})" if facts else cell(first.metadata["help"])
-        options.append([flag_of(name), ", ".join(f"`{owner}`" for owner in owners), text])
+        options.append([flag_of(name), ", ".join(f"`{owner}`" for owner in owners), meaning(first, hint, default)])
     return (
         "# Strategies\n\n`--select-strategy` takes one of these names, several as `A:0.7+B:0.3` where they combine, or "
         "`package.module:Class`\n([Write a strategy](../guides/write-a-strategy.md)). How they work is in "

@@ -1,4 +1,4 @@
-"""Every way in which a sample may be odd or damaged, under the name that it has in docs/data.md."""
+"""Every way in which a sample may be odd or damaged, under the name that it has in docs/reference/data.md."""
 
 import io
 import json

@@ -50,6 +50,12 @@ def test_paths_exist(path: Path):
     assert [name for name in named if not any(ROOT.glob(name.rstrip("./")))] == []
 
 
+def test_pages_that_the_source_names_exist():
+    named = {(name_of(path), page) for path in SOURCES for page in re.findall(r"docs/[\w/-]+\.md", path.read_text())}
+    assert len(named) > 5
+    assert {(path, page) for path, page in named if not (ROOT / page).exists()} == set()
+
+
 def known_flags() -> set[str]:
     """The flags of the trainer, refused ones included, and of everything else with a command line."""
     found = {flag for path in SOURCES for flag in re.findall(r"add_argument\(\s*\"(--[a-z][\w-]*)\"", path.read_text())}

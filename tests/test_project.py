@@ -12,7 +12,7 @@ import dissect_clip
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "dissect_clip"
 
-# A package imports only from those before it; docs/architecture.md draws the same picture.
+# A package imports only from those before it; docs/how-it-works/architecture.md draws the same picture.
 PACKAGES = [
     "errors", "seeding", "config", "distributed", "run", "models", "data", "selection", "evaluation", "training",
     "checkpoint", "cli",
@@ -42,7 +42,7 @@ MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAG
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_go_upwards(path: Path):
     name = package_of(path)
-    assert name in PACKAGES, f"{name} is no package of the design: see docs/architecture.md"
+    assert name in PACKAGES, f"{name} is no package of the design: see docs/how-it-works/architecture.md"
     allowed = {*PACKAGES[: PACKAGES.index(name) + 1], "__version__"}
     wrong = imported_packages(path) - allowed
     assert not wrong, f"{path.relative_to(PACKAGE)} imports from {sorted(wrong)}, which come after {name}"

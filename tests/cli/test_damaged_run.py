@@ -1,4 +1,4 @@
-"""A whole run on real pairs of which 3 % are damaged, in every way that docs/data.md lists for a sample."""
+"""A whole run on real pairs of which 3 % are damaged, in every way that docs/reference/data.md lists for a sample."""
 
 import io
 import json

@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description="Choose part of a dataset by what a run recorded, or by a model's scores, as a list for "
         "--train-keep. With training flags behind -- the dataset is scored first, once (--passes), by the model of "
         "--resume or --pretrained, without training; the scores are written to RECORD as a run's record is. "
-        "docs/coresets.md says what each method measures and keeps.",
+        "docs/guides/clean-a-dataset.md says what each method measures and keeps.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -25,8 +25,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="dissect-clip score",
         description="Score every sample of a dataset with the model of --resume or --pretrained, without training, and "
-        "write CLIPScores and losses to RECORD as a run's record is (docs/record.md): for dissect-clip coreset, or for "
-        "tools of your own. Behind -- stand flags of training that name the data and the model.",
+        "write CLIPScores and losses to RECORD as a run's record is (docs/reference/record.md): for dissect-clip "
+        "coreset, or for other tools. Behind -- stand flags of training that name the data and the model.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -44,19 +44,19 @@ class DataSettings:
     )
     train_num_samples: int | None = setting(
         None,
-        "samples in the training data; needed only where nothing else tells, or as epoch length if resampled",
+        "samples in the training data; needed only if no file records it, or as epoch length if resampled",
         within=COUNT,
         common=True,
     )
     dataset_type: str = setting(
         "auto",
-        "type of the data; auto goes by the file name",
+        "type of the data; auto decides by the file name",
         choices=("webdataset", "csv", "synthetic", "auto"),
         common=True,
     )
     dataset_resampled: bool = setting(False, "draw shards with replacement instead of reading each once an epoch")
     json_caption_key: str | None = setting(
-        None, "webdataset: the field of KEY.json that holds the caption, where it is not in KEY.txt"
+        None, "webdataset: the field of KEY.json that holds the caption, if it is not in KEY.txt"
     )
     csv_separator: str = setting("\t", "csv data: what separates the columns")
     csv_img_key: str = setting("filepath", "csv data: the column with the image paths")
@@ -67,7 +67,7 @@ class DataSettings:
         within=Range(at_least=0, at_most=1),
     )
     data_timeout: float = setting(
-        300.0, "give a remote shard up that sends nothing for so many seconds, and count its samples", within=POSITIVE
+        300.0, "give up a remote shard that sends nothing for this many seconds, and count its samples", within=POSITIVE
     )
     fast_decode: bool = setting(
         False,
@@ -125,7 +125,7 @@ class ModelSettings:
     force_image_size: tuple[int, ...] | None = setting(
         None, "override the image size: one number, or height and width", within=COUNT
     )
-    force_quick_gelu: bool = setting(False, "use QuickGELU where the model's configuration does not")
+    force_quick_gelu: bool = setting(False, "use QuickGELU even if the model's configuration does not")
     force_patch_dropout: float | None = setting(
         None, "override the share of patches dropped in training", within=Range(at_least=0, at_most=0.999)
     )
@@ -191,7 +191,7 @@ class TrainingSettings:
     )
     max_nonfinite_steps: int = setting(
         10,
-        "stop after so many steps in a row with a loss or gradient that is not finite; such steps are left out, or "
+        "stop after this many consecutive steps with a loss or gradient that is not finite; they are left out, or "
         "with --opt timm/... taken with a gradient of 0",
         within=COUNT,
     )
@@ -243,7 +243,7 @@ class SelectionSettings:
     )
     select_negatives: str = setting(
         "selected",
-        "what the selected pairs are told apart from: selected is each other; all is also the pairs that were not "
+        "negatives of the selected pairs: selected is each other; all also uses the pairs that were not "
         "selected, by the features of the scoring pass",
         choices=("selected", "all"),
     )
@@ -269,7 +269,7 @@ class SelectionSettings:
         "choose in the loader, by scores known at the start of the epoch: samples that are not chosen are not decoded",
     )
     score_batch_size: int | None = setting(
-        None, "score so many pairs at a time, to need less memory (default: the whole batch)", within=COUNT
+        None, "score this many pairs at a time, to need less memory (default: the whole batch)", within=COUNT
     )
     score_image_size: int | None = setting(
         None, "score images of n x n pixels, to need less time (default: as in training)", within=COUNT
@@ -345,7 +345,7 @@ class RunSettings:
     wandb_project_name: str = setting("open-clip", "project name for wandb")
     debug: bool = setting(False, "log more")
     copy_codebase: bool = setting(False, "copy the package's source into the run folder")
-    remote_sync: str | None = setting(None, "copy the run folder to this remote path as training goes on")
+    remote_sync: str | None = setting(None, "copy the run folder to this remote path during training")
     remote_sync_frequency: int = setting(300, "seconds between two copies", within=COUNT)
     remote_sync_protocol: str = setting("s3", "how to copy", choices=("s3", "fsspec"))
 
@@ -364,11 +364,9 @@ class CheckpointSettings:
     resume: str | None = setting(None, "continue from this checkpoint; latest finds the newest of the run", common=True)
     save_frequency: int = setting(1, "keep a checkpoint every n epochs; 0 keeps the last only", within=NOT_NEGATIVE)
     save_most_recent: bool = setting(False, "also keep the newest checkpoint as epoch_latest.pt")
-    save_every_n_steps: int = setting(
-        0, "also save in the middle of an epoch, every n steps; 0 is never", within=NOT_NEGATIVE
-    )
+    save_every_n_steps: int = setting(0, "also save inside an epoch, every n steps; 0 is never", within=NOT_NEGATIVE)
     save_every_minutes: float = setting(
-        0.0, "also save in the middle of an epoch, when so many minutes have passed; 0 is never", within=NOT_NEGATIVE
+        0.0, "also save inside an epoch, whenever this many minutes have passed; 0 is never", within=NOT_NEGATIVE
     )
     on_save_error: str = setting(
         "continue",
@@ -384,15 +382,15 @@ class DistributedSettings:
 
     title: ClassVar[str] = "distributed training"
 
-    device: str = setting("cuda", "accelerator to use; falls back to the CPU where there is none")
+    device: str = setting("cuda", "accelerator to use; without one the run continues on the CPU")
     dist_url: str | None = setting(None, "URL to set up the process group with")
     dist_backend: str | None = setting(None, "backend of the process group (default: nccl on a GPU, gloo on a CPU)")
     no_set_device_rank: bool = setting(
-        False, "leave the device index alone, where CUDA_VISIBLE_DEVICES gives each process one GPU"
+        False, "leave the device index alone, if CUDA_VISIBLE_DEVICES gives each process one GPU"
     )
     rank_timeout: float = setting(
         600.0,
-        "end the run when a rank has not answered, or has not gone on, for so many seconds, naming it and its phase; "
+        "end the run if a rank does not answer, or makes no progress, for this many seconds; names it and its phase; "
         "longer than any step or evaluation batch, and not below 5, before which no rank counts as lost",
         within=POSITIVE,
     )

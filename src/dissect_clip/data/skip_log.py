@@ -50,7 +50,9 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SkipLog:
-    """Writes the left-out samples of all ranks to ``folder/epoch_00007.parquet`` for epoch 7; columns: docs/logs.md.
+    """Writes the left-out samples of all ranks to ``folder/epoch_00007.parquet`` for epoch 7.
+
+    docs/reference/run-folder.md lists the columns.
 
     Args:
         folder: which Parquet readers take as one dataset; None writes nothing.

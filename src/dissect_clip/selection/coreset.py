@@ -1,6 +1,6 @@
 """Part of a dataset, chosen by what a run recorded or by a model's scores, as a list for ``--train-keep``.
 
-docs/coresets.md says what each method measures and keeps.
+docs/guides/clean-a-dataset.md says what each method measures and keeps.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def row_groups(path: Path, columns: Sequence[str]) -> Iterator[pa.Table]:
         if missing:
             raise SetupError(
                 f"{path} has no column {', '.join(missing)}; it has {', '.join(file.schema_arrow.names)}. "
-                "docs/coresets.md says which strategies record what"
+                "docs/guides/clean-a-dataset.md says which strategies record what"
             )
         for group in range(file.num_row_groups):
             yield file.read_row_group(group, columns=list(columns))
@@ -341,7 +341,7 @@ def make(args: CoresetOptions) -> None:
     if known == 0:
         raise SetupError(
             f"--method {args.method}: nothing that it looks at was recorded in epoch {', '.join(map(str, epochs))}. "
-            "docs/coresets.md says which strategies record what"
+            "docs/guides/clean-a-dataset.md says which strategies record what"
         )
     kept = choose(value, method.largest, args.rate, args.threshold, args.seed)
     count = int(kept.sum())

@@ -72,7 +72,9 @@ def _values(batch: Batch, choice: Choice, columns: int) -> Tensor:
 
 
 class Recorder:
-    """Writes the samples of all ranks to ``folder/epoch_00007.parquet`` for epoch 7 (0-based); columns: docs/record.md.
+    """Writes the samples of all ranks to ``folder/epoch_00007.parquet`` for epoch 7 (0-based).
+
+    docs/reference/record.md lists the columns.
 
     Args:
         shard_names: names of the data set's shards.
