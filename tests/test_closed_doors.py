@@ -121,9 +121,10 @@ def write(path: Path, content: object, protocol: str) -> None:
         torch.save(content, path, _use_new_zipfile_serialization=protocol == "zip")
 
 
-def build_both(config: Config) -> None:
+def build_both(config: Config, reference: Path | None) -> None:
     model = build_model(config, World())
-    build_reference_model(config, World(), model.module, model.tokenizer)
+    if reference is not None:
+        build_reference_model(config, str(reference), None, World(), model.module, model.tokenizer)
 
 
 @pytest.mark.parametrize("flag", ["pretrained", "distill_pretrained", "select_reference"])
@@ -131,11 +132,12 @@ def build_both(config: Config) -> None:
 def test_weights_run_nothing(tmp_path: Path, mark: Path, flag: str, protocol: str) -> None:
     path = tmp_path / "weights.pt"
     write(path, weights(mark), protocol)
-    changes: dict[str, Any] = {flag: str(path)}
+    reference = path if flag == "select_reference" else None
+    changes: dict[str, Any] = {} if reference else {flag: str(path)}
     if flag == "distill_pretrained":
         changes["distill_model"] = "toy-vit"
     with pytest.raises(SetupError, match=r"could run code|cannot be built"):
-        build_both(make_config(tmp_path, **changes))
+        build_both(make_config(tmp_path, **changes), reference)
 
 
 def test_numpy_weights_run_nothing(tmp_path: Path, mark: Path) -> None:
