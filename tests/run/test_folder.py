@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from processes import run_on_ranks
 
+import dissect_clip
 from dissect_clip.config.settings import Config
 from dissect_clip.distributed.world import World
 from dissect_clip.errors import SetupError
@@ -200,6 +201,9 @@ def test_the_code_is_copied_where_asked_for(tmp_path: Path) -> None:
     code = tmp_path / "a" / "code" / "dissect_clip"
     assert (code / "run" / "folder.py").read_bytes() == Path(open_run.__code__.co_filename).read_bytes()
     assert not list(code.rglob("__pycache__"))
+    package = Path(dissect_clip.__file__).parent
+    expected = {path.relative_to(package) for path in package.rglob("*") if "__pycache__" not in path.parts}
+    assert {path.relative_to(code) for path in code.rglob("*")} == expected
 
 
 def test_only_a_run_with_remote_sync_is_copied(tmp_path: Path) -> None:
