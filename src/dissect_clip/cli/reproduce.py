@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,4 +29,8 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_SETUP
-    return subprocess.run([sys.executable, "-m", "experiments", *argv], cwd=checkout, check=False).returncode
+    # The runner uses this very package, whichever way it was found.
+    places = [str(checkout), str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = os.pathsep.join(places)
+    command = [sys.executable, "-m", "experiments", *argv]
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, check=False).returncode
