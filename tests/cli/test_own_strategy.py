@@ -79,7 +79,7 @@ def run(packages: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def help_of(packages: Path, *words: str) -> str:
-    result = run(packages, *words, "--help")
+    result = run(packages, *words, "--help-all")
     assert result.returncode == 0, result.stderr
     return " ".join(result.stdout.split())
 
@@ -107,7 +107,7 @@ def check_run(folder: Path, packages: Path, strategy: str) -> None:
     assert scores[0].isfinite().all()
     table = pq.read_table(whole / "record" / "epoch_00001.parquet")
     assert table.equals(pq.read_table(parts / "record" / "epoch_00001.parquet"))
-    assert "last_loss_seen" in table.column_names
+    assert "remembered_last_loss_seen" in table.column_names
     assert sum(table["selected"].to_pylist()) == 40
     settings = json.loads((whole / "config.json").read_text())
     assert (settings["select_strategy"], settings["curious_bonus"], settings["curious_sign"]) == (
