@@ -239,7 +239,7 @@ def test_checkpoints_of_format_2_inside_an_epoch_are_resumed(tmp_path: Path, gol
 
 
 def test_every_strategy_has_golden_values(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", [MAIN, "--help"])
+    monkeypatch.setattr(sys, "argv", [MAIN, "--help-all"])
     with pytest.raises(SystemExit):
         runpy.run_path(MAIN, run_name="__main__")
     lines = capsys.readouterr().out.partition("\nstrategies:\n")[2].partition("\n\n")[0].splitlines()

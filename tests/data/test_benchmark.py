@@ -32,7 +32,7 @@ def test_name_and_place(entry, root, name, location):
 
 @pytest.mark.parametrize(("entry", "root"), [("pipe:touch x://", None), ("pipe:touch x", "{dataset}")])
 def test_a_line_of_a_list_is_no_command(entry, root):
-    with pytest.raises(SetupError, match="and no command"):
+    with pytest.raises(SetupError, match="not a command"):
         locate_dataset(entry, root, 1)
 
 

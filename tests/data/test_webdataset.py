@@ -371,7 +371,7 @@ def test_an_unknown_type_is_reported(tmp_path):
     with pytest.raises(SetupError, match=r"data\.zip: there is no such file or folder"):
         load(data_config(train_data=str(data)))
     data.touch()
-    with pytest.raises(SetupError, match=r"type of the data.*--dataset-type webdataset, csv or synthetic"):
+    with pytest.raises(SetupError, match=r"known type.*--dataset-type webdataset, csv or synthetic"):
         load(data_config(train_data=str(data)))
 
 

@@ -21,6 +21,7 @@ from dissect_clip.cli import main
 from dissect_clip.cli.exit_status import EXIT_INTERRUPT, EXIT_REQUEUE, EXIT_SETUP, EXIT_TRAINING
 from dissect_clip.evaluation import retrieval
 from dissect_clip.training import epoch as train
+from dissect_clip.training import step as step_module
 
 pytestmark = pytest.mark.dist
 
@@ -154,7 +155,7 @@ def _update_fails(words: list[str]) -> int:
         raise MemoryError("of the GPU, say")
 
     if os.environ["RANK"] == "0":
-        train.optimizer_step = fail
+        step_module.optimizer_step = fail
     return main(words)
 
 

@@ -15,7 +15,7 @@ from selection.test_clean_posterior import make_strategy, rows, two_parts
 
 from dissect_clip.cli import clean_report
 from dissect_clip.cli import train as cli
-from dissect_clip.data.sampling.subset import Names
+from dissect_clip.data.sampling.subset import SampleNames
 from dissect_clip.errors import SetupError, TrainingError
 from dissect_clip.training import clean_report as clean_report_module
 from dissect_clip.training import sample_report as verdict
@@ -164,10 +164,10 @@ def test_what_does_not_fit_is_an_error(
 def test_a_shard_without_samples_has_no_rows():
     table = pa.table({"shard": ["a.tar"] * 2 + ["c.tar"]})
     sizes = np.array([2, 0, 1, 0])
-    names = Names(("a.tar", "b.tar", "c.tar", "d.tar"), sizes, lambda place: iter("xy" if place == 0 else "z"))
+    names = SampleNames(("a.tar", "b.tar", "c.tar", "d.tar"), sizes, lambda place: iter("xy" if place == 0 else "z"))
     assert clean_report_module.read_keys(names, table) == ["x", "y", "z"]
     with pytest.raises(SetupError, match="give the shards that the run had"):
-        clean_report_module.read_keys(Names(("a.tar", "b.tar"), np.array([2, 1]), names.keys), table)
+        clean_report_module.read_keys(SampleNames(("a.tar", "b.tar"), np.array([2, 1]), names.keys), table)
 
 
 def test_without_the_shards_the_report_is_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
