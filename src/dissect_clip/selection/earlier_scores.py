@@ -1,6 +1,6 @@
 """Scores that are used again: what is known of a sample from earlier steps, in a form that does not grow old.
 
-Shapes: N pairs of this rank, F of them scored anew, K kept, C columns of the strategy, R columns for the scores.
+Shapes: N pairs of this rank, F of them scored again, K kept, C columns of the strategy, R columns for the scores.
 
 All scores drift while the model learns, so those taken at different times say little beside each other. Here each is
 kept as a z-score: how many standard deviations the pair lies above the mismatched pairs of the same batch under the
@@ -67,7 +67,7 @@ class EarlierScores:
     """
 
     strategy: Strategy
-    refresh: float  # share of a batch that is scored anew, below 1
+    refresh: float  # share of a batch that is scored again, below 1
 
     def __post_init__(self) -> None:
         if self.strategy.needs & ~REUSABLE:
@@ -100,7 +100,7 @@ class EarlierScores:
     def fresh(self, epoch: int, size: int) -> int:
         """F, how many of ``size`` samples get a forward pass: none where all are kept, all in the first epoch.
 
-        But for strategies that can do without scores at first.
+        Except for strategies that need no scores at first.
         """
         if not self.measured or self.kept(epoch, size) == size:
             return 0

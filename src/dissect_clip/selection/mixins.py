@@ -1,7 +1,7 @@
 """What a strategy may want of a run beyond the six members of :class:`Strategy`, a mixin for each wish.
 
 ===================  ==================================================================================================
-``WarmsUp``          samples uniformly, at a rate of its own, in the first epochs
+``WarmsUp``          samples uniformly, at a separate rate, in the first epochs
 ``UsesReference``    compares the model with a frozen reference model
 ``VariesNeeds``      needs less in some epochs than ``needs`` says
 ``LearnsFromTraining``  remembers the losses of the training pass
@@ -32,7 +32,7 @@ S = TypeVar("S", bound="SurveysAll")
 
 
 class WarmsUp(Strategy):
-    """Samples uniformly, at a rate of its own, for ``--warmup-point`` epochs."""
+    """Samples uniformly, at a separate rate, for ``--warmup-point`` epochs."""
 
     Options = WarmupOptions
     options: WarmupOptions
